@@ -1,0 +1,7 @@
+"""The strategies: what the user puts around a model."""
+
+from tfpar.strategies.base import Strategy
+from tfpar.strategies.layer_placement import LayerPlacementStrategy
+from tfpar.strategies.pipeline import PipelineStrategy
+
+__all__ = ["LayerPlacementStrategy", "PipelineStrategy", "Strategy"]

@@ -1,0 +1,168 @@
+"""What all strategies share: they extend MirroredStrategy, and describe; the engine does the work."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from tfpar import _keras
+from tfpar._tf import MirroredExtended, ReplicaContext, UpdateContext
+from tfpar.errors import DeviceError, ScheduleError
+from tfpar.mesh import Mesh
+from tfpar.plan import Plan
+from tfpar.schedule import SCHEDULES, Schedule
+from tfpar.step import Steps
+from tfpar.variables import HOST, LogicalVariable
+
+Placement = str | Sequence[str] | Mapping[str, int]
+
+
+class Extended(MirroredExtended):
+    """The `tf.distribute` side of a strategy with one replica: variables with one piece, wherever that is."""
+
+    def __init__(self, strategy: "Strategy", devices: Sequence[str]):
+        super().__init__(strategy, devices=list(devices))
+        self.new_variables_on = HOST
+
+    @contextlib.contextmanager
+    def creating_on(self, device: str) -> Iterator[None]:
+        """Inside, new variables begin on this device instead of waiting on the host."""
+        before, self.new_variables_on = self.new_variables_on, device
+        try:
+            yield
+        finally:
+            self.new_variables_on = before
+
+    @property
+    def _num_replicas_in_sync(self):
+        return 1
+
+    def _use_merge_call(self):
+        return False
+
+    def _create_variable(self, next_creator, **kwargs):
+        reference = kwargs.pop("colocate_with", None)
+        beside = reference if isinstance(reference, LogicalVariable) else None
+        with tf.init_scope(), tf.device(beside.device if beside else self.new_variables_on):
+            variable = LogicalVariable(self._container_strategy(), [next_creator(**kwargs)])
+        if beside:
+            beside.followed_by(variable)
+        return variable
+
+    def _validate_colocate_with_variable(self, colocate_with_variable):
+        """Any variable will do."""
+
+    def _call_for_each_replica(self, fn, args, kwargs):
+        with ReplicaContext(self._container_strategy(), replica_id_in_sync_group=0):
+            return fn(*args, **kwargs)
+
+    def _replica_ctx_all_reduce(self, reduce_op, value, options=None):
+        return value
+
+    def _reduce_to(self, reduce_op, value, destinations, options):
+        return value
+
+    def _batch_reduce_to(self, reduce_op, value_destination_pairs, options):
+        return [value for value, _ in value_destination_pairs]
+
+    def _gather_to_implementation(self, value, destinations, axis, options):
+        return value
+
+    def _update(self, var, fn, args, kwargs, group):
+        piece = var.values[0] if isinstance(var, LogicalVariable) else var
+        with tf.device(piece.device), UpdateContext(0):
+            return fn(piece, *args, **kwargs)
+
+    _replica_ctx_update = _update
+
+    def _experimental_distribute_dataset(self, dataset, options):
+        return dataset
+
+    def _local_results(self, value):
+        return (value,)
+
+
+class Strategy(tf.distribute.MirroredStrategy):
+    """The base of tfpar's strategies.
+
+    Args:
+        mesh: the shape of the work, and its devices; all GPUs, else all logical CPUs, if it names none.
+        micro_batches: into how many parts each batch is divided.
+        schedule: `"1f1b"`, `"gpipe"`, or a function `(stages, micro_batches) -> Schedule`.
+        placement: which layers go together, see `tfpar.partition.partition`.
+
+    Raises:
+        DeviceError: a device that does not exist, or one that repeats.
+        ScheduleError: a schedule that is not known.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        micro_batches: int = 1,
+        schedule: str | Callable[[int, int], Schedule] = "1f1b",
+        placement: Placement = "auto",
+    ):
+        if not isinstance(micro_batches, int) or micro_batches < 1:
+            raise ScheduleError(f"micro_batches is a whole number of at least 1; received {micro_batches!r}")
+        if not callable(schedule) and schedule not in SCHEDULES:
+            raise ScheduleError(
+                f"the schedules are {', '.join(map(repr, SCHEDULES))} or a function (stages, micro_batches) -> "
+                f"Schedule; received {schedule!r}"
+            )
+        self.mesh, self.micro_batches, self.placement = mesh, micro_batches, placement
+        self._schedule = schedule if callable(schedule) else SCHEDULES[schedule]
+        super(tf.distribute.MirroredStrategy, self).__init__(Extended(self, mesh.devices))
+
+    @contextlib.contextmanager
+    def scope(self) -> Iterator["Strategy"]:
+        """Models and variables created inside belong to this strategy."""
+        with _keras.Adoption.in_scope(), super().scope():
+            yield self
+
+    def _adopt(self, model):
+        vars(model)["_tfpar_steps"] = Steps(self, model)
+        vars(model)["_tfpar_steps"].adopt()
+
+    def schedule(self, micro_batches: int) -> Schedule:
+        """The schedule for so many micro-batches.
+
+        Raises:
+            ScheduleError: a schedule function that does not return a Schedule on this strategy's devices.
+        """
+        schedule = self._schedule(self.mesh.stage, micro_batches)
+        if not isinstance(schedule, Schedule) or len(schedule.devices) != self.mesh.stage:
+            raise ScheduleError(
+                f"a schedule function returns a tfpar.Schedule with a line for each of the {self.mesh.stage} devices; "
+                f"received {schedule!r}"
+            )
+        return schedule
+
+    def plan(self, model: Any) -> Plan:
+        """The plan of a model that was fitted, evaluated or asked to predict, or whose layers are built."""
+        raise NotImplementedError
+
+    def explain(self, model: Any) -> Plan:
+        """What goes where, for `print`: stages, devices, bytes, and the predicted bubble."""
+        return self.plan(model)
+
+
+def local_devices(devices: Sequence[str] | None) -> tuple[str, ...]:
+    """The devices asked for, or all GPUs, or else all logical CPUs.
+
+    Raises:
+        DeviceError: a name that no device has; the message lists those there are.
+    """
+    known = {d.name.removeprefix("/device:"): d for d in tf.config.list_logical_devices()}
+    if devices is None:
+        gpus = [name for name in known if name.startswith("GPU")]
+        return tuple(gpus or [name for name in known if name.startswith("CPU")])
+    names = []
+    for device in devices:
+        spec = tf.DeviceSpec.from_string(device if "/" in device or ":" not in device else f"/device:{device}")
+        name = f"{spec.device_type}:{spec.device_index or 0}"
+        if name not in known:
+            raise DeviceError(f"there is no device {device!r}; there are {', '.join(known)}")
+        names.append(name)
+    return tuple(names)

@@ -1,0 +1,27 @@
+"""Consecutive layers on consecutive devices."""
+
+from collections.abc import Sequence
+
+from tfpar.mesh import Mesh
+from tfpar.strategies.base import Placement, Strategy, local_devices
+
+
+class LayerPlacementStrategy(Strategy):
+    """Puts consecutive layers on consecutive devices: for a model that does not fit one of them.
+
+    One device works at a time; the numbers are those of one device, whatever the model does with its batch. For speed
+    see `PipelineStrategy`.
+
+    Args:
+        devices: names such as `"GPU:1"`; all GPUs, else all logical CPUs, if not given.
+        placement: `"auto"`, a list of layer names where a new stage begins, or a mapping layer name -> stage.
+
+    Example:
+        >>> strategy = tfpar.LayerPlacementStrategy(placement=["block_6"])  # doctest: +SKIP
+        >>> with strategy.scope():  # doctest: +SKIP
+        ...     model = build()
+    """
+
+    def __init__(self, devices: Sequence[str] | None = None, placement: Placement = "auto"):
+        names = local_devices(devices)
+        super().__init__(Mesh(stage=len(names), devices=names), schedule="gpipe", placement=placement)

@@ -1,0 +1,24 @@
+"""Train any Keras model on many devices, unchanged and with unchanged numbers."""
+
+import importlib
+
+from tfpar.cost import Hardware, StageCost
+from tfpar.errors import BatchError, DeviceError, ModelError, PartitionError, ScheduleError, ScopeError, TfparError
+from tfpar.mesh import Mesh
+from tfpar.schedule import Action, Kind, Schedule, gpipe, one_f_one_b
+from tfpar.simulate import simulate
+from tfpar.timeline import Timeline
+
+__version__ = "0.1.0"
+__all__ = [
+    "Action", "BatchError", "DeviceError", "Hardware", "Kind", "LayerPlacementStrategy", "Mesh", "ModelError",
+    "PartitionError", "PipelineStrategy", "Schedule", "ScheduleError", "ScopeError", "StageCost", "TfparError",
+    "Timeline", "gpipe", "one_f_one_b", "simulate",
+]  # fmt: skip
+
+
+def __getattr__(name: str):
+    """The strategies load TensorFlow, on first use."""
+    if name in __all__:
+        return getattr(importlib.import_module("tfpar.strategies"), name)
+    raise AttributeError(f"module 'tfpar' has no attribute {name!r}")

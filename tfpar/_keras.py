@@ -1,0 +1,386 @@
+"""Private names of Keras, all that tfpar uses. Checked against Keras 3.15.1; `tests/test_keras.py` tests each."""
+
+import contextlib
+import functools
+import operator
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+from keras import ops, tree
+from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
+from keras.src.backend.common.variables import AutocastScope
+from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
+from keras.src.losses.loss import Loss, apply_mask
+from keras.src.models.functional import Functional, operation_fn
+from keras.src.models.sequential import Sequential
+from keras.src.trainers.data_adapters.data_adapter_utils import unpack_x_y_sample_weight
+from keras.src.trainers.trainer import Trainer, model_supports_jit
+
+__all__ = ["get_keras_mask", "set_keras_mask", "unpack_x_y_sample_weight"]
+
+# ---- models: construction, what of Keras they override, what Keras does before it calls them
+
+
+class Adoption:
+    """While any strategy's scope is open, `TensorFlowTrainer.__init__` hands each new model to its strategy.
+
+    Keras reads the strategy there, and nowhere tells it of the model. Outside of scopes nothing is replaced.
+    """
+
+    open_scopes = 0
+    lock = threading.Lock()
+    original = TensorFlowTrainer.__init__
+
+    @staticmethod
+    def init(model):
+        Adoption.original(model)
+        adopt = getattr(model._distribute_strategy, "_adopt", None)
+        if adopt is not None:
+            adopt(model)
+
+    @classmethod
+    @contextlib.contextmanager
+    def in_scope(cls) -> Iterator[None]:
+        with cls.lock:
+            cls.open_scopes += 1
+            TensorFlowTrainer.__init__ = cls.init
+        try:
+            yield
+        finally:
+            with cls.lock:
+                cls.open_scopes -= 1
+                if not cls.open_scopes:
+                    TensorFlowTrainer.__init__ = cls.original
+
+
+def overrides(model: keras.Model, *methods: str) -> str | None:
+    """The first of these methods of Keras' trainer that the model's class replaces."""
+    keras_own = {**vars(Trainer), **vars(TensorFlowTrainer)}
+    return next((m for m in methods if getattr(type(model), m) is not keras_own[m]), None)
+
+
+def is_graph(model: Any) -> bool:
+    """Whether calling this layer is running its graph of layers and nothing else."""
+    return (
+        isinstance(model, Functional | Sequential)
+        and type(model).call in (Functional.call, Sequential.call)
+        and type(model).__call__ is keras.layers.Layer.__call__
+        and graph_of(model) is not None
+        and not model.supports_masking
+        and model.activity_regularizer is None
+        and model._remat_mode is None
+        and model.dtype_policy.quantization_mode is None
+    )
+
+
+def graph_of(model: Functional | Sequential) -> Functional | None:
+    """The Functional model behind a Sequential one; `None` before it has seen an input."""
+    return model._functional if isinstance(model, Sequential) else model
+
+
+def input_structure(function: Any) -> Any:
+    """The structure in which a Functional model was given its input tensors."""
+    return function._inputs_struct
+
+
+def output_structure(function: Any) -> Any:
+    """The structure in which a Functional model returns its outputs."""
+    outputs = function._outputs_struct
+    return outputs[0] if isinstance(outputs, list | tuple) and len(outputs) == 1 else outputs
+
+
+def nodes_in_order(function: Any) -> list[Any]:
+    """The calls of a Functional model or a `keras.Function`, in the order in which it runs them."""
+    by_depth = function._nodes_by_depth
+    return [n for depth in sorted(by_depth, reverse=True) for n in by_depth[depth] if n.operation and not n.is_input]
+
+
+def converted_inputs(model: keras.Model, inputs: Any) -> Any:
+    """What `Layer.__call__` makes of its inputs before `call`: checked against the input spec, floats autocast."""
+    if model._convert_input_args:
+        inputs = tree.map_structure(
+            lambda x: model.dtype_policy.convert_input(x, model.autocast, model.input_dtype), inputs
+        )
+    model._assert_input_compatibility(inputs)
+    return inputs
+
+
+def graph_inputs(model: keras.Model, inputs: Any) -> list[Any]:
+    """The flat inputs of the graph behind `model`, as its `call` makes them of its argument."""
+    function = graph_of(model) if isinstance(model, Functional | Sequential) else None
+    return function._standardize_inputs(inputs) if function is not None else tree.flatten(inputs)
+
+
+def call_operation(operation: Callable, args: Any, kwargs: Any, training: bool | None, explicit: bool) -> Any:
+    """Call a layer or an op as a Functional model does: `training` reaches all that take it.
+
+    Args:
+        explicit: a `training` that the call itself was given wins, as in a subclassed model. In a Functional model it
+            does not: Keras' own `operation_fn` overrides it.
+    """
+    if explicit and kwargs.get("training") is not None:
+        return operation(*args, **kwargs)
+    return operation_fn(operation, training=training)(*args, **kwargs)
+
+
+def takes_training(model: keras.Model) -> bool:
+    """Whether Keras passes `training` when a step calls the model."""
+    return model._call_has_training_arg
+
+
+@contextlib.contextmanager
+def autocast_of(model: keras.layers.Layer) -> Iterator[None]:
+    """The scope in which `Layer.__call__` runs `call`: variables read in it have the layer's compute dtype."""
+    if model.compute_dtype != model.variable_dtype:
+        with AutocastScope(model.compute_dtype):
+            yield
+    else:
+        yield
+
+
+# ---- state: what a call reads and changes, without changing it
+
+
+class UnknownVariables(Exception):
+    """A call used variables that do not belong to its layer, such as the global random seed."""
+
+    def __init__(self, call: int, variables: Sequence[keras.Variable]):
+        super().__init__(f"call {call} uses {[v.path for v in variables]}")
+        self.call, self.variables = call, tuple(variables)
+
+
+class RecordingScope(keras.StatelessScope):
+    """A stateless scope that also tells which variables were written, and by which call.
+
+    Args:
+        values: pairs of a variable and its value.
+        strict: whether to refuse variables without a value.
+    """
+
+    def __init__(self, values: Sequence[tuple[keras.Variable, Any]], strict: bool = False):
+        super().__init__(values, collect_losses=True)
+        self.known = {id(v) for v, _ in values} if strict else None
+        self.call = 0
+        self.written: dict[int, keras.Variable] = {}
+        self.writers: dict[int, int] = {}
+
+    def check(self, variable):
+        if self.known is not None and id(variable) not in self.known:
+            raise UnknownVariables(self.call, [variable])
+
+    def add_update(self, update):
+        variable, _ = update
+        self.check(variable)
+        self.written[id(variable)] = variable
+        self.writers[id(variable)] = self.call
+        super().add_update(update)
+
+    def get_current_value(self, variable):
+        self.check(variable)
+        return super().get_current_value(variable)
+
+
+def clear_losses(operation: Any):
+    """Forget the added losses of a layer, which Keras keeps by `id`."""
+    if isinstance(operation, keras.layers.Layer):
+        operation._clear_losses()
+
+
+def is_seed(variable: keras.Variable) -> bool:
+    """Whether this is the state of a `keras.random.SeedGenerator`."""
+    return variable.name == "seed_generator_state"
+
+
+class Moments(NamedTuple):
+    """Batch statistics of a BatchNormalization call: per channel, and over how many values."""
+
+    mean: tf.Tensor
+    variance: tf.Tensor
+    count: tf.Tensor
+
+
+@contextlib.contextmanager
+def recorded_moments(layers: Sequence[Any], found: list[tuple[int, Moments]]) -> Iterator[None]:
+    """Inside, the statistics that each of these BatchNormalization layers takes are appended to `found`."""
+
+    def recording(index, layer):
+        def moments(inputs, mask):
+            mean, variance = type(layer)._moments(layer, inputs, mask)
+            channels = inputs.shape[layer.axis]
+            count = tf.size(inputs) / channels if mask is None else tf.reduce_sum(tf.cast(mask, mean.dtype))
+            found.append((index, Moments(mean, variance, tf.cast(count, mean.dtype))))
+            return mean, variance
+
+        return moments
+
+    for index, layer in enumerate(layers):
+        vars(layer)["_moments"] = recording(index, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del vars(layer)["_moments"]
+
+
+def batch_normalizations(operation: Any) -> list[Any]:
+    """The BatchNormalization layers in an operation."""
+    if not isinstance(operation, keras.layers.Layer):
+        return []
+    return [x for x in operation._flatten_layers() if isinstance(x, keras.layers.BatchNormalization)]
+
+
+def moving_statistics(layer: Any) -> list[keras.Variable]:
+    """The variables that `move_statistics` changes."""
+    names = ["moving_mean", "moving_variance", "moving_stddev", "renorm_mean", "renorm_stddev"]
+    return [v for n in names if isinstance(v := getattr(layer, n, None), keras.Variable)]
+
+
+def move_statistics(layer: Any, mean: tf.Tensor, variance: tf.Tensor):
+    """Move a BatchNormalization's statistics by those of one batch, as its `call` does."""
+    if layer.renorm:
+        layer._update_renorm_statistics(mean, variance)
+        return
+    for moving, value in ((layer.moving_mean, mean), (layer.moving_variance, variance)):
+        old = ops.cast(moving, value.dtype)
+        moving.assign(old * layer.momentum + value * (1.0 - layer.momentum))
+
+
+# ---- steps: the parts of Keras' train_step
+
+
+output_spec = keras.src.backend.compute_output_spec
+
+
+def without_optionals(model: keras.Model, batch: Any) -> Any:
+    """The batch with TensorFlow's empty optionals as `None`, as Keras makes it."""
+    return model._autoconvert_optionals(lambda data: data)(batch)
+
+
+def build(model: keras.Model, batch: Any, y_pred: Any = None):
+    """Create, from shapes alone, what Keras would create in its first step: layers, loss, metrics.
+
+    Args:
+        batch: `(x, y, sample_weight)` of tensors.
+        y_pred: symbolic outputs, which save running the model again.
+    """
+    x, y, sample_weight = tree.map_structure(
+        lambda v: None if v is None else keras.KerasTensor(v.shape, keras.backend.standardize_dtype(v.dtype)),
+        unpack_x_y_sample_weight(batch),
+    )
+    if y_pred is None:
+        if not all(layer.built for layer in model._flatten_layers()):
+            output_spec(model, x, training=False)
+        return
+    loss, metrics = model._compile_loss, model._compile_metrics
+    if metrics is not None and not metrics.built:
+        output_spec(model.compute_metrics, x, y, y_pred, sample_weight)
+    if loss is not None and not loss.built:
+        output_spec(loss, y, y_pred, sample_weight)
+
+
+class LossCall(NamedTuple):
+    """One of the compiled losses with the arguments that Keras resolved for it."""
+
+    loss: Loss
+    weight: float | None
+    y_true: Any
+    y_pred: Any
+    sample_weight: Any
+
+
+def loss_calls(model: keras.Model, y: Any, y_pred: Any, sample_weight: Any) -> list[LossCall]:
+    """What the compiled losses would be called with, found by Keras' own matching of names and structures."""
+    compiled = model._compile_loss
+    if compiled is None:
+        return []
+    found: list[LossCall] = []
+
+    def recording(loss, weight):
+        def record(y_true, y_pred, sample_weight):
+            found.append(LossCall(loss, weight, y_true, y_pred, sample_weight))
+            return tf.zeros(())
+
+        return record
+
+    flat = compiled._flat_losses
+    compiled._flat_losses = [f._replace(loss=recording(f.loss, f.loss_weights)) for f in flat]
+    try:
+        with keras.StatelessScope():
+            compiled(y, y_pred, sample_weight)
+    finally:
+        compiled._flat_losses = flat
+    return found
+
+
+def evaluate_loss(call: LossCall) -> tuple[tf.Tensor, tf.Tensor]:
+    """A loss as Keras computes it, and the number that its reduction divided by (1 for a sum).
+
+    The mean over a batch is the mean of its parts weighted by these numbers: rows, valid entries, sums of weights.
+    """
+    loss, _, y_true, y_pred, sample_weight = call
+    seen = []
+
+    def capture(*args):
+        seen.append(type(loss).call(loss, *args))
+        return seen[0]
+
+    vars(loss)["call"] = capture
+    try:
+        value = loss(y_true, y_pred, sample_weight)
+    finally:
+        del vars(loss)["call"]
+    masks = [m for m in (get_keras_mask(y_pred), get_keras_mask(seen[0])) if m is not None]
+    mask = functools.reduce(operator.and_, masks) if masks else None
+    if loss.reduction == "sum":
+        count = tf.ones(())
+    elif loss.reduction == "mean_with_sample_weight" and (sample_weight is not None or masks):
+        count = tf.reduce_sum(apply_mask(sample_weight, mask, value.dtype, loss.reduction))
+    elif masks:
+        count = tf.reduce_sum(tf.cast(mask, value.dtype))
+    else:
+        count = tf.size(seen[0])
+    return value, tf.cast(count, value.dtype)
+
+
+def has_plain_reduction(loss: Loss) -> bool:
+    """Whether the loss reduces as `keras.losses.Loss` does, so that `evaluate_loss` knows by what it divides."""
+    return type(loss).__call__ is Loss.__call__ and loss.reduction not in (None, "none")
+
+
+def loss_trackers(model: keras.Model) -> Sequence[Any]:
+    """The metrics that report each output's loss; empty for a model with one."""
+    return model._compile_loss.metrics if model._compile_loss is not None else ()
+
+
+def loss_dtype(model: keras.Model) -> str:
+    """The dtype in which Keras adds up the losses."""
+    return model._compile_loss.dtype if model._compile_loss is not None else keras.config.floatx()
+
+
+def track_loss(model: keras.Model, loss: tf.Tensor, rows: tf.Tensor):
+    """Report the loss of a batch, as `train_step` does."""
+    model._loss_tracker.update_state(loss, sample_weight=rows)
+
+
+def added_losses(model: keras.Model, losses: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    """`model.losses` of a step: what layers added, then the regularization of weights."""
+    return [*losses, *model._get_regularization_losses()]
+
+
+def auto_jit(model: keras.Model) -> bool:
+    """Whether XLA can compile the model's layers."""
+    return model_supports_jit(model)
+
+
+@contextlib.contextmanager
+def running(model: keras.Model, call: Callable, losses: list[tf.Tensor]) -> Iterator[None]:
+    """Inside, `model(x)` runs `call` in place of the model's own, and `model.losses` are what `losses` holds."""
+    vars(model).update(call=call, _losses_override=losses)
+    try:
+        yield
+    finally:
+        del vars(model)["call"]
+        vars(model)["_losses_override"] = []

@@ -1,0 +1,73 @@
+"""Private names of TensorFlow, all that tfpar uses. Checked against TensorFlow 2.21.0; `tests/test_tf.py` tests each."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import tensorflow as tf
+from tensorflow.python.distribute.distribute_lib import ReplicaContext, UpdateContext
+from tensorflow.python.distribute.mirrored_strategy import MirroredExtended
+from tensorflow.python.distribute.values import MirroredVariable
+from tensorflow.python.eager import record
+from tensorflow.python.framework import ops
+from tensorflow.python.ops.resource_variable_ops import ResourceVariable
+
+__all__ = [
+    "MirroredExtended", "MirroredVariable", "ReplicaContext", "ResourceVariable", "UpdateContext",
+    "following_inputs", "record_gradient", "tape_watches",
+]  # fmt: skip
+
+
+@contextlib.contextmanager
+def following_inputs() -> Iterator[None]:
+    """Inside a tf.function, an operation without a device goes to the device of its largest input.
+
+    `tf.device` takes no functions in TensorFlow 2; `ops.device` of a graph does. Without it, Keras' clipping would pull
+    every gradient to the first device.
+    """
+    if tf.executing_eagerly():
+        yield
+    else:
+        with ops.device(largest_input_device):
+            yield
+
+
+def largest_input_device(op: tf.Operation) -> str:
+    """The device of the largest input that has one; `op`'s own where it has one."""
+    if op.device:
+        return op.device
+    placed = [(size(t), device) for t in op.inputs if (device := device_of(t))]
+    return max(placed, key=lambda p: p[0])[1] if placed else ""
+
+
+def size(tensor: tf.Tensor) -> int:
+    """The number of elements, taking an unknown one for a large one."""
+    elements = tensor.shape.num_elements()
+    return 1 << 62 if elements is None else elements
+
+
+def device_of(tensor: tf.Tensor) -> str:
+    """The device of a symbolic tensor; for what a branch of `tf.cond` captures, that of the tensor outside."""
+    if tf.executing_eagerly() or not hasattr(tensor, "op"):
+        return getattr(tensor, "device", "") or ""
+    if tensor.op.type == "Placeholder" and not tensor.op.device:
+        outside = next((o for o, inside in getattr(tensor.graph, "captures", ()) if inside is tensor), None)
+        return device_of(outside) if outside is not None else ""
+    return tensor.op.device
+
+
+def record_gradient(
+    outputs: Sequence[tf.Tensor], inputs: Sequence[tf.Tensor], backward: Callable[..., Sequence[tf.Tensor | None]]
+) -> list[tf.Tensor]:
+    """Copies of `outputs` whose gradient, on every tape that watches `inputs`, is what `backward` makes of theirs.
+
+    Unlike `tf.custom_gradient` it adds no operations that could end up on another device.
+    """
+    with record.stop_recording():
+        copies = [tf.identity(y) for y in outputs]
+    record.record_operation("tfpar", copies, list(inputs), backward)
+    return copies
+
+
+def tape_watches(tensors: Sequence[tf.Tensor]) -> bool:
+    """Whether a gradient tape is recording what happens to any of `tensors`."""
+    return bool(record.should_record_backprop(list(tensors)))

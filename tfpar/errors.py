@@ -1,0 +1,29 @@
+"""Everything that tfpar raises on purpose. Each message says what is wrong, the values, and what to do."""
+
+
+class TfparError(ValueError):
+    """The base of tfpar's errors; a `ValueError`, so code that catches Keras' own errors catches these."""
+
+
+class DeviceError(TfparError):
+    """Devices that do not exist, repeat, or do not fill the mesh."""
+
+
+class PartitionError(TfparError):
+    """A model that cannot be cut into the stages asked for."""
+
+
+class ScheduleError(TfparError):
+    """A schedule that breaks a dependency; the message shows the whole schedule."""
+
+
+class ModelError(TfparError):
+    """A model that cannot be split as asked without changing its numbers."""
+
+
+class ScopeError(TfparError):
+    """A variable that was created outside of the strategy's scope."""
+
+
+class BatchError(TfparError):
+    """A batch that cannot be divided: empty, or with parts of unequal length."""

@@ -1,0 +1,100 @@
+"""A model as plain data: its operations in order, the tensors between them, the variables they use."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from tfpar.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A value between operations, for one sample: `shape` without the batch, which is dimension 0."""
+
+    shape: tuple[int, ...]
+    itemsize: int = 4
+    differentiable: bool = True
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of one sample."""
+        size = self.itemsize
+        for dim in self.shape:
+            size *= dim
+        return size
+
+
+@dataclass(frozen=True)
+class Variable:
+    """A weight or a piece of state."""
+
+    path: str
+    bytes: int
+    trainable: bool = True
+
+
+@dataclass(frozen=True)
+class Op:
+    """One call of a layer or of a `keras.ops` function.
+
+    Args:
+        name: unique, the path of layer names from the model down: `encoder/dense`, a second call `encoder/dense:1`.
+        inputs, outputs: indices into `OpGraph.tensors`.
+        variables: indices into `OpGraph.variables`.
+        flops: floating-point operations of the forward pass of one sample.
+    """
+
+    name: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    variables: tuple[int, ...] = ()
+    flops: float = 0.0
+
+    @property
+    def layer(self) -> str:
+        """The name without the number of the call."""
+        return self.name.split(":")[0]
+
+
+@dataclass(frozen=True)
+class OpGraph:
+    """A model's operations in an order in which they can run.
+
+    Raises:
+        ModelError: an operation uses a tensor before it exists.
+
+    Example:
+        >>> graph = OpGraph((Op("a", (0,), (1,)), Op("b", (1,), (2,))), (Tensor((4,)),) * 3, (), (0,), (2,))
+        >>> graph.producer[2]
+        1
+    """
+
+    ops: tuple[Op, ...]
+    tensors: tuple[Tensor, ...]
+    variables: tuple[Variable, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    producer: dict[int, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        producer: dict[int, int] = {}
+        for index, op in enumerate(self.ops):
+            missing = [t for t in op.inputs if t not in self.inputs and t not in producer]
+            if missing:
+                raise ModelError(f"operation {op.name} uses tensor {missing[0]} before anything produces it")
+            producer.update(dict.fromkeys(op.outputs, index))
+        object.__setattr__(self, "producer", producer)
+
+    @cached_property
+    def consumers(self) -> dict[int, tuple[int, ...]]:
+        """For each tensor, the operations that use it."""
+        found: dict[int, list[int]] = {t: [] for t in range(len(self.tensors))}
+        for index, op in enumerate(self.ops):
+            for t in dict.fromkeys(op.inputs):
+                found[t].append(index)
+        return {t: tuple(ops) for t, ops in found.items()}
+
+    def variable_bytes(self, ops: Iterable[int]) -> int:
+        """Bytes of the variables that these operations use, each counted once."""
+        used = {v for i in ops for v in self.ops[i].variables}
+        return sum(self.variables[v].bytes for v in used)

@@ -1,0 +1,272 @@
+"""A Keras model as an `OpGraph`, with what to call for each operation."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import tree
+
+from tfpar import _keras
+from tfpar.errors import ModelError
+from tfpar.flops import flops
+from tfpar.graph import Op, OpGraph, Tensor, Variable
+
+UNKNOWN = 128  # the size assumed for a dimension that the model leaves open, in estimates of cost
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Stands for a tensor of the graph among the arguments of a call."""
+
+    tensor: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """What an operation of the graph runs.
+
+    Args:
+        operation: a layer, a `keras.ops` operation, or a function.
+        args, kwargs: its arguments, with a `Ref` for each tensor.
+        outputs: the tensors it makes.
+        explicit: whether a `training` argument in `kwargs` wins over that of the step.
+    """
+
+    operation: Callable
+    args: tuple
+    kwargs: dict[str, Any]
+    outputs: tuple[int, ...]
+    explicit: bool = False
+
+    def __call__(self, tensors: dict[int, Any], training: bool | None):
+        """Run, taking from and adding to `tensors`."""
+        args, kwargs = tree.map_structure(
+            lambda a: tensors[a.tensor] if isinstance(a, Ref) else a, (self.args, self.kwargs)
+        )
+        results = _keras.call_operation(self.operation, args, kwargs, training, self.explicit)
+        tensors.update(zip(self.outputs, tree.flatten(results), strict=True))
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """The variables it uses: a layer's own, and those among the arguments."""
+        arguments = tree.flatten((self.args, self.kwargs))
+        return [*getattr(self.operation, "variables", ()), *(a for a in arguments if isinstance(a, keras.Variable))]
+
+
+@dataclass(frozen=True)
+class KerasGraph:
+    """A model's operations and what they call.
+
+    Args:
+        graph: the plain description.
+        calls: one for each operation of the graph.
+        variables: one for each variable of the graph.
+        symbols: one `KerasTensor` for each tensor of the graph.
+        outputs: the structure of the model's outputs, with tensor indices.
+    """
+
+    graph: OpGraph
+    calls: tuple[Call, ...]
+    variables: tuple[keras.Variable, ...]
+    symbols: tuple[keras.KerasTensor, ...]
+    outputs: Any
+
+    def run(self, inputs: Sequence[Any], training: bool | None) -> Any:
+        """All operations on flat inputs, in order."""
+        tensors = dict(zip(self.graph.inputs, inputs, strict=True))
+        for call in self.calls:
+            call(tensors, training)
+        return tree.map_structure(lambda t: tensors[t], self.outputs)
+
+    def with_variables(self, unknown: _keras.UnknownVariables) -> "KerasGraph":
+        """The same graph, in which a call also uses these variables."""
+        new = [v for v in unknown.variables if all(v is not known for known in self.variables)]
+        variables = (*self.variables, *new)
+        used = [n for n, v in enumerate(variables) if any(v is u for u in unknown.variables)]
+        ops = list(self.graph.ops)
+        ops[unknown.call] = replace(ops[unknown.call], variables=tuple(sorted({*ops[unknown.call].variables, *used})))
+        described = (*self.graph.variables, *(describe(v) for v in new))
+        return replace(self, graph=replace(self.graph, ops=tuple(ops), variables=described), variables=variables)
+
+
+class Builder:
+    """Collects operations while walking through a model."""
+
+    def __init__(self):
+        self.ops: list[Op] = []
+        self.calls: list[Call] = []
+        self.symbols: list[keras.KerasTensor] = []
+        self.variables: list[keras.Variable] = []
+        self.places: dict[int, int] = {}  # of each variable, by id
+        self.names: dict[str, int] = {}
+
+    def tensor(self, symbol: keras.KerasTensor) -> int:
+        """A new tensor."""
+        self.symbols.append(symbol)
+        return len(self.symbols) - 1
+
+    def add(self, name: str, operation: Callable, args: tuple, kwargs: dict, results: Sequence, explicit: bool):
+        """A new operation; returns its output tensors."""
+        outputs = tuple(self.tensor(r) for r in results)
+        call = Call(operation, args, kwargs, outputs, explicit)
+        inputs = tuple(a.tensor for a in tree.flatten((args, kwargs)) if isinstance(a, Ref))
+        for variable in call.variables:
+            if id(variable) not in self.places:
+                self.places[id(variable)] = len(self.variables)
+                self.variables.append(variable)
+        repeats = self.names.get(name, 0)
+        self.names[name] = repeats + 1
+        self.ops.append(
+            Op(
+                name=f"{name}:{repeats}" if repeats else name,
+                inputs=inputs,
+                outputs=outputs,
+                variables=tuple(sorted({self.places[id(v)] for v in call.variables})),
+                flops=flops(operation, [self.shape(i) for i in inputs], [self.shape(o) for o in outputs]),
+            )
+        )
+        self.calls.append(call)
+        return outputs
+
+    def shape(self, tensor: int) -> tuple[int, ...]:
+        """The shape of one sample, guessing dimensions that are not known."""
+        return tuple(UNKNOWN if dim is None else dim for dim in self.symbols[tensor].shape[1:])
+
+    def walk(self, function: Any, inputs: Sequence[int], prefix: str = "", explicit: bool = False) -> Any:
+        """Add the operations of a Functional model or `keras.Function`; returns its outputs as tensor indices."""
+        known = {id(symbol): tensor for symbol, tensor in zip(function.inputs, inputs, strict=True)}
+        for node in _keras.nodes_in_order(function):
+            if any(id(t) not in known for t in node.input_tensors):
+                continue  # it belongs to a larger graph of which this one is a part
+            args, kwargs = tree.map_structure(
+                lambda a: Ref(known[id(a)]) if isinstance(a, keras.KerasTensor) else a,
+                (node.arguments.args, node.arguments.kwargs),
+            )
+            name = prefix + node.operation.name
+            if _keras.is_graph(node.operation) and len(args) == 1 and set(kwargs) <= {"training"}:
+                inner = _keras.graph_of(node.operation)
+                entered = self.enter(name, node.operation, inner, args[0])
+                outputs = tree.flatten(self.walk(inner, entered, name + "/", explicit))
+            else:
+                outputs = self.add(name, node.operation, args, kwargs, node.outputs, explicit)
+            known.update((id(t), o) for t, o in zip(node.outputs, outputs, strict=True))
+        return tree.map_structure(lambda t: known[id(t)], _keras.output_structure(function))
+
+    def enter(self, name: str, model: keras.Model, inner: Any, given: Any) -> list[int]:
+        """The inputs of a nested model: those given to it, or what it converts them to."""
+        refs = tree.flatten(given)
+        same = len(refs) == len(inner.inputs) and all(
+            isinstance(r, Ref)
+            and len(self.symbols[r.tensor].shape) == len(i.shape)
+            and self.symbols[r.tensor].dtype == i.dtype
+            and not (model._convert_input_args and "float" in i.dtype and i.dtype != model.input_dtype)
+            for r, i in zip(refs, inner.inputs, strict=False)
+        )
+        if same:
+            return [r.tensor for r in refs]
+
+        def standardize(inputs):
+            return _keras.graph_inputs(model, _keras.converted_inputs(model, inputs))
+
+        return list(self.add(f"{name}/inputs", standardize, (given,), {}, inner.inputs, False))
+
+    def finish(self, inputs: Sequence[int], outputs: Any) -> KerasGraph:
+        """The finished graph."""
+        graph = OpGraph(
+            ops=tuple(self.ops),
+            tensors=tuple(
+                Tensor(self.shape(t), tf.as_dtype(s.dtype).size, tf.as_dtype(s.dtype).is_floating)
+                for t, s in enumerate(self.symbols)
+            ),
+            variables=tuple(describe(v) for v in self.variables),
+            inputs=tuple(inputs),
+            outputs=tuple(tree.flatten(outputs)),
+        )
+        return KerasGraph(graph, tuple(self.calls), tuple(self.variables), tuple(self.symbols), outputs)
+
+
+def describe(variable: keras.Variable) -> Variable:
+    """A Keras variable as plain data."""
+    size = int(np.prod(variable.shape)) * tf.as_dtype(variable.dtype).size
+    return Variable(variable.path, size, variable.trainable)
+
+
+def graph_from(function: Any, explicit: bool = False) -> KerasGraph:
+    """The graph of a Functional model or a `keras.Function`, with nested models inlined."""
+    builder = Builder()
+    inputs = [builder.tensor(symbol) for symbol in function.inputs]
+    return builder.finish(inputs, builder.walk(function, inputs, explicit=explicit))
+
+
+def one_call(model: keras.Model, x: Any) -> KerasGraph:
+    """A model as a single operation, its own `call`."""
+    builder = Builder()
+    symbols = tree.map_structure(lambda a: keras.KerasTensor((None, *a.shape[1:]), a.dtype), x)
+    inputs = [builder.tensor(symbol) for symbol in tree.flatten(symbols)]
+    spec = _keras.output_spec(model, symbols)
+    refs = tree.pack_sequence_as(x, [Ref(t) for t in inputs])
+
+    def call(inputs, training=None):
+        given = {"training": training} if _keras.takes_training(model) else {}
+        return type(model).call(model, inputs, **given)
+
+    call.variables = model.variables
+    outputs = builder.add(model.name, call, (refs,), {}, tree.flatten(spec), False)
+    return builder.finish(inputs, tree.pack_sequence_as(spec, outputs))
+
+
+def opened(model: keras.Model, x: Any, training: bool) -> KerasGraph:
+    """A subclassed model, opened by calling it on symbolic inputs and checked by numbers.
+
+    Args:
+        x: a few samples of real input, for the check.
+
+    Raises:
+        ModelError: `call` does not take symbolic inputs, or what it does with them is not what it does with numbers.
+    """
+    name = type(model).__name__
+    flat = [a for a in tree.flatten(x)]
+    symbols = [keras.KerasTensor((None, *a.shape[1:]), keras.backend.standardize_dtype(a.dtype)) for a in flat]
+    given = {"training": training} if _keras.takes_training(model) else {}
+    cure = (
+        "To cut a model into stages, tfpar follows its layers. Build it from keras.layers and keras.ops "
+        "(a raw TensorFlow function belongs in the call() of a layer of its own, or in keras.layers.Lambda), "
+        "or use a Functional or Sequential model"
+    )
+    try:
+        outputs = model.call(tree.pack_sequence_as(x, symbols), **given)
+        function = keras.Function(symbols, outputs)
+    except Exception as error:
+        raise ModelError(f"{name}.call does not work on symbolic inputs: {error}\n{cure}.") from error
+    graph = graph_from(function, explicit=True)
+    inside, _, written = perturbed(lambda: graph.run(flat, training if given else None))
+    original, losses, changed = perturbed(lambda: model.call(x, **given))
+    same = all(np.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True) for a, b in zip(inside, original, strict=True))
+    if not same or written.keys() != changed.keys():
+        unseen = [v.path for v in model.weights if all(v is not g for g in graph.variables)]
+        why = f"; it does not see the weights {unseen} there" if unseen else ""
+        raise ModelError(
+            f"{name}.call gives other numbers when its layers are run one by one than when it is called{why}: "
+            f"what it computes beside its layers (conditions, random numbers, its own weights) is frozen. {cure}."
+        )
+    return graph
+
+
+class Perturbed(_keras.RecordingScope):
+    """Every weight reads a little different from its value, so that one that was frozen shows."""
+
+    def get_current_value(self, variable):
+        value = self.state_mapping.get(id(variable))
+        if value is not None or not variable.trainable:
+            return value
+        return variable._value * 1.05 + tf.cast(0.01, variable._value.dtype)
+
+
+def perturbed(run: Callable[[], Any]) -> tuple[list[np.ndarray], list, dict]:
+    """The flat results of `run` with perturbed weights, the losses it adds, the variables it would write."""
+    with Perturbed([]) as scope:
+        results = [np.asarray(r) for r in tree.flatten(run())]
+    return results, scope.losses, scope.written

@@ -1,0 +1,115 @@
+"""What goes where: the result of planning, and what a user is told of it."""
+
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from tfpar.cost import BACKWARD, Hardware, StageCost, op_seconds
+from tfpar.mesh import Mesh
+from tfpar.partition import Partition
+from tfpar.schedule import Schedule
+from tfpar.simulate import simulate
+from tfpar.timeline import Timeline
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A partition on a mesh, run by a schedule. `print(plan)` explains it.
+
+    Args:
+        partition: the stage of each operation.
+        mesh: the devices.
+        schedule: for a full batch.
+        hardware: what the estimates assume.
+        rows: samples in a full batch.
+        slot_bytes: for each variable of the graph, the bytes that the optimizer keeps for it.
+    """
+
+    partition: Partition
+    mesh: Mesh
+    schedule: Schedule
+    hardware: Hardware
+    rows: int
+    slot_bytes: tuple[int, ...] = ()
+
+    def device(self, stage: int) -> str:
+        """The device of a stage."""
+        return self.mesh.device(stage=self.schedule.device_of[stage])
+
+    def home(self, variable: int) -> str:
+        """The device of a variable."""
+        return self.device(self.partition.home(variable))
+
+    @property
+    def micro_rows(self) -> int:
+        """Samples in the largest micro-batch."""
+        return -(-self.rows // self.schedule.micro_batches)
+
+    @property
+    def cost(self) -> StageCost:
+        """Estimated seconds of each stage for one micro-batch."""
+        graph = self.partition.graph
+        forward = tuple(
+            sum(op_seconds(graph, graph.ops[i], self.micro_rows, self.hardware) for i in self.partition.ops(s))
+            for s in range(self.partition.stages)
+        )
+        largest = max((self.edge_bytes(s) for s in range(self.partition.stages - 1)), default=0)
+        return StageCost(
+            forward, tuple(BACKWARD * f for f in forward), largest * self.micro_rows / self.hardware.link_bytes
+        )
+
+    @property
+    def timeline(self) -> Timeline:
+        """The simulated step."""
+        return simulate(self.schedule, self.cost)
+
+    def edge_bytes(self, stage: int) -> int:
+        """Bytes of one sample that leave a stage."""
+        return sum(self.partition.graph.tensors[t].bytes for t in self.partition.edges(stage))
+
+    def parameter_bytes(self, stage: int) -> int:
+        """Bytes of the variables that live on a stage."""
+        return sum(v.bytes for i, v in enumerate(self.partition.graph.variables) if self.partition.home(i) == stage)
+
+    def optimizer_bytes(self, stage: int) -> int:
+        """Bytes of the optimizer's slots on a stage."""
+        return sum(b for i, b in enumerate(self.slot_bytes) if self.partition.home(i) == stage)
+
+    def activation_bytes(self, stage: int) -> int:
+        """Bytes of what a stage's operations make, for as many micro-batches as the schedule holds at once."""
+        graph = self.partition.graph
+        made = sum(graph.tensors[t].bytes for i in self.partition.ops(stage) for t in graph.ops[i].outputs)
+        return made * self.micro_rows * self.schedule.in_flight(stage)
+
+    def __rich__(self) -> Table:
+        table = Table(title=f"{self.partition.stages} stages, {self.schedule.micro_batches} micro-batches")
+        for name in ("stage", "device", "layers"):
+            table.add_column(name)
+        for name in ("time", "parameters", "optimizer", f"activations of {self.rows} samples"):
+            table.add_column(name, justify="right")
+        whole = sum(self.cost.forward) or 1.0
+        for s in range(self.partition.stages):
+            names = [self.partition.graph.ops[i].layer for i in self.partition.ops(s)]
+            table.add_row(
+                str(s), self.device(s), names[0] if len(names) == 1 else f"{names[0]} … {names[-1]} ({len(names)})",
+                f"{self.cost.forward[s] / whole:.0%}", size(self.parameter_bytes(s)), size(self.optimizer_bytes(s)),
+                size(self.activation_bytes(s)),
+            )  # fmt: skip
+        table.caption = f"predicted bubble {self.timeline.bubble:.0%} (idle share of all devices)"
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=120)
+        with console.capture() as capture:
+            console.print(self, self.timeline.draw(100))
+        return capture.get()
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that suits: `1.5 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

@@ -1,0 +1,129 @@
+"""From a model and a first batch to an engine: build, open, cut, place, check."""
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras import tree
+
+from tfpar import _keras
+from tfpar.cost import HARDWARE
+from tfpar.engine import Engine
+from tfpar.errors import ModelError, ScopeError
+from tfpar.model import KerasGraph, graph_from, one_call, opened
+from tfpar.partition import Partition, partition
+from tfpar.plan import Plan
+from tfpar.probe import check_independence
+from tfpar.variables import LogicalVariable
+
+SAMPLES = 3  # of the first batch, with which an opened model is checked
+
+
+def prepared(strategy: Any, model: keras.Model, data: Any, rows: int, before: Plan | None) -> Engine:
+    """Create all that Keras would create in its first step, plan, and move every variable to its device.
+
+    Args:
+        strategy: gives `mesh`, `micro_batches`, `placement` and `schedule(micro_batches)`.
+        data: a batch, `(x, y, sample_weight)`.
+        rows: its samples.
+        before: the plan that the model had; its variables are there already.
+    """
+    x, _, _ = _keras.unpack_x_y_sample_weight(data)
+    _keras.build(model, data)
+    schedule = strategy.schedule(min(strategy.micro_batches, rows))
+    graph, inference = graphs_of(model, x, schedule.stages)
+    hardware = HARDWARE["GPU" if all("GPU" in d for d in strategy.mesh.devices) else "CPU"]
+    if before is not None and [op.name for op in before.partition.graph.ops] == [op.name for op in graph.graph.ops]:
+        cut = Partition(graph.graph, before.partition.stage_of)
+    else:
+        micro_rows = -(-rows // schedule.micro_batches)
+        cut = partition(graph.graph, schedule.stages, strategy.placement, hardware, micro_rows)
+    plan = Plan(cut, strategy.mesh, schedule, hardware, rows)
+    engine = Engine(plan, model, graph, inference, bool(model.jit_compile), model.run_eagerly)
+    if strategy.micro_batches > 1:
+        check_batch_dimension(graph)
+        check_independence(graph, engine.probe)
+    place(strategy, engine, data)
+    return engine
+
+
+def place(strategy: Any, engine: Engine, data: Any):
+    """Move the model's variables, its metrics' and its optimizer's, creating the latter where they belong."""
+    model, plan = engine.model, engine.plan
+    last = plan.device(plan.partition.stages - 1)
+    for v, variable in enumerate(engine.graph.variables):
+        check_scope(strategy, variable)
+        move(variable, plan.home(v))
+    if not model.compiled:
+        return
+    with strategy.extended.creating_on(last):
+        if not _keras.overrides(model, "train_step", "test_step", "compute_loss", "_compute_loss"):
+            outputs = tree.map_structure(lambda t: engine.graph.symbols[t], engine.graph.outputs)
+            _keras.build(model, data, outputs)
+    for variable in model.metrics_variables:
+        move(variable, last)
+    if model.optimizer is not None and not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+
+
+def move(variable: keras.Variable, device: str):
+    """Place a variable that is still waiting."""
+    if isinstance(variable.value, LogicalVariable):
+        variable.value.place(device)
+
+
+def check_scope(strategy: Any, variable: keras.Variable):
+    """Refuse a variable that was created elsewhere: it would stay there.
+
+    Raises:
+        ScopeError: says which, and what to write.
+    """
+    ours = isinstance(variable.value, LogicalVariable) and variable.value.distribute_strategy is strategy
+    if not ours and not _keras.is_seed(variable):
+        raise ScopeError(
+            f"{variable.path} was created outside of this strategy's scope. Create the layers inside:\n"
+            "    with strategy.scope():\n        model = ..."
+        )
+
+
+def graphs_of(model: keras.Model, x: Any, stages: int) -> tuple[KerasGraph, KerasGraph | None]:
+    """The model's graph, and one for inference if it calls its layers with other arguments there.
+
+    Raises:
+        ModelError: a subclassed model that cannot be opened.
+    """
+    if _keras.is_graph(model):
+        return graph_from(_keras.graph_of(model)), None
+    inputs = _keras.converted_inputs(model, tree.map_structure(lambda a: tf.convert_to_tensor(a[:SAMPLES]), x))
+    if stages == 1:
+        return one_call(model, inputs), None
+    with tf.device("CPU:0"):
+        graph, inference = opened(model, inputs, True), opened(model, inputs, False)
+    if graph.graph != inference.graph:
+        raise ModelError(
+            f"{type(model).__name__}.call runs other layers in training than in inference; tfpar cuts a model once. "
+            "Let the layers decide by their own `training` argument"
+        )
+    return graph, inference
+
+
+def check_batch_dimension(graph: KerasGraph):
+    """Check that inputs and outputs have samples along dimension 0, as many as a micro-batch happens to have.
+
+    Raises:
+        ModelError: a fixed batch size, or an output without a batch.
+    """
+    for t in graph.graph.inputs:
+        shape = graph.symbols[t].shape
+        if shape and shape[0] is not None:
+            raise ModelError(
+                f"the input {graph.symbols[t].name} has a fixed batch size of {shape[0]}, micro-batches are smaller; "
+                "leave batch_size out of keras.Input, or use micro_batches=1 (LayerPlacementStrategy)"
+            )
+    for t in graph.graph.outputs:
+        shape = graph.symbols[t].shape
+        if not shape or shape[0] is not None:
+            raise ModelError(
+                f"an output of shape {tuple(shape)} has no batch dimension, so that of a batch does not follow from "
+                "those of micro-batches; use micro_batches=1 (LayerPlacementStrategy)"
+            )

@@ -1,0 +1,105 @@
+"""One stage as a pure function."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from tfpar import _keras
+from tfpar.model import KerasGraph
+
+
+class Edge(NamedTuple):
+    """A tensor on its way between stages, with the Keras mask that belongs to it."""
+
+    value: Any
+    mask: Any = None
+
+
+class Result(NamedTuple):
+    """What a program returns, each part keyed as said.
+
+    Args:
+        edges: the tensors of the graph that others need.
+        losses: what the layers added, by operation.
+        moments: batch statistics, by BatchNormalization layer of the program.
+        state: new values of variables, by variable of the graph.
+    """
+
+    edges: dict[int, Edge]
+    losses: dict[int, list[tf.Tensor]]
+    moments: dict[int, list[_keras.Moments]]
+    state: dict[int, tf.Tensor]
+
+
+class Program:
+    """The operations of one stage as a pure function `(variables, edges) -> Result`.
+
+    It reads no variable and writes none, so it can run anywhere, with parameters that were gathered or moved, and any
+    number of times; it is traced once for each kind of input, and compiled with XLA where asked.
+
+    Args:
+        graph: the whole model.
+        ops: the operations of the stage.
+        gives: the tensors to return.
+        model: whose autocast scope to run in.
+        training: what the layers are told; `None` to leave it to them.
+        jit_compile: whether to compile with XLA.
+        eager: whether to run operation by operation, untraced.
+    """
+
+    def __init__(
+        self,
+        graph: KerasGraph,
+        ops: Sequence[int],
+        gives: Sequence[int],
+        model: keras.Model,
+        training: bool | None,
+        jit_compile: bool = False,
+        eager: bool = False,
+    ):
+        self.graph, self.ops, self.gives = graph, ops, gives
+        self.model, self.training = model, training
+        self.variables = tuple(sorted({v for i in ops for v in graph.graph.ops[i].variables}))
+        layers = {id(x): x for i in ops for x in _keras.batch_normalizations(graph.calls[i].operation)}
+        self.normalizations = list(layers.values()) if training else []
+        self.writers: dict[int, int] = {}  # of each variable that changes, the operation that wrote it last
+        self.call = self.run if eager else tf.function(self.run, jit_compile=jit_compile, autograph=False)
+
+    def __call__(self, variables: Sequence[tf.Tensor], edges: dict[int, Edge]) -> Result:
+        return self.call(list(variables), edges)
+
+    def run(self, variables: list[tf.Tensor], edges: dict[int, Edge]) -> Result:
+        """Run the operations; `variables` are the values of `self.variables`."""
+        places = {id(self.graph.variables[v]): v for v in self.variables}
+        values = [(self.graph.variables[v], value) for v, value in zip(self.variables, variables, strict=True)]
+        tensors = {}
+        for t, edge in edges.items():
+            tensors[t] = edge.value
+            if edge.mask is not None:
+                _keras.set_keras_mask(edge.value, edge.mask)
+        found: list[tuple[int, _keras.Moments]] = []
+        losses = {}
+        with (
+            _keras.RecordingScope(values, strict=True) as scope,
+            _keras.autocast_of(self.model),
+            _keras.recorded_moments(self.normalizations, found),
+        ):
+            for scope.call in self.ops:
+                call, before = self.graph.calls[scope.call], len(scope.losses)
+                call(tensors, self.training)
+                if scope.losses[before:]:
+                    losses[scope.call] = scope.losses[before:]
+        for i in losses:
+            _keras.clear_losses(self.graph.calls[i].operation)
+        self.writers = {places[v]: i for v, i in scope.writers.items()}
+        moments: dict[int, list[_keras.Moments]] = {}
+        for layer, value in found:
+            moments.setdefault(layer, []).append(value)
+        return Result(
+            {t: Edge(tensors[t], _keras.get_keras_mask(tensors[t])) for t in self.gives},
+            losses,
+            moments,
+            {places[v]: scope.state_mapping[v] for v in scope.written},
+        )

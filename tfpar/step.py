@@ -1,0 +1,229 @@
+"""What Keras' fit, evaluate and predict call for a model under a strategy."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras import tree
+
+from tfpar import _keras, batch
+from tfpar._tf import following_inputs, record_gradient, tape_watches
+from tfpar.engine import Engine, Pass, add, device_of, read
+from tfpar.loss import Head, LossProgram, separable, structured
+from tfpar.prepare import prepared
+from tfpar.program import Edge
+from tfpar.schedule import Kind, gpipe
+from tfpar.traced import Traced
+
+
+class Steps:
+    """The training, test and prediction functions of one model under one strategy.
+
+    A step is Keras' own, with the model's call run by the engine. Where Keras' `train_step` and `compute_loss` are used
+    as they are and the loss of a batch follows from those of its parts, training is scheduled: some micro-batches go
+    backward while others still go forward.
+
+    Args:
+        strategy: gives `mesh`, `micro_batches`, `placement` and `schedule(micro_batches)`.
+        model: the Keras model that was constructed in its scope.
+    """
+
+    def __init__(self, strategy: Any, model: keras.Model):
+        self.strategy, self.model = strategy, model
+        self.engine: Engine | None = None
+        self.compiled_as: Any = None
+
+    def adopt(self):
+        """Make Keras call these functions, through the hooks that it offers, on this one model."""
+        hooks = ("make_train_function", "make_test_function", "make_predict_function")
+        vars(self.model).update({h: getattr(self, h) for h in hooks if not _keras.overrides(self.model, h)})
+        vars(self.model).update(_resolve_auto_jit_compile=self.auto_jit, _maybe_symbolic_build=self.build_later)
+
+    def auto_jit(self) -> bool:
+        """What `jit_compile="auto"` means: programs are compiled on GPUs."""
+        return all("GPU" in d for d in self.strategy.mesh.devices) and _keras.auto_jit(self.model)
+
+    def build_later(self, iterator: Any = None, data_batch: Any = None):
+        """In place of Keras' build, which would take its first batch away from a generator."""
+
+    # ---- the functions that Keras asks for
+
+    def make_train_function(self, force: bool = False) -> Callable:
+        """The function that trains on an iterator's next batches."""
+        if self.model.train_function is None or force:
+            self.model.train_function = self.over_iterator(self.train_step)
+        return self.model.train_function
+
+    def make_test_function(self, force: bool = False) -> Callable:
+        """The function that evaluates on an iterator's next batches."""
+        if self.model.test_function is None or force:
+            self.model.test_function = self.over_iterator(self.test_step)
+        return self.model.test_function
+
+    def make_predict_function(self, force: bool = False) -> Callable:
+        """The function that predicts for a list of batches."""
+        if self.model.predict_function is None or force:
+            traced = Traced(self, self.predict_step)
+
+            def predict(batches: list[Any]) -> Any:
+                outputs = [traced(data) for data in batches]
+                return tree.map_structure(lambda *parts: batch.joined(list(parts)), *outputs)
+
+            self.model.predict_function = predict
+        return self.model.predict_function
+
+    def over_iterator(self, step: Callable) -> Callable:
+        """A step repeated `steps_per_execution` times, or until the data ends."""
+        traced = Traced(self, step)
+
+        def function(iterator: Iterator[Any]) -> Any:
+            declared = getattr(iterator, "element_spec", None)
+            logs = None
+            for _ in range(self.model.steps_per_execution):
+                try:
+                    data = next(iterator)
+                except (StopIteration, tf.errors.OutOfRangeError):
+                    if logs is None:
+                        raise StopIteration from None
+                    break
+                logs = traced(data, declared)
+            return logs
+
+        return function
+
+    def prepared(self, data: Any, rows: int) -> Engine:
+        """The engine, made when the model is first used and again when it was compiled since."""
+        model = self.model
+        state = [model.optimizer, model._compile_loss, model._compile_metrics] if model.compiled else []
+        compiled_as = [*map(id, state), bool(model.jit_compile), model.run_eagerly]
+        if self.engine is None or compiled_as != self.compiled_as:
+            with self.strategy.scope():
+                self.engine = prepared(
+                    self.strategy, model, data, rows, before=self.engine.plan if self.engine else None
+                )
+            self.loss = LossProgram(self.engine)
+            self.compiled_as = compiled_as
+        return self.engine
+
+    # ---- steps, run in the strategy's replica context
+
+    def train_step(self, data: Any, parts: int) -> Any:
+        """Keras' `train_step`, scheduled where its loss allows, or the user's."""
+        overridden = _keras.overrides(self.model, "train_step", "compute_loss", "_compute_loss")
+        if overridden or not separable(self.engine, data, parts):
+            with self.running(parts):
+                return self.model.train_step(data)
+        return self.scheduled_step(data, parts)[0]
+
+    def test_step(self, data: Any, parts: int) -> Any:
+        """Keras' `test_step`, or the user's."""
+        with self.running(parts):
+            return self.model.test_step(data)
+
+    def predict_step(self, data: Any, parts: int) -> Any:
+        """Keras' `predict_step`, or the user's."""
+        with self.running(parts):
+            return self.model.predict_step(data)
+
+    def scheduled_step(self, data: Any, parts: int, clock: bool = False) -> tuple[Any, Pass]:
+        """One training step in the order of the schedule: its logs, and the pass that was run."""
+        model = self.model
+        x, y, sample_weight = _keras.unpack_x_y_sample_weight(data)
+        training = True if _keras.takes_training(model) else None
+        with following_inputs():
+            flat = [Edge(v) for v in _keras.graph_inputs(model, _keras.converted_inputs(model, x))]
+            scale = model.optimizer.scale_loss(tf.ones(()))
+            head = Head(self.loss, flat, y, sample_weight, parts, scale, training)
+            run = Pass(
+                self.engine, batch.split(flat, parts), batch.shares(batch.count(x), parts), training,
+                differentiate=True, head=head, loss_cotangent=scale, clock=clock,
+            )  # fmt: skip
+            run.run(self.strategy.schedule(parts), Kind.FORWARD, Kind.BACKWARD)
+            penalties, gradients = self.gradients(run, scale)
+            losses = [head.total(), *run.added_losses().values(), *penalties]
+            loss = tf.add_n([tf.cast(tf.reduce_sum(part), _keras.loss_dtype(model)) for part in losses])
+            _keras.track_loss(model, loss, batch.count(x))
+            outputs = run.outputs()
+            for tracker, value in zip(_keras.loss_trackers(model), head.each_loss(), strict=False):
+                tracker.update_state(value, sample_weight=next(iter(outputs.values())).value.shape[0])
+            model.optimizer.apply_gradients(zip(gradients, model.trainable_weights, strict=True))
+            run.write_state()
+            y_pred = structured(self.engine, outputs)
+            return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight), run
+
+    def gradients(self, run: Pass, scale: Any) -> tuple[list[tf.Tensor], list[Any]]:
+        """The regularization of each weight that has one, and the gradients of all weights, each where it lives."""
+        places = {id(variable): v for v, variable in enumerate(self.engine.graph.variables)}
+        penalties, gradients = [], []
+        for variable in self.model.trainable_weights:
+            gradient = run.gradient(places[id(variable)]) if id(variable) in places else None
+            if variable.regularizer is not None:
+                with tf.device(device_of(variable)):
+                    value = read(variable)
+                    with tf.GradientTape() as tape:
+                        tape.watch(value)
+                        penalties.append(variable.regularizer(value))
+                        scaled = penalties[-1] * tf.cast(scale, penalties[-1].dtype)
+                    of_penalty = tape.gradient(scaled, value)
+                    gradient = of_penalty if gradient is None else add(gradient, of_penalty)
+            gradients.append(gradient)
+        return penalties, gradients
+
+    @contextlib.contextmanager
+    def running(self, parts: int) -> Iterator[None]:
+        """Inside, the model's call is run by the engine, in this many micro-batches."""
+        losses: list[tf.Tensor] = []
+
+        def call(inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+            return self.call(inputs, training, mask, parts, losses)
+
+        with following_inputs(), _keras.running(self.model, call, losses):
+            yield
+
+    def call(self, inputs: Any, training: bool | None, mask: Any, parts: int, losses: list[tf.Tensor]) -> Any:
+        """The model's call: all micro-batches forward, and backward when a tape asks for the gradient.
+
+        Args:
+            losses: is set to what the step reads as `model.losses`.
+        """
+        engine, graph = self.engine, self.engine.graph.graph
+        flat = _keras.graph_inputs(self.model, inputs)
+        masks = [None] * len(flat) if mask is None else tree.flatten(mask)
+        edges = [Edge(x, m) for x, m in zip(flat, masks, strict=True)]
+        weights = [(v, device_of(engine.graph.variables[v])) for v in sorted(engine.trainable)]
+        sources = []
+        for v, device in weights:
+            with tf.device(device):
+                sources.append(tf.convert_to_tensor(engine.graph.variables[v].value))
+        inside = [t for t, x in zip(graph.inputs, flat, strict=True) if x is not None and tape_watches([x])]
+        differentiate = bool(inside) or tape_watches(sources)
+        run = Pass(
+            engine, batch.split(edges, parts), batch.shares(batch.count(flat), parts), training,
+            differentiate=differentiate, watch_inputs=bool(inside),
+        )  # fmt: skip
+        schedule = gpipe(engine.plan.partition.stages, parts)
+        run.run(schedule, Kind.FORWARD)
+        run.write_state()
+        outputs, added = run.outputs(), run.added_losses()
+        if differentiate:
+            sources += [x for t, x in zip(graph.inputs, flat, strict=True) if t in inside]
+            targets = [*(e.value for e in outputs.values()), *added.values()]
+
+            def backward(*cotangents: tf.Tensor | None) -> list[Any]:
+                parts_of = dict(zip(outputs, [batch.split([c], parts) for c in cotangents[: len(outputs)]], strict=True))
+                for t, pieces in parts_of.items():
+                    for m, (piece,) in enumerate(pieces):
+                        run.cotangents[m][t] = [piece]
+                run.loss_cotangent = dict(zip(added, cotangents[len(outputs) :], strict=True))
+                run.run(schedule, Kind.BACKWARD)
+                of_inputs = [batch.joined([c[t][0] for c in run.cotangents]) for t in inside]
+                return [*(run.gradient(v) for v, _ in weights), *of_inputs]
+
+            copies = record_gradient(targets, sources, backward)
+            outputs = {t: Edge(y, e.mask) for (t, e), y in zip(outputs.items(), copies, strict=False)}
+            added = dict(zip(added, copies[len(outputs) :], strict=True))
+        if added:
+            losses[:] = _keras.added_losses(self.model, list(added.values()))
+        return structured(engine, outputs)

@@ -1,0 +1,90 @@
+"""A step as tf.functions, traced once for each kind of batch instead of once for each size."""
+
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+from keras import tree
+
+from tfpar import _keras, batch
+
+
+class Traced:
+    """A function of a batch and its number of micro-batches.
+
+    Args:
+        step: `(data, parts) -> results`, run in the replica context of the strategy.
+        prepare: `(data, rows)`, called before tracing, outside of any function.
+        extend: called with what a program did not know when it was traced; then it is traced again.
+        strategy, model: whose.
+    """
+
+    def __init__(self, steps: Any, step: Callable[[Any, int], Any]):
+        self.steps, self.step = steps, step
+        self.functions: dict[Any, list[tuple[list[tf.TensorSpec], Callable]]] = {}
+        self.engine: Any = None
+
+    def __call__(self, data: Any, declared: Any = None) -> Any:
+        """Run the step.
+
+        Args:
+            data: `(x, y, sample_weight)` of arrays.
+            declared: the specs under which an iterator gives them; a batch size that it leaves open stays open.
+        """
+        model, strategy = self.steps.model, self.steps.strategy
+        data = tree.map_structure(tensor, _keras.without_optionals(model, data))
+        rows = batch.rows(data)
+        engine = self.steps.prepared(data, rows)
+        if engine is not self.engine:
+            self.functions, self.engine = {}, engine
+        parts = min(strategy.micro_batches, rows)
+        while True:
+            try:
+                if model.run_eagerly:
+                    return strategy.run(self.step, args=(data, parts))
+                return self.function(data, declared, parts)(*present(data))
+            except _keras.UnknownVariables as unknown:
+                engine.extend(unknown)
+
+    def function(self, data: Any, declared: Any, parts: int) -> Callable:
+        """The tf.function for this kind of batch, made if there is none."""
+        specs = self.specs(data, declared)
+        key = parts, str(tree.map_structure(lambda v: None if v is None else (v.dtype, v.shape.rank), data))
+        known = self.functions.setdefault(key, [])
+        for signature, function in known:
+            if all(s.is_compatible_with(v) for s, v in zip(signature, present(data), strict=True)):
+                return function
+        if not self.engine.jit_compile:
+            for signature, _ in known:
+                specs = [s.most_specific_common_supertype([other]) for s, other in zip(specs, signature, strict=True)]
+
+        def run(*arrays):
+            left = iter(arrays)
+            batch_of = tree.map_structure(lambda v: None if v is None else next(left), data)
+            return self.steps.strategy.run(self.step, args=(batch_of, parts))
+
+        function = tf.function(run, input_signature=specs, autograph=False)
+        known.insert(0, (specs, function))
+        return function
+
+    def specs(self, data: Any, declared: Any) -> list[Any]:
+        """The shapes to trace for: XLA knows all sizes, a plain function leaves open what the iterator does."""
+        exact = [tf.type_spec_from_value(v) for v in present(data)]
+        if self.engine.jit_compile or declared is None:
+            return exact
+        given = [s for s in tf.nest.flatten(declared) if isinstance(s, tf.TypeSpec)]
+        fits = len(given) == len(exact) and all(
+            type(g) is type(e) and g.is_compatible_with(v)
+            for g, e, v in zip(given, exact, present(data), strict=True)
+        )
+        return given if fits else exact
+
+
+def tensor(value: Any) -> Any:
+    """A leaf of a batch as a tensor; ragged and sparse ones stay what they are."""
+    return value if value is None or isinstance(value, tf.__internal__.CompositeTensor) else tf.convert_to_tensor(value)
+
+
+def present(data: Any) -> list[Any]:
+    """The leaves of a batch that are not `None`."""
+    return [v for v in tree.flatten(data) if v is not None]

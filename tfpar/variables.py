@@ -1,0 +1,67 @@
+"""One logical variable, wherever its value lives."""
+
+import weakref
+
+import tensorflow as tf
+
+from tfpar._tf import MirroredVariable, ResourceVariable
+
+HOST = "CPU:0"
+
+
+class LogicalVariable(MirroredVariable):
+    """A variable that keeps its identity when its value moves to another device.
+
+    It is created in host memory and waits there until a plan says where it belongs, so that a model larger than one
+    device never touches one. To `tf.distribute`, Keras, checkpoints and SavedModel it is a `MirroredVariable` with a
+    single piece; reading and writing it needs no scope and no replica context.
+
+    Args:
+        strategy: the strategy in whose scope it was created.
+        values: the one `tf.Variable` that holds the value.
+    """
+
+    def __init__(self, strategy, values, aggregation=tf.VariableAggregation.NONE, var_policy=None):
+        super().__init__(strategy, values, aggregation, var_policy)
+        self._key = self._primary._unique_id
+        self._followers: list[weakref.ref[LogicalVariable]] = []
+
+    @property
+    def _unique_id(self):
+        return self._key
+
+    def _get(self):
+        return self._values[0]
+
+    _get_cross_replica = _get_on_device_or_primary = _get
+
+    @property
+    def handle(self):
+        return self._get().handle
+
+    def read_value(self):
+        return self._get().read_value()
+
+    def _dense_var_to_tensor(self, dtype=None, name=None, as_ref=False):
+        return tf.convert_to_tensor(self._get(), dtype=dtype, name=name)
+
+    def _update(self, update_fn, value, **kwargs):
+        return update_fn(self._get(), value, **kwargs)
+
+    def followed_by(self, other: "LogicalVariable"):
+        """From now on `other`, an optimizer's slot for instance, moves along."""
+        self._followers.append(weakref.ref(other))
+
+    def place(self, device: str):
+        """Move the value, and that of each follower, to `device`. What was traced before must be traced again."""
+        old = self._get()
+        with tf.init_scope(), tf.device(device):
+            if tf.DeviceSpec.from_string(old.device) != tf.DeviceSpec.from_string(tf.identity(0).device):
+                new = ResourceVariable(
+                    old.read_value(), trainable=old.trainable, name=self._common_name, dtype=old.dtype
+                )
+                new.handle._distributed_container = weakref.ref(self)
+                self._values = (new,)
+        for follower in self._followers:
+            if (variable := follower()) is not None:
+                variable.place(device)
