@@ -13,7 +13,7 @@ from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
 __all__ = [
     "MirroredExtended", "MirroredVariable", "ReplicaContext", "ResourceVariable", "UpdateContext",
-    "following_inputs", "record_gradient", "tape_watches",
+    "following_inputs", "record_gradient", "tape_watches", "unrecorded",
 ]  # fmt: skip
 
 
@@ -66,6 +66,12 @@ def record_gradient(
         copies = [tf.identity(y) for y in outputs]
     record.record_operation("tfpar", copies, list(inputs), backward)
     return copies
+
+
+def unrecorded(read: Callable[[], tf.Tensor]) -> tf.Tensor:
+    """What `read` returns, as a tensor that no tape watches: what becomes of it is not recorded."""
+    with record.stop_recording():
+        return tf.identity(read())
 
 
 def tape_watches(tensors: Sequence[tf.Tensor]) -> bool:

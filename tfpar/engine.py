@@ -10,6 +10,7 @@ import keras
 import tensorflow as tf
 
 from tfpar import _keras, batch
+from tfpar._tf import unrecorded
 from tfpar.errors import ModelError
 from tfpar.model import KerasGraph
 from tfpar.partition import Partition
@@ -365,7 +366,7 @@ def device_of(variable: keras.Variable) -> str:
 def read(variable: keras.Variable) -> tf.Tensor:
     """A variable's value on the current device; TensorFlow reads it only where it lives."""
     with tf.device(device_of(variable)):
-        value = tf.convert_to_tensor(variable.value)
+        value = unrecorded(lambda: tf.convert_to_tensor(variable.value))
     return tf.identity(value)
 
 

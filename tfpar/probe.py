@@ -160,19 +160,17 @@ def check_independence(graph: KerasGraph, probe: Probe):
             )
 
 
-def loss_combination(loss: Callable, y_true: Any, y_pred: Any) -> Combine | None:
-    """How the values of a loss function combine; `None` also if it cannot be run on random samples."""
-    rng = np.random.default_rng(0)
-
-    def draw(spec):
-        return None if spec is None else sample(spec.shape, spec.dtype, rng)
-
-    y_true, y_pred = tree.map_structure(draw, (y_true, y_pred))
+def loss_combination(loss: keras.losses.Loss, y_true: Any, y_pred: Any) -> Combine | None:
+    """How the values of a loss, before its reduction, combine; `None` if it cannot be run on random samples."""
     with tf.init_scope():
+        rng = np.random.default_rng(0)
+        y_true, y_pred = tree.map_structure(lambda s: sample(s.shape, s.dtype, rng), (y_true, y_pred))
+
+        def values(rows):
+            return loss.call(*tree.map_structure(lambda v: tf.cast(v[rows], loss.dtype), (y_true, y_pred)))
+
         try:
-            whole, *parts = (
-                loss(*tree.map_structure(lambda v: v[rows], (y_true, y_pred))) for rows in (slice(None), *PARTS)
-            )
-        except Exception:
+            results = [values(rows) for rows in (slice(None), *PARTS)]
+        except Exception:  # whatever it needs, it is not a batch like any other
             return None
-        return combination(whole, parts)
+        return combination(results[0], results[1:])

@@ -9,7 +9,7 @@ import tensorflow as tf
 from keras import tree
 
 from tfpar import _keras, batch
-from tfpar._tf import following_inputs, record_gradient, tape_watches
+from tfpar._tf import following_inputs, record_gradient, tape_watches, unrecorded
 from tfpar.engine import Engine, Pass, add, device_of, read
 from tfpar.loss import Head, LossProgram, separable, structured
 from tfpar.prepare import prepared
@@ -191,7 +191,7 @@ class Steps:
         engine, graph = self.engine, self.engine.graph.graph
         flat = _keras.graph_inputs(self.model, inputs)
         masks = [None] * len(flat) if mask is None else tree.flatten(mask)
-        edges = [Edge(x, m) for x, m in zip(flat, masks, strict=True)]
+        edges = [Edge(None if x is None else unrecorded(lambda: x), m) for x, m in zip(flat, masks, strict=True)]  # noqa: B023
         weights = [(v, device_of(engine.graph.variables[v])) for v in sorted(engine.trainable)]
         sources = []
         for v, device in weights:
