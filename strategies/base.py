@@ -43,11 +43,11 @@ class Extended(MirroredExtended):
 
     def _create_variable(self, next_creator, **kwargs):
         reference = kwargs.pop("colocate_with", None)
-        beside = reference if isinstance(reference, LogicalVariable) else None
-        with tf.init_scope(), tf.device(beside.device if beside else self.new_variables_on):
+        follows = isinstance(reference, LogicalVariable)
+        with tf.init_scope(), tf.device(reference.device if follows else self.new_variables_on):
             variable = LogicalVariable(self._container_strategy(), [next_creator(**kwargs)])
-        if beside:
-            beside.followed_by(variable)
+        if follows:
+            reference.followed_by(variable)
         return variable
 
     def _validate_colocate_with_variable(self, colocate_with_variable):

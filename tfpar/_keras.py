@@ -259,6 +259,13 @@ def without_optionals(model: keras.Model, batch: Any) -> Any:
     return model._autoconvert_optionals(lambda data: data)(batch)
 
 
+def symbolic(value: Any) -> keras.KerasTensor | None:
+    """A `KerasTensor` like an array of a batch, of any number of rows."""
+    if value is None:
+        return None
+    return keras.KerasTensor((None, *value.shape[1:]), keras.backend.standardize_dtype(value.dtype))
+
+
 def build(model: keras.Model, batch: Any, y_pred: Any = None):
     """Create, from shapes alone, what Keras would create in its first step: layers, loss, metrics.
 
@@ -266,10 +273,7 @@ def build(model: keras.Model, batch: Any, y_pred: Any = None):
         batch: `(x, y, sample_weight)` of tensors.
         y_pred: symbolic outputs, which save running the model again.
     """
-    x, y, sample_weight = tree.map_structure(
-        lambda v: None if v is None else keras.KerasTensor(v.shape, keras.backend.standardize_dtype(v.dtype)),
-        unpack_x_y_sample_weight(batch),
-    )
+    x, y, sample_weight = tree.map_structure(symbolic, unpack_x_y_sample_weight(batch))
     if y_pred is None:
         if not all(layer.built for layer in model._flatten_layers()):
             output_spec(model, x, training=False)

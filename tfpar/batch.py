@@ -48,9 +48,9 @@ def bounds(count: Any, parts: int) -> list[Any]:
 
 
 def shares(count: Any, parts: int) -> list[tf.Tensor]:
-    """The share of each part in `count` rows, as float32 scalars."""
+    """The share of each part in `count` rows, as float64 scalars."""
     edges = bounds(count, parts)
-    return [tf.cast((b - a) / count, tf.float32) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [tf.cast((b - a) / count, tf.float64) for a, b in zip(edges[:-1], edges[1:], strict=True)]
 
 
 def split(batch: Any, parts: int) -> list[Any]:

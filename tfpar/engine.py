@@ -159,7 +159,7 @@ class Pass:
         else:
             cotangents = self.started(action, self.arrived(s, m))
         added = {
-            (i, k): self.loss_weight(i, k, m) * self.cotangent_of(i, k)
+            (i, k): tf.cast(self.loss_weight(i, k, m), losses[k].dtype) * tf.cast(self.cotangent_of(i, k), losses[k].dtype)
             for i, losses in self.results[s, m].losses.items()
             for k in range(len(losses))
         }
@@ -188,8 +188,7 @@ class Pass:
             targets = [result.edges[t].value for t in cotangents] + [result.losses[i][k] for i, k in added]
             if not targets:
                 return {}, {}
-            dys = [*cotangents.values(), *(tf.cast(added[i, k], result.losses[i][k].dtype) for i, k in added)]
-            found = dict(enumerate(tape.gradient(targets, sources, dys)))
+            found = dict(enumerate(tape.gradient(targets, sources, [*cotangents.values(), *added.values()])))
             keys = [*((True, v) for v in inside), *((False, t) for t in outside)]
             return (
                 {k: found[n] for n, (is_variable, k) in enumerate(keys) if is_variable and found[n] is not None},

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-import keras
 import tensorflow as tf
 from keras import tree
 
@@ -22,10 +21,7 @@ def separable(engine: Engine, data: Any, parts: int) -> bool:
     if engine.model._compile_loss is None:
         return False
 
-    def symbolic(v):
-        return None if v is None else keras.KerasTensor(v.shape, keras.backend.standardize_dtype(v.dtype))
-
-    _, y, sample_weight = tree.map_structure(symbolic, _keras.unpack_x_y_sample_weight(data))
+    _, y, sample_weight = tree.map_structure(_keras.symbolic, _keras.unpack_x_y_sample_weight(data))
     y_pred = tree.map_structure(lambda t: engine.graph.symbols[t], engine.graph.outputs)
     calls = _keras.loss_calls(engine.model, y, y_pred, sample_weight)
     return all(_keras.has_plain_reduction(c.loss) for c in calls) and (

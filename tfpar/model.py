@@ -81,6 +81,11 @@ class KerasGraph:
             call(tensors, training)
         return tree.map_structure(lambda t: tensors[t], self.outputs)
 
+    def is_batched(self, tensor: int) -> bool:
+        """Whether dimension 0 is the batch: as open, or as fixed, as that of the model's input."""
+        shape, batch = self.symbols[tensor].shape, self.symbols[self.graph.inputs[0]].shape
+        return bool(shape) and bool(batch) and shape[0] == batch[0]
+
     def with_variables(self, unknown: _keras.UnknownVariables) -> "KerasGraph":
         """The same graph, in which a call also uses these variables."""
         new = [v for v in unknown.variables if all(v is not known for known in self.variables)]
@@ -145,7 +150,7 @@ class Builder:
                 lambda a: Ref(known[id(a)]) if isinstance(a, keras.KerasTensor) else a,
                 (node.arguments.args, node.arguments.kwargs),
             )
-            name = prefix + node.operation.name
+            name = prefix + name_of(node.operation, explicit)
             if _keras.is_graph(node.operation) and len(args) == 1 and set(kwargs) <= {"training"}:
                 inner = _keras.graph_of(node.operation)
                 entered = self.enter(name, node.operation, inner, args[0])
@@ -188,6 +193,12 @@ class Builder:
         return KerasGraph(graph, tuple(self.calls), tuple(self.variables), tuple(self.symbols), outputs)
 
 
+def name_of(operation: Any, opened: bool) -> str:
+    """A layer's name; an operation's too, except in an opened model, where it counts up at each opening."""
+    unstable = opened and not isinstance(operation, keras.layers.Layer)
+    return type(operation).__name__.lower() if unstable else operation.name
+
+
 def describe(variable: keras.Variable) -> Variable:
     """A Keras variable as plain data."""
     size = int(np.prod(variable.shape)) * tf.as_dtype(variable.dtype).size
@@ -204,7 +215,7 @@ def graph_from(function: Any, explicit: bool = False) -> KerasGraph:
 def one_call(model: keras.Model, x: Any) -> KerasGraph:
     """A model as a single operation, its own `call`."""
     builder = Builder()
-    symbols = tree.map_structure(lambda a: keras.KerasTensor((None, *a.shape[1:]), a.dtype), x)
+    symbols = tree.map_structure(_keras.symbolic, x)
     inputs = [builder.tensor(symbol) for symbol in tree.flatten(symbols)]
     spec = _keras.output_spec(model, symbols)
     refs = tree.pack_sequence_as(x, [Ref(t) for t in inputs])
@@ -228,8 +239,8 @@ def opened(model: keras.Model, x: Any, training: bool) -> KerasGraph:
         ModelError: `call` does not take symbolic inputs, or what it does with them is not what it does with numbers.
     """
     name = type(model).__name__
-    flat = [a for a in tree.flatten(x)]
-    symbols = [keras.KerasTensor((None, *a.shape[1:]), keras.backend.standardize_dtype(a.dtype)) for a in flat]
+    flat = tree.flatten(x)
+    symbols = [_keras.symbolic(a) for a in flat]
     given = {"training": training} if _keras.takes_training(model) else {}
     cure = (
         "To cut a model into stages, tfpar follows its layers. Build it from keras.layers and keras.ops "

@@ -41,29 +41,33 @@ def prepared(strategy: Any, model: keras.Model, data: Any, rows: int, before: Pl
     plan = Plan(cut, strategy.mesh, schedule, hardware, rows)
     engine = Engine(plan, model, graph, inference, bool(model.jit_compile), model.run_eagerly)
     if strategy.micro_batches > 1:
-        check_batch_dimension(graph)
+        check_outputs(graph)
         check_independence(graph, engine.probe)
-    place(strategy, engine, data)
+    place(strategy, engine)
     return engine
 
 
-def place(strategy: Any, engine: Engine, data: Any):
+def place(strategy: Any, engine: Engine):
     """Move the model's variables, its metrics' and its optimizer's, creating the latter where they belong."""
     model, plan = engine.model, engine.plan
-    last = plan.device(plan.partition.stages - 1)
     for v, variable in enumerate(engine.graph.variables):
         check_scope(strategy, variable)
         move(variable, plan.home(v))
-    if not model.compiled:
-        return
-    with strategy.extended.creating_on(last):
-        if not _keras.overrides(model, "train_step", "test_step", "compute_loss", "_compute_loss"):
-            outputs = tree.map_structure(lambda t: engine.graph.symbols[t], engine.graph.outputs)
-            _keras.build(model, data, outputs)
-    for variable in model.metrics_variables:
-        move(variable, last)
-    if model.optimizer is not None and not model.optimizer.built:
-        model.optimizer.build(model.trainable_variables)
+    if model.compiled:
+        for variable in model.metrics_variables:
+            move(variable, plan.device(plan.partition.stages - 1))
+        if model.optimizer is not None and not model.optimizer.built:
+            model.optimizer.build(model.trainable_variables)
+
+
+def build_losses(strategy: Any, engine: Engine, data: Any):
+    """Create the variables of compiled losses and metrics on the last stage, outside of any function."""
+    model, plan = engine.model, engine.plan
+    _, y, _ = _keras.unpack_x_y_sample_weight(data)
+    overridden = _keras.overrides(model, "train_step", "test_step", "compute_loss", "_compute_loss")
+    if model.compiled and y is not None and not overridden:
+        with strategy.scope(), strategy.extended.creating_on(plan.device(plan.partition.stages - 1)):
+            _keras.build(model, data, tree.map_structure(lambda t: engine.graph.symbols[t], engine.graph.outputs))
 
 
 def move(variable: keras.Variable, device: str):
@@ -107,23 +111,15 @@ def graphs_of(model: keras.Model, x: Any, stages: int) -> tuple[KerasGraph, Kera
     return graph, inference
 
 
-def check_batch_dimension(graph: KerasGraph):
-    """Check that inputs and outputs have samples along dimension 0, as many as a micro-batch happens to have.
+def check_outputs(graph: KerasGraph):
+    """Check that the outputs of micro-batches can be put together.
 
     Raises:
-        ModelError: a fixed batch size, or an output without a batch.
+        ModelError: an output without a batch dimension.
     """
-    for t in graph.graph.inputs:
-        shape = graph.symbols[t].shape
-        if shape and shape[0] is not None:
-            raise ModelError(
-                f"the input {graph.symbols[t].name} has a fixed batch size of {shape[0]}, micro-batches are smaller; "
-                "leave batch_size out of keras.Input, or use micro_batches=1 (LayerPlacementStrategy)"
-            )
     for t in graph.graph.outputs:
-        shape = graph.symbols[t].shape
-        if not shape or shape[0] is not None:
+        if not graph.is_batched(t):
             raise ModelError(
-                f"an output of shape {tuple(shape)} has no batch dimension, so that of a batch does not follow from "
-                "those of micro-batches; use micro_batches=1 (LayerPlacementStrategy)"
+                f"an output of shape {tuple(graph.symbols[t].shape)} has no batch dimension, so that of a batch does "
+                "not follow from those of micro-batches; use micro_batches=1 (LayerPlacementStrategy)"
             )

@@ -56,9 +56,11 @@ def combination(whole: Any, parts: Sequence[Any], base: Any = 0) -> Combine | No
     return None
 
 
-def sample(shape: Sequence[int | None], dtype: str, rng: np.random.Generator) -> tf.Tensor:
+def sample(shape: Sequence[int | None], dtype: str, rng: np.random.Generator, batched: bool = True) -> tf.Tensor:
     """Three random samples; integers are 0 or 1, valid as an index nearly everywhere."""
-    shape = [len(SIZES) + 1, *(GUESS if dim is None else dim for dim in shape[1:])]
+    shape = [GUESS if dim is None else dim for dim in shape]
+    if batched:
+        shape[0] = int(SIZES.sum())
     if tf.as_dtype(dtype).is_floating:
         return tf.cast(rng.uniform(0.05, 0.95, shape), dtype)
     return tf.cast(rng.integers(0, 2, shape), dtype)
@@ -96,11 +98,11 @@ class Probe:
         rng = np.random.default_rng(0)
         op = self.graph.graph.ops[self.graph.calls.index(call)]
         symbols = {t: self.graph.symbols[t] for t in op.inputs}
-        whole = {t: sample(s.shape, s.dtype, rng) for t, s in symbols.items()}
-        batched = {t for t, s in symbols.items() if s.shape and s.shape[0] is None}
+        batched = {t for t in symbols if self.graph.is_batched(t)}
+        whole = {t: sample(s.shape, s.dtype, rng, t in batched) for t, s in symbols.items()}
         results = []
         for rows in (slice(None), *PARTS):
-            tensors = {t: v[rows] if t in batched else v[0] if not symbols[t].shape else v for t, v in whole.items()}
+            tensors = {t: v[rows] if t in batched else v for t, v in whole.items()}
             with _keras.RecordingScope([]) as scope:
                 call(tensors, training)
                 written = {i: scope.get_current_value(v) for i, v in scope.written.items()}

@@ -12,7 +12,7 @@ from tfpar import _keras, batch
 from tfpar._tf import following_inputs, record_gradient, tape_watches, unrecorded
 from tfpar.engine import Engine, Pass, add, device_of, read
 from tfpar.loss import Head, LossProgram, separable, structured
-from tfpar.prepare import prepared
+from tfpar.prepare import build_losses, prepared
 from tfpar.program import Edge
 from tfpar.schedule import Kind, gpipe
 from tfpar.traced import Traced
@@ -105,6 +105,7 @@ class Steps:
                 )
             self.loss = LossProgram(self.engine)
             self.compiled_as = compiled_as
+        build_losses(self.strategy, self.engine, data)
         return self.engine
 
     # ---- steps, run in the strategy's replica context

@@ -2,6 +2,7 @@
 
 import weakref
 
+import numpy as np
 import tensorflow as tf
 
 from tfpar._tf import MirroredVariable, ResourceVariable
@@ -44,6 +45,21 @@ class LogicalVariable(MirroredVariable):
 
     def _dense_var_to_tensor(self, dtype=None, name=None, as_ref=False):
         return tf.convert_to_tensor(self._get(), dtype=dtype, name=name)
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.numpy(), dtype)
+
+    def __int__(self):
+        return int(self.numpy())
+
+    def __float__(self):
+        return float(self.numpy())
+
+    def __complex__(self):
+        return complex(self.numpy())
+
+    def __bool__(self):
+        return bool(self.numpy())
 
     def _update(self, update_fn, value, **kwargs):
         return update_fn(self._get(), value, **kwargs)

@@ -1,0 +1,24 @@
+"""Every test process is one TensorFlow runtime with eight logical CPU devices."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import pytest
+
+from tfpar.testing import logical_cpus
+
+logical_cpus(8, threads=1)
+
+
+@pytest.fixture(autouse=True)
+def fresh_keras():
+    """Names, seeds and the default dtype begin anew in each test."""
+    keras.utils.clear_session(free_memory=False)
+    keras.utils.set_random_seed(0)
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
+    yield
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")

@@ -1,0 +1,164 @@
+"""Every strategy, every model, every hard case: through `model.fit`, each equals one device."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers, ops
+from zoo import ZOO
+
+import tfpar
+from tfpar.testing import assert_same, different
+
+STRATEGIES = {
+    "layer_placement": lambda: tfpar.LayerPlacementStrategy(["CPU:0", "CPU:1", "CPU:2"]),
+    "pipeline": lambda: tfpar.PipelineStrategy(["CPU:0", "CPU:1", "CPU:2"], micro_batches=3),
+    "pipeline gpipe": lambda: tfpar.PipelineStrategy(["CPU:0", "CPU:1"], micro_batches=2, schedule="gpipe"),
+}
+BATCHES = {"even": [8, 8], "uneven last": [8, 8, 3], "one-row last": [8, 1], "uneven first": [5, 8]}
+
+
+class Config:
+    """A way to train: in float64 where the optimizer divides by tiny numbers."""
+
+    def __init__(self, optimizer, floatx="float32", masks=False, weights=False, **compile):
+        self.optimizer, self.floatx, self.masks, self.weights, self.compile = optimizer, floatx, masks, weights, compile
+
+    @property
+    def tolerance(self):
+        return dict(rtol=1e-5, atol=1e-7) if self.floatx == "float32" else dict(rtol=1e-9, atol=1e-10)
+
+
+def sgd(**kwargs):
+    return keras.optimizers.SGD(0.05, momentum=0.9, **kwargs)
+
+
+CONFIGS = {
+    "sgd": Config(sgd),
+    "adam": Config(lambda: keras.optimizers.Adam(0.01), "float64"),
+    "adamw clipnorm": Config(lambda: keras.optimizers.AdamW(0.01, clipnorm=0.1), "float64"),
+    "accumulation": Config(lambda: sgd(gradient_accumulation_steps=2, global_clipnorm=0.5)),
+    "steps_per_execution": Config(sgd, steps_per_execution=2),
+    "sample weights": Config(sgd, weights=True),
+    "masks": Config(sgd, masks=True),
+}
+
+
+@keras.saving.register_keras_serializable()
+class MaskBySign(layers.Layer):
+    """Masks the samples, or the tokens, in which the first feature of the output is negative."""
+
+    def call(self, y):
+        return y + 0.0
+
+    def compute_mask(self, y, previous_mask=None):
+        valid = y[..., 0] < ops.mean(y, axis=-1)
+        return valid if previous_mask is None else valid & previous_mask
+
+
+def with_masks(model):
+    if not hasattr(model, "inputs") or not model.built:
+        return model
+    masked = [MaskBySign(name=f"mask_{n}")(y) for n, y in enumerate(model.outputs)]
+    return keras.Model(model._inputs_struct, keras.tree.pack_sequence_as(model._outputs_struct, masked))
+
+
+def built(zoo, config):
+    """A compiled model with all its variables, the same at every call."""
+    keras.utils.set_random_seed(1)
+    model = zoo.build()
+    if config.masks and model.built:
+        model = with_masks(model)
+    weighted = {"weighted_metrics": zoo.metrics} if config.weights else {"metrics": zoo.metrics}
+    loss, loss_weights = zoo.loss() if callable(zoo.loss) else zoo.loss, zoo.loss_weights
+    if config.masks and isinstance(loss, dict):
+        loss, loss_weights = list(loss.values()), None
+    model.compile(config.optimizer(), loss, loss_weights=loss_weights, **weighted, **config.compile)
+    return model
+
+
+def batches_of(zoo, config, sizes):
+    rng = np.random.default_rng(7)
+    result = []
+    for rows in sizes:
+        batch = zoo.data(rng, rows)
+        if config.weights:
+            like = batch[1] if zoo.per_token else np.zeros(rows)
+            batch = (*batch, rng.uniform(0.2, 3.0, like.shape).astype(keras.config.floatx()))
+        result.append(batch)
+    return result
+
+
+def dataset(batches):
+    """These batches, as one dataset that leaves their size open."""
+    parts = [tf.data.Dataset.from_tensors(b) for b in batches]
+    spec = tf.nest.map_structure(lambda s: tf.TensorSpec([None, *s.shape[1:]], s.dtype), parts[0].element_spec)
+
+    def generate():
+        for part in parts:
+            yield from part
+
+    # of unknown length, Keras on one device counts an iteration too many at the end of each epoch
+    data = tf.data.Dataset.from_generator(generate, output_signature=spec)
+    return data.apply(tf.data.experimental.assert_cardinality(len(batches)))
+
+
+def run_all(model, zoo, config):
+    """Fit from the same start for every pattern of batches; the histories, variables and predictions after each."""
+    start, results = None, {}
+    for name, sizes in BATCHES.items():
+        batches = batches_of(zoo, config, sizes)
+        if start is None:
+            model(batches[0][0])  # creates the variables of a model that waits for an input
+            model.optimizer.build(model.trainable_variables)
+            variables = [*model.variables, *model.optimizer.variables]
+            start = [v.numpy() for v in variables]
+        for variable, value in zip(variables, start, strict=True):
+            variable.assign(value)
+        history = model.fit(dataset(batches), epochs=2, verbose=0).history
+        values = {f"{i} {v.path}": v.numpy() for i, v in enumerate([*model.variables, *model.optimizer.variables])}
+        results[name] = history, values, model.predict(dataset(batches), verbose=0)
+    return results
+
+
+REFERENCES = {}
+
+
+def reference(model_name, config_name):
+    key = model_name, config_name
+    if key not in REFERENCES:
+        REFERENCES.clear()
+        zoo, config = ZOO[model_name], CONFIGS[config_name]
+        REFERENCES[key] = run_all(built(zoo, config), zoo, config)
+    return REFERENCES[key]
+
+
+CASES = [
+    pytest.param(m, c, s, id=f"{m}-{c}-{s}", marks=pytest.mark.xdist_group(f"{m} {c}"))
+    for m in ZOO for c in CONFIGS for s in STRATEGIES
+    if (ZOO[m].exact or s == "layer_placement") and (c == "sgd" or s != "pipeline gpipe")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("model_name, config_name, strategy_name", CASES)
+def test_equals_one_device(model_name, config_name, strategy_name):
+    zoo, config = ZOO[model_name], CONFIGS[config_name]
+    keras.config.set_floatx(config.floatx)
+    keras.config.set_dtype_policy(config.floatx)
+    expected = reference(model_name, config_name)
+    strategy = STRATEGIES[strategy_name]()
+    with strategy.scope():
+        model = built(zoo, config)
+        found = run_all(model, zoo, config)
+    wrong = []
+    for name in BATCHES:
+        (history, values, predictions), (other_history, other_values, other_predictions) = expected[name], found[name]
+        assert history.keys() == other_history.keys()
+        assert np.abs(values[next(iter(values))]).max() > 0
+        names = [*(f"{name}: history {k}" for k in history), *(f"{name}: {k}" for k in values)]
+        names += [f"{name}: prediction {i}" for i, _ in enumerate(keras.tree.flatten(predictions))]
+        one = [*history.values(), *values.values(), *keras.tree.flatten(predictions)]
+        other = [*other_history.values(), *other_values.values(), *keras.tree.flatten(other_predictions)]
+        wrong += different(names, one, other, **config.tolerance)
+    assert not wrong, "\n".join(wrong)
+    assert len({v.value.device for v in model.weights}) > 1

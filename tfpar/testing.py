@@ -1,0 +1,69 @@
+"""For tests: logical devices on a machine without GPUs, and the comparison of two models, number by number."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+
+def logical_cpus(count: int, threads: int | None = None):
+    """Make `count` logical devices of the CPU, before TensorFlow starts.
+
+    Args:
+        threads: how many operations run at once, each on one core; TensorFlow's choice if not given.
+
+    Raises:
+        RuntimeError: TensorFlow has started already; call this first in the process.
+
+    Example:
+        >>> logical_cpus(4)  # doctest: +SKIP
+    """
+    if threads:
+        tf.config.threading.set_intra_op_parallelism_threads(1)
+        tf.config.threading.set_inter_op_parallelism_threads(threads)
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * count)
+
+
+def difference(one: Any, other: Any) -> float:
+    """The largest difference of any number in two arrays, relative to the largest magnitude in the first.
+
+    Example:
+        >>> difference([100.0, 1.0], [100.0, 2.0])
+        0.01
+    """
+    one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+    if one.shape != other.shape:
+        return float("inf")
+    if not one.size or np.array_equal(one, other, equal_nan=True):
+        return 0.0
+    scale = np.abs(one).max()
+    return float(np.abs(one - other).max() / (scale if scale > 0 else 1.0))
+
+
+def named_values(model: Any) -> dict[str, np.ndarray]:
+    """Every weight, state and optimizer slot of a model, in the order of creation."""
+    variables = [*model.variables, *(model.optimizer.variables if getattr(model, "optimizer", None) else [])]
+    return {f"{i} {v.path}": np.asarray(v.numpy(), np.float64) for i, v in enumerate(variables)}
+
+
+def assert_same(one: Any, other: Any, rtol: float, atol: float = 0.0):
+    """Check that two models hold the same numbers: each variable on its own, relative to its largest magnitude.
+
+    Raises:
+        AssertionError: names each variable that differs, and by how much.
+    """
+    a, b = named_values(one), named_values(other)
+    assert len(a) == len(b), f"{len(a)} variables against {len(b)}"
+    wrong = different(list(a), list(a.values()), list(b.values()), rtol, atol)
+    assert not wrong, "these differ by more than they may:\n" + "\n".join(wrong)
+
+
+def different(names: Sequence[str], one: Sequence[Any], other: Sequence[Any], rtol: float, atol: float) -> list[str]:
+    """The names of the arrays that differ, each with its difference."""
+    return [
+        f"{name}: {difference(a, b):.2g}"
+        for name, a, b in zip(names, one, other, strict=True)
+        if difference(a, b) > rtol and np.abs(np.asarray(a) - np.asarray(b)).max() > atol
+    ]
