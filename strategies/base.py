@@ -7,12 +7,12 @@ from typing import Any
 import tensorflow as tf
 
 from tfpar import _keras
-from tfpar._tf import MirroredExtended, ReplicaContext, UpdateContext
-from tfpar.errors import DeviceError, ScheduleError
+from tfpar._tf import MirroredExtended, ReplicaContext, UpdateContext, outside_replica
+from tfpar.errors import DeviceError, ScheduleError, ScopeError
 from tfpar.mesh import Mesh
 from tfpar.plan import Plan
 from tfpar.schedule import SCHEDULES, Schedule
-from tfpar.step import Steps
+from tfpar.step import Steps, steps_of
 from tfpar.variables import HOST, LogicalVariable
 
 Placement = str | Sequence[str] | Mapping[str, int]
@@ -121,9 +121,15 @@ class Strategy(tf.distribute.MirroredStrategy):
         with _keras.Adoption.in_scope(), super().scope():
             yield self
 
+    @contextlib.contextmanager
+    def planning(self) -> Iterator[None]:
+        """The scope, entered from anywhere: also while a step is being traced."""
+        in_replica = tf.distribute.has_strategy() and not tf.distribute.in_cross_replica_context()
+        with tf.init_scope(), outside_replica(self) if in_replica else self.scope():
+            yield
+
     def _adopt(self, model):
-        vars(model)["_tfpar_steps"] = Steps(self, model)
-        vars(model)["_tfpar_steps"].adopt()
+        Steps(self, model).adopt()
 
     def schedule(self, micro_batches: int) -> Schedule:
         """The schedule for so many micro-batches.
@@ -139,13 +145,23 @@ class Strategy(tf.distribute.MirroredStrategy):
             )
         return schedule
 
-    def plan(self, model: Any) -> Plan:
-        """The plan of a model that was fitted, evaluated or asked to predict, or whose layers are built."""
-        raise NotImplementedError
+    def explain(self, model: Any, batch_size: int | None = None) -> Plan:
+        """What goes where, for `print`: stages, devices, bytes, and the predicted bubble.
 
-    def explain(self, model: Any) -> Plan:
-        """What goes where, for `print`: stages, devices, bytes, and the predicted bubble."""
-        return self.plan(model)
+        Args:
+            model: one that was constructed in this strategy's scope.
+            batch_size: samples of a batch; those of the first batch the model saw, or 32.
+
+        Raises:
+            ScopeError: a model of another strategy, or of none.
+        """
+        steps = steps_of(model)
+        if steps is None or steps.strategy is not self:
+            raise ScopeError(
+                f"{model.name} was not constructed in this strategy's scope:\n"
+                "    with strategy.scope():\n        model = ..."
+            )
+        return steps.plan(batch_size)
 
 
 def local_devices(devices: Sequence[str] | None) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 from keras import ops, tree
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.backend.common.variables import AutocastScope
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 from keras.src.losses.loss import Loss, apply_mask
@@ -147,6 +148,9 @@ def autocast_of(model: keras.layers.Layer) -> Iterator[None]:
 class UnknownVariables(Exception):
     """A call used variables that do not belong to its layer, such as the global random seed."""
 
+    _keras_call_info_injected = True  # Keras lets it through as it is
+    graph: Any = None  # in which the call is
+
     def __init__(self, call: int, variables: Sequence[keras.Variable]):
         super().__init__(f"call {call} uses {[v.path for v in variables]}")
         self.call, self.variables = call, tuple(variables)
@@ -181,6 +185,11 @@ class RecordingScope(keras.StatelessScope):
     def get_current_value(self, variable):
         self.check(variable)
         return super().get_current_value(variable)
+
+
+def in_program() -> bool:
+    """Whether a stateless scope is open: layers are being run with values given for their variables."""
+    return in_stateless_scope()
 
 
 def clear_losses(operation: Any):

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
 import tensorflow as tf
+from tensorflow.python.distribute import distribute_lib
 from tensorflow.python.distribute.distribute_lib import ReplicaContext, UpdateContext
 from tensorflow.python.distribute.mirrored_strategy import MirroredExtended
 from tensorflow.python.distribute.values import MirroredVariable
@@ -13,8 +14,18 @@ from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
 __all__ = [
     "MirroredExtended", "MirroredVariable", "ReplicaContext", "ResourceVariable", "UpdateContext",
-    "following_inputs", "record_gradient", "tape_watches", "unrecorded",
+    "following_inputs", "outside_replica", "record_gradient", "tape_watches", "unrecorded",
 ]  # fmt: skip
+
+
+@contextlib.contextmanager
+def outside_replica(strategy: tf.distribute.Strategy) -> Iterator[None]:
+    """Inside a replica of `strategy`, the context of its scope again, in which variables are created."""
+    distribute_lib._push_per_thread_mode(distribute_lib._CrossReplicaThreadMode(strategy))
+    try:
+        yield
+    finally:
+        distribute_lib._pop_per_thread_mode()
 
 
 @contextlib.contextmanager

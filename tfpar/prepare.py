@@ -3,6 +3,7 @@
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from keras import tree
 
@@ -13,7 +14,7 @@ from tfpar.errors import ModelError, ScopeError
 from tfpar.model import KerasGraph, graph_from, one_call, opened
 from tfpar.partition import Partition, partition
 from tfpar.plan import Plan
-from tfpar.probe import check_independence
+from tfpar.probe import check_independence, sample
 from tfpar.variables import LogicalVariable
 
 SAMPLES = 3  # of the first batch, with which an opened model is checked
@@ -30,21 +31,27 @@ def prepared(strategy: Any, model: keras.Model, data: Any, rows: int, before: Pl
     """
     x, _, _ = _keras.unpack_x_y_sample_weight(data)
     _keras.build(model, data)
-    schedule = strategy.schedule(min(strategy.micro_batches, rows))
-    graph, inference = graphs_of(model, x, schedule.stages)
-    hardware = HARDWARE["GPU" if all("GPU" in d for d in strategy.mesh.devices) else "CPU"]
-    if before is not None and [op.name for op in before.partition.graph.ops] == [op.name for op in graph.graph.ops]:
-        cut = Partition(graph.graph, before.partition.stage_of)
-    else:
-        micro_rows = -(-rows // schedule.micro_batches)
-        cut = partition(graph.graph, schedule.stages, strategy.placement, hardware, micro_rows)
-    plan = Plan(cut, strategy.mesh, schedule, hardware, rows)
-    engine = Engine(plan, model, graph, inference, bool(model.jit_compile), model.run_eagerly)
+    graph, inference = graphs_of(model, x, strategy.mesh.stage)
+    engine = Engine(
+        planned(strategy, graph, rows, before), model, graph, inference, bool(model.jit_compile), model.run_eagerly
+    )
     if strategy.micro_batches > 1:
         check_outputs(graph)
         check_independence(graph, engine.probe)
     place(strategy, engine)
     return engine
+
+
+def planned(strategy: Any, graph: KerasGraph, rows: int, before: Plan | None = None) -> Plan:
+    """The plan for batches of so many rows; a model that had a plan keeps its cut, its variables are already there."""
+    hardware = HARDWARE["GPU" if all("GPU" in d for d in strategy.mesh.devices) else "CPU"]
+    schedule = strategy.schedule(min(strategy.micro_batches, rows))
+    if before is not None and [op.name for op in before.partition.graph.ops] == [op.name for op in graph.graph.ops]:
+        cut = Partition(graph.graph, before.partition.stage_of)
+    else:
+        micro_rows = -(-rows // schedule.micro_batches)
+        cut = partition(graph.graph, schedule.stages, strategy.placement, hardware, micro_rows)
+    return Plan(cut, strategy.mesh, schedule, hardware, rows)
 
 
 def place(strategy: Any, engine: Engine):
@@ -66,7 +73,7 @@ def build_losses(strategy: Any, engine: Engine, data: Any):
     _, y, _ = _keras.unpack_x_y_sample_weight(data)
     overridden = _keras.overrides(model, "train_step", "test_step", "compute_loss", "_compute_loss")
     if model.compiled and y is not None and not overridden:
-        with strategy.scope(), strategy.extended.creating_on(plan.device(plan.partition.stages - 1)):
+        with strategy.planning(), strategy.extended.creating_on(plan.device(plan.partition.stages - 1)):
             _keras.build(model, data, tree.map_structure(lambda t: engine.graph.symbols[t], engine.graph.outputs))
 
 
@@ -98,7 +105,7 @@ def graphs_of(model: keras.Model, x: Any, stages: int) -> tuple[KerasGraph, Kera
     """
     if _keras.is_graph(model):
         return graph_from(_keras.graph_of(model)), None
-    inputs = _keras.converted_inputs(model, tree.map_structure(lambda a: tf.convert_to_tensor(a[:SAMPLES]), x))
+    inputs = _keras.converted_inputs(model, tree.map_structure(few, x))
     if stages == 1:
         return one_call(model, inputs), None
     with tf.device("CPU:0"):
@@ -109,6 +116,13 @@ def graphs_of(model: keras.Model, x: Any, stages: int) -> tuple[KerasGraph, Kera
             "Let the layers decide by their own `training` argument"
         )
     return graph, inference
+
+
+def few(array: Any) -> tf.Tensor:
+    """The first samples of an array; random ones for a tensor that is only a symbol yet."""
+    if isinstance(array, tf.Tensor) and not hasattr(array, "numpy"):
+        return sample((None, *array.shape[1:]), array.dtype.name, np.random.default_rng(0))
+    return tf.convert_to_tensor(array[:SAMPLES])
 
 
 def check_outputs(graph: KerasGraph):

@@ -68,7 +68,11 @@ class Program:
         self.call = self.run if eager else tf.function(self.run, jit_compile=jit_compile, autograph=False)
 
     def __call__(self, variables: Sequence[tf.Tensor], edges: dict[int, Edge]) -> Result:
-        return self.call(list(variables), edges)
+        try:
+            return self.call(list(variables), edges)
+        except _keras.UnknownVariables as unknown:
+            unknown.graph = self.graph
+            raise
 
     def run(self, variables: list[tf.Tensor], edges: dict[int, Edge]) -> Result:
         """Run the operations; `variables` are the values of `self.variables`."""

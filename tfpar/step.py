@@ -2,6 +2,8 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import keras
@@ -12,10 +14,14 @@ from tfpar import _keras, batch
 from tfpar._tf import following_inputs, record_gradient, tape_watches, unrecorded
 from tfpar.engine import Engine, Pass, add, device_of, read
 from tfpar.loss import Head, LossProgram, separable, structured
-from tfpar.prepare import build_losses, prepared
+from tfpar.errors import ModelError
+from tfpar.model import graph_from
+from tfpar.plan import Plan
+from tfpar.prepare import build_losses, planned, prepared
 from tfpar.program import Edge
 from tfpar.schedule import Kind, gpipe
 from tfpar.traced import Traced
+from tfpar.variables import follower_bytes
 
 
 class Steps:
@@ -37,6 +43,7 @@ class Steps:
 
     def adopt(self):
         """Make Keras call these functions, through the hooks that it offers, on this one model."""
+        vars(self.model)["_tfpar_steps"] = self
         hooks = ("make_train_function", "make_test_function", "make_predict_function")
         vars(self.model).update({h: getattr(self, h) for h in hooks if not _keras.overrides(self.model, h)})
         vars(self.model).update(_resolve_auto_jit_compile=self.auto_jit, _maybe_symbolic_build=self.build_later)
@@ -53,19 +60,21 @@ class Steps:
     def make_train_function(self, force: bool = False) -> Callable:
         """The function that trains on an iterator's next batches."""
         if self.model.train_function is None or force:
-            self.model.train_function = self.over_iterator(self.train_step)
+            lazy = _keras.overrides(self.model, "train_step") is not None
+            self.model.train_function = self.over_iterator(self.train_step, lazy)
         return self.model.train_function
 
     def make_test_function(self, force: bool = False) -> Callable:
         """The function that evaluates on an iterator's next batches."""
         if self.model.test_function is None or force:
-            self.model.test_function = self.over_iterator(self.test_step)
+            lazy = _keras.overrides(self.model, "test_step") is not None
+            self.model.test_function = self.over_iterator(self.test_step, lazy)
         return self.model.test_function
 
     def make_predict_function(self, force: bool = False) -> Callable:
         """The function that predicts for a list of batches."""
         if self.model.predict_function is None or force:
-            traced = Traced(self, self.predict_step)
+            traced = Traced(self, self.predict_step, _keras.overrides(self.model, "predict_step") is not None)
 
             def predict(batches: list[Any]) -> Any:
                 outputs = [traced(data) for data in batches]
@@ -74,9 +83,9 @@ class Steps:
             self.model.predict_function = predict
         return self.model.predict_function
 
-    def over_iterator(self, step: Callable) -> Callable:
+    def over_iterator(self, step: Callable, lazy: bool) -> Callable:
         """A step repeated `steps_per_execution` times, or until the data ends."""
-        traced = Traced(self, step)
+        traced = Traced(self, step, lazy)
 
         def function(iterator: Iterator[Any]) -> Any:
             declared = getattr(iterator, "element_spec", None)
@@ -95,28 +104,53 @@ class Steps:
 
     def prepared(self, data: Any, rows: int) -> Engine:
         """The engine, made when the model is first used and again when it was compiled since."""
-        model = self.model
-        state = [model.optimizer, model._compile_loss, model._compile_metrics] if model.compiled else []
-        compiled_as = [*map(id, state), bool(model.jit_compile), model.run_eagerly]
-        if self.engine is None or compiled_as != self.compiled_as:
-            with self.strategy.scope():
-                self.engine = prepared(
-                    self.strategy, model, data, rows, before=self.engine.plan if self.engine else None
-                )
+        if self.engine is None or self.compiled_as != self.compilation():
+            with self.strategy.planning():
+                before = self.engine.plan if self.engine else None
+                self.engine = prepared(self.strategy, self.model, data, rows, before)
             self.loss = LossProgram(self.engine)
-            self.compiled_as = compiled_as
+            self.compiled_as = self.compilation()
         build_losses(self.strategy, self.engine, data)
         return self.engine
+
+    def extend(self, unknown: _keras.UnknownVariables):
+        """Give a call the variables that it was found to use, in whichever model it is."""
+        for steps in family(self.model):
+            if steps.engine and unknown.graph in (steps.engine.graph, steps.engine.inference):
+                steps.engine.extend(unknown)
+
+    def compilation(self) -> tuple:
+        """What changes when the model is compiled anew."""
+        model = self.model
+        parts = (model.optimizer, model._compile_loss, model._compile_metrics) if model.compiled else ()
+        return *map(id, parts), bool(model.jit_compile), model.run_eagerly
+
+    def plan(self, batch_size: int | None = None) -> Plan:
+        """The plan that the engine has, or would have.
+
+        Raises:
+            ModelError: a model whose layers are not known before it is used.
+        """
+        rows = batch_size or (self.engine.plan.rows if self.engine else 32)
+        graph = self.engine.graph if self.engine else None
+        if graph is None:
+            if not _keras.is_graph(self.model):
+                raise ModelError(
+                    f"the layers of {self.model.name} are known when it has seen data: call fit, evaluate or predict first"
+                )
+            graph = graph_from(_keras.graph_of(self.model))
+        plan = planned(self.strategy, graph, rows, self.engine.plan if self.engine else None)
+        return replace(plan, slot_bytes=tuple(follower_bytes(v.value) for v in graph.variables))
 
     # ---- steps, run in the strategy's replica context
 
     def train_step(self, data: Any, parts: int) -> Any:
         """Keras' `train_step`, scheduled where its loss allows, or the user's."""
-        overridden = _keras.overrides(self.model, "train_step", "compute_loss", "_compute_loss")
-        if overridden or not separable(self.engine, data, parts):
-            with self.running(parts):
-                return self.model.train_step(data)
-        return self.scheduled_step(data, parts)[0]
+        own = _keras.overrides(self.model, "train_step", "compute_loss", "_compute_loss") is None
+        if own and separable(self.engine, data, parts):
+            return self.scheduled_step(data, parts)[0]
+        with self.running(parts):
+            return self.model.train_step(data)
 
     def test_step(self, data: Any, parts: int) -> Any:
         """Keras' `test_step`, or the user's."""
@@ -174,22 +208,24 @@ class Steps:
 
     @contextlib.contextmanager
     def running(self, parts: int) -> Iterator[None]:
-        """Inside, the model's call is run by the engine, in this many micro-batches."""
-        losses: list[tf.Tensor] = []
-
-        def call(inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
-            return self.call(inputs, training, mask, parts, losses)
-
-        with following_inputs(), _keras.running(self.model, call, losses):
+        """Inside, calls of the model and of the models in it are run by their engines, in this many micro-batches."""
+        with following_inputs(), contextlib.ExitStack() as stack:
+            for steps in family(self.model):
+                losses: list[tf.Tensor] = []
+                stack.enter_context(_keras.running(steps.model, partial(steps.call, parts, losses), losses))
             yield
 
-    def call(self, inputs: Any, training: bool | None, mask: Any, parts: int, losses: list[tf.Tensor]) -> Any:
+    def call(self, parts: int, losses: list[tf.Tensor], inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         """The model's call: all micro-batches forward, and backward when a tape asks for the gradient.
 
         Args:
             losses: is set to what the step reads as `model.losses`.
         """
-        engine, graph = self.engine, self.engine.graph.graph
+        if _keras.in_program():
+            given = {"training": training} if _keras.takes_training(self.model) else {}
+            return type(self.model).call(self.model, inputs, **given)
+        engine = self.prepared((inputs,), parts)
+        graph = engine.graph.graph
         flat = _keras.graph_inputs(self.model, inputs)
         masks = [None] * len(flat) if mask is None else tree.flatten(mask)
         edges = [Edge(None if x is None else unrecorded(lambda: x), m) for x, m in zip(flat, masks, strict=True)]  # noqa: B023
@@ -228,3 +264,15 @@ class Steps:
         if added:
             losses[:] = _keras.added_losses(self.model, list(added.values()))
         return structured(engine, outputs)
+
+
+def steps_of(model: Any) -> Steps | None:
+    """The steps of a model that was constructed under a strategy."""
+    return vars(model).get("_tfpar_steps")
+
+
+def family(model: keras.Model) -> list[Steps]:
+    """The steps of a model and of the models in it, those of one strategy."""
+    own = steps_of(model)
+    found = [steps_of(layer) for layer in model._flatten_layers()]
+    return [steps for steps in found if steps is not None and steps.strategy is own.strategy]

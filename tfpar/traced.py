@@ -10,19 +10,17 @@ from tfpar import _keras, batch
 
 
 class Traced:
-    """A function of a batch and its number of micro-batches.
+    """A step of a model.
 
     Args:
+        steps: whose.
         step: `(data, parts) -> results`, run in the replica context of the strategy.
-        prepare: `(data, rows)`, called before tracing, outside of any function.
-        extend: called with what a program did not know when it was traced; then it is traced again.
-        strategy, model: whose.
+        lazy: whether the step's own code decides which models it calls: then nothing is planned before it does.
     """
 
-    def __init__(self, steps: Any, step: Callable[[Any, int], Any]):
-        self.steps, self.step = steps, step
+    def __init__(self, steps: Any, step: Callable[[Any, int], Any], lazy: bool = False):
+        self.steps, self.step, self.lazy = steps, step, lazy
         self.functions: dict[Any, list[tuple[list[tf.TensorSpec], Callable]]] = {}
-        self.engine: Any = None
 
     def __call__(self, data: Any, declared: Any = None) -> Any:
         """Run the step.
@@ -34,9 +32,8 @@ class Traced:
         model, strategy = self.steps.model, self.steps.strategy
         data = tree.map_structure(tensor, _keras.without_optionals(model, data))
         rows = batch.rows(data)
-        engine = self.steps.prepared(data, rows)
-        if engine is not self.engine:
-            self.functions, self.engine = {}, engine
+        if not self.lazy:
+            self.steps.prepared(data, rows)
         parts = min(strategy.micro_batches, rows)
         while True:
             try:
@@ -44,7 +41,7 @@ class Traced:
                     return strategy.run(self.step, args=(data, parts))
                 return self.function(data, declared, parts)(*present(data))
             except _keras.UnknownVariables as unknown:
-                engine.extend(unknown)
+                self.steps.extend(unknown)
 
     def function(self, data: Any, declared: Any, parts: int) -> Callable:
         """The tf.function for this kind of batch, made if there is none."""
@@ -54,7 +51,7 @@ class Traced:
         for signature, function in known:
             if all(s.is_compatible_with(v) for s, v in zip(signature, present(data), strict=True)):
                 return function
-        if not self.engine.jit_compile:
+        if not self.steps.model.jit_compile:
             for signature, _ in known:
                 specs = [s.most_specific_common_supertype([other]) for s, other in zip(specs, signature, strict=True)]
 
@@ -70,7 +67,7 @@ class Traced:
     def specs(self, data: Any, declared: Any) -> list[Any]:
         """The shapes to trace for: XLA knows all sizes, a plain function leaves open what the iterator does."""
         exact = [tf.type_spec_from_value(v) for v in present(data)]
-        if self.engine.jit_compile or declared is None:
+        if self.steps.model.jit_compile or declared is None:
             return exact
         given = [s for s in tf.nest.flatten(declared) if isinstance(s, tf.TypeSpec)]
         fits = len(given) == len(exact) and all(

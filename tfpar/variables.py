@@ -81,3 +81,9 @@ class LogicalVariable(MirroredVariable):
         for follower in self._followers:
             if (variable := follower()) is not None:
                 variable.place(device)
+
+
+def follower_bytes(variable: LogicalVariable) -> int:
+    """Bytes of the slots that an optimizer keeps for a variable."""
+    followers = [f() for f in getattr(variable, "_followers", ())]
+    return sum(f.shape.num_elements() * f.dtype.size for f in followers if f is not None)
