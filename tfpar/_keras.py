@@ -383,6 +383,14 @@ def added_losses(model: keras.Model, losses: Sequence[tf.Tensor]) -> list[tf.Ten
     return [*losses, *model._get_regularization_losses()]
 
 
+def give_strategy(optimizer: Any, strategy: tf.distribute.Strategy):
+    """Let an optimizer that was made outside of the scope create its variables beside the model's."""
+    for inner in (getattr(optimizer, "inner_optimizer", None), *getattr(optimizer, "optimizers", ())):
+        if inner is not None:
+            give_strategy(inner, strategy)
+    optimizer._distribution_strategy = strategy
+
+
 def auto_jit(model: keras.Model) -> bool:
     """Whether XLA can compile the model's layers."""
     return model_supports_jit(model)

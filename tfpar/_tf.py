@@ -14,7 +14,7 @@ from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
 __all__ = [
     "MirroredExtended", "MirroredVariable", "ReplicaContext", "ResourceVariable", "UpdateContext",
-    "following_inputs", "outside_replica", "record_gradient", "tape_watches", "unrecorded",
+    "following_inputs", "independent", "outside_replica", "record_gradient", "tape_watches", "unrecorded",
 ]  # fmt: skip
 
 
@@ -77,6 +77,16 @@ def record_gradient(
         copies = [tf.identity(y) for y in outputs]
     record.record_operation("tfpar", copies, list(inputs), backward)
     return copies
+
+
+def independent(tensors: Sequence[tf.Tensor]):
+    """Free the operations that make these tensors from the order in which a tf.function runs stateful operations.
+
+    Random numbers and checks make a program stateful; without this, no two of them would run at the same time.
+    """
+    for tensor in tensors:
+        if not tf.executing_eagerly() and hasattr(tensor, "op") and tensor.op.op_def.is_stateful:
+            tensor.graph.experimental_acd_manager.run_independently(tensor.op)
 
 
 def unrecorded(read: Callable[[], tf.Tensor]) -> tf.Tensor:

@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 
 from tfpar import _keras, batch
-from tfpar._tf import unrecorded
+from tfpar._tf import independent, unrecorded
 from tfpar.errors import ModelError
 from tfpar.model import KerasGraph
 from tfpar.partition import Partition
@@ -143,6 +143,7 @@ class Pass:
             result, self.pullbacks[s, m] = self.vjp(program, variables, edges)
         else:
             result = program(variables, edges)
+        independent(tensors_of(result))
         result = result._replace(edges=self.stopped(action, result.edges))
         self.values[m].update(result.edges)
         self.state[m].update(result.state)
@@ -164,6 +165,7 @@ class Pass:
             for k in range(len(losses))
         }
         variables, edges = self.pullbacks.pop((s, m))(cotangents, added)
+        independent(tensors_of((variables, edges)))
         for v, gradient in variables.items():
             known = self.gradients.get((s, v))
             self.gradients[s, v] = gradient if known is None else add(known, gradient)
@@ -202,28 +204,25 @@ class Pass:
     def started(self, action: Action, values: Any) -> Any:
         """The values on this device, once its previous action is done; their transfer does not wait for that."""
         values = each(tf.identity, values)
-        with tf.control_dependencies(self.last.get(self.place(action), [])):
-            values = each(tf.identity, values)
-        self.starts[action] = self.now(values)
-        return values
+        before = self.last.get(self.place(action), [])
+        if self.clock:
+            self.starts[action] = now([*before, *tensors_of(values)])
+            before = [self.starts[action]]
+        with tf.control_dependencies(before):
+            return each(tf.identity, values)
 
     def stopped(self, action: Action, values: Any) -> Any:
         """The values; the next action on this device will wait for all of them."""
         values = each(tf.identity, values)
         self.last[self.place(action)] = tensors_of(values)
-        self.stops[action] = self.now(values)
+        if self.clock:
+            self.stops[action] = now(tensors_of(values))
+            self.last[self.place(action)] = [self.stops[action]]
         return values
 
     def place(self, action: Action) -> int:
         """The device of an action."""
         return self.engine.plan.schedule.device_of[action.stage]
-
-    def now(self, after: Any) -> tf.Tensor | None:
-        """The time once `after` is there."""
-        if self.clock:
-            with tf.device(HOST), tf.control_dependencies(tensors_of(after)):
-                return tf.timestamp()
-        return None
 
     # ---- what flows
 
@@ -355,6 +354,14 @@ def each(function: Callable, values: Any) -> Any:
 def tensors_of(values: Any) -> list[tf.Tensor]:
     """All tensors in a structure, those of sparse gradients too."""
     return [x for x in tf.nest.flatten(values, expand_composites=True) if x is not None]
+
+
+def now(after: list[tf.Tensor]) -> tf.Tensor:
+    """The host's time, in seconds, once these are there."""
+    with tf.device(HOST), tf.control_dependencies(after):
+        time = tf.timestamp()
+    independent([time])
+    return time
 
 
 def device_of(variable: keras.Variable) -> str:

@@ -7,7 +7,8 @@ import tensorflow as tf
 from keras import tree
 
 from tfpar import _keras, batch
-from tfpar.engine import Engine, each
+from tfpar._tf import independent
+from tfpar.engine import Engine, each, tensors_of
 from tfpar.probe import Combine, loss_combination
 from tfpar.program import Edge
 from tfpar.variables import HOST
@@ -104,6 +105,7 @@ class Head:
             self.totals = self.whole_counts(outputs)
         y, sample_weight = each(tf.identity, self.targets[m])
         values, loss, cotangents = self.program.call(outputs, y, sample_weight, self.totals, self.scale)
+        independent(tensors_of((loss, cotangents)))
         self.values.append(values)
         self.losses.append(loss)
         return cotangents

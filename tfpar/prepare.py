@@ -63,8 +63,10 @@ def place(strategy: Any, engine: Engine):
     if model.compiled:
         for variable in model.metrics_variables:
             move(variable, plan.device(plan.partition.stages - 1))
-        if model.optimizer is not None and not model.optimizer.built:
-            model.optimizer.build(model.trainable_variables)
+        if model.optimizer is not None:
+            _keras.give_strategy(model.optimizer, strategy)
+            if not model.optimizer.built:
+                model.optimizer.build(model.trainable_variables)
 
 
 def build_losses(strategy: Any, engine: Engine, data: Any):
