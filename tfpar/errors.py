@@ -1,6 +1,9 @@
 """Everything that tfpar raises on purpose. Each message says what is wrong, the values, and what to do."""
 
 
+import re
+
+
 class TfparError(ValueError):
     """The base of tfpar's errors; a `ValueError`, so code that catches Keras' own errors catches these."""
 
@@ -27,3 +30,9 @@ class ScopeError(TfparError):
 
 class BatchError(TfparError):
     """A batch that cannot be divided: empty, or with parts of unequal length."""
+
+
+def brief(error: Exception) -> str:
+    """What an exception says, without what Keras adds about arguments."""
+    added = re.search(r"\x1b\[1m(.*?)\x1b\[0m", str(error), re.DOTALL)
+    return added[1] if added else str(error).split("\n\n")[0]

@@ -10,8 +10,8 @@ Shape = Sequence[int]  # without the batch
 
 
 def kernels(layer: keras.layers.Layer) -> int:
-    """Elements of the weights that multiply an input: those of two dimensions or more."""
-    return sum(prod(w.shape) for w in layer.weights if len(w.shape) > 1)
+    """Elements of the weights that multiply an input: those of two dimensions or more, without biases."""
+    return sum(prod(w.shape) for w in layer.weights if len(w.shape) > 1 and "bias" not in w.name)
 
 
 def per_position(layer: Any, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> float:

@@ -159,7 +159,7 @@ def beginning_at(graph: OpGraph, names: Sequence[str], stages: int) -> Partition
 def assigned(graph: OpGraph, placement: Mapping[str, int], stages: int) -> Partition:
     """Stages from a mapping layer name -> stage; a layer that is not named follows the latest of its inputs.
 
-    The name of a nested model stands for its layers, a longer name goes before a shorter one.
+    The name of a nested model stands for its layers; of two names for a layer, the one that stands for fewer counts.
 
     Raises:
         PartitionError: an unknown name, a stage out of range, or data that would flow backwards.
@@ -168,11 +168,12 @@ def assigned(graph: OpGraph, placement: Mapping[str, int], stages: int) -> Parti
         first(graph, name)
         if not isinstance(stage, int) or not 0 <= stage < stages:
             raise PartitionError(f"layer {name} is placed on stage {stage!r}; the stages are 0 to {stages - 1}")
+    stands_for = {name: sum(matches(op.name, name) for op in graph.ops) for name in placement}
     stage_of: list[int] = []
     for op in graph.ops:
         named = [name for name in placement if matches(op.name, name)]
         before = [stage_of[graph.producer[t]] for t in op.inputs if t in graph.producer]
-        stage_of.append(placement[max(named, key=len)] if named else max(before, default=0))
+        stage_of.append(placement[min(named, key=stands_for.__getitem__)] if named else max(before, default=0))
     if 1 + max(stage_of) < stages:
         raise PartitionError(f"no layer is placed on stage {stages - 1}: {stages} devices need {stages} stages")
     return Partition(graph, tuple(stage_of))

@@ -1,0 +1,82 @@
+"""Imports point down, the planning half needs no TensorFlow, private names stay in two files, every package ships."""
+
+import ast
+import configparser
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+PLANNING = "errors mesh graph schedule cost partition timeline simulate plan".split()
+RUNNING = "_tf _keras variables batch flops model program probe engine loss prepare traced step measure testing".split()
+ORDER = [*PLANNING, *RUNNING, "strategies"]
+STRATEGIES = "base layer_placement pipeline __init__".split()
+FILES = sorted(f for d in ("tfpar", "strategies") for f in (ROOT / d).rglob("*.py"))
+
+
+def imports(file):
+    """Every module that a file imports, with the names it takes from it."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{file}:{node.lineno}: relative import"
+            found |= {node.module, *(f"{node.module}.{a.name}" for a in node.names)}
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_imports_point_down(file):
+    names = imports(file)
+    ours = {n.split(".")[1] for n in names if n.startswith("tfpar.")} & set(ORDER)
+    if file.parent.name == "strategies":
+        return
+    if file.stem == "__init__":
+        assert ours <= set(PLANNING)
+        return
+    assert file.stem in ORDER, f"give {file.stem} its place in ORDER"
+    assert {o for o in ours if ORDER.index(o) > ORDER.index(file.stem)} == set()
+    if file.stem in PLANNING:
+        assert not {n.split(".")[0] for n in names} & {"tensorflow", "keras"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_private_names_stay_in_the_bridges(file):
+    if file.stem not in ("_tf", "_keras"):
+        private = [n for n in imports(file) if n.startswith(("tensorflow.python", "keras.src"))]
+        assert not private
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_no_file_is_long(file):
+    assert len(file.read_text().splitlines()) <= 400
+
+
+def test_every_package_ships():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    assert set(config["options"]["packages"].split()) == {"tfpar", "tfpar.strategies"}
+
+
+def test_import_without_tensorflow():
+    code = "import sys, tfpar; tfpar.simulate(tfpar.gpipe(2, 2), tfpar.StageCost.even(2)); sys.exit('tensorflow' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_nothing_is_asserted_in_the_library():
+    for file in FILES:
+        if file.stem != "testing":
+            assert not any(isinstance(n, ast.Assert) for n in ast.walk(ast.parse(file.read_text()))), file
+
+
+def test_public_names_are_documented_with_an_example():
+    import tfpar
+
+    for name in tfpar.__all__:
+        value = getattr(tfpar, name)
+        assert value.__doc__, name
+        exempt = issubclass(value, Exception | tfpar.Kind | tfpar.Action) if isinstance(value, type) else False
+        assert exempt or "Example:" in value.__doc__, name
