@@ -82,11 +82,6 @@ def graph_of(model: Functional | Sequential) -> Functional | None:
     return model._functional if isinstance(model, Sequential) else model
 
 
-def input_structure(function: Any) -> Any:
-    """The structure in which a Functional model was given its input tensors."""
-    return function._inputs_struct
-
-
 def output_structure(function: Any) -> Any:
     """The structure in which a Functional model returns its outputs."""
     outputs = function._outputs_struct
@@ -127,18 +122,16 @@ def call_operation(operation: Callable, args: Any, kwargs: Any, training: bool |
     return operation_fn(operation, training=training)(*args, **kwargs)
 
 
-def takes_training(model: keras.Model) -> bool:
-    """Whether Keras passes `training` when a step calls the model."""
-    return model._call_has_training_arg
+def training_argument(model: keras.Model, training: bool | None) -> dict[str, Any]:
+    """What Keras passes on of `training` when a step calls the model."""
+    return {"training": training} if model._call_has_training_arg else {}
 
 
 @contextlib.contextmanager
 def autocast_of(model: keras.layers.Layer) -> Iterator[None]:
     """The scope in which `Layer.__call__` runs `call`: variables read in it have the layer's compute dtype."""
-    if model.compute_dtype != model.variable_dtype:
-        with AutocastScope(model.compute_dtype):
-            yield
-    else:
+    cast = model.compute_dtype != model.variable_dtype
+    with AutocastScope(model.compute_dtype) if cast else contextlib.nullcontext():
         yield
 
 

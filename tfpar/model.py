@@ -224,7 +224,7 @@ def one_call(model: keras.Model, x: Any) -> KerasGraph:
     refs = tree.pack_sequence_as(x, [Ref(t) for t in inputs])
 
     def call(inputs, training=None):
-        given = {"training": training} if _keras.takes_training(model) else {}
+        given = _keras.training_argument(model, training)
         return type(model).call(model, inputs, **given)
 
     call.variables = model.variables
@@ -244,7 +244,7 @@ def opened(model: keras.Model, x: Any, training: bool) -> KerasGraph:
     name = type(model).__name__
     flat = tree.flatten(x)
     symbols = [_keras.symbolic(a) for a in flat]
-    given = {"training": training} if _keras.takes_training(model) else {}
+    given = _keras.training_argument(model, training)
     cure = (
         "To cut a model into stages, tfpar follows its layers. Build it from keras.layers and keras.ops "
         "(a raw TensorFlow function belongs in the call() of a layer of its own, or in keras.layers.Lambda), "

@@ -124,7 +124,7 @@ def is_known(operation: Any) -> bool:
     if not isinstance(operation, keras.layers.Layer):
         return False
     layers = operation._flatten_layers()
-    axes = [a for x in layers for a in np.ravel(getattr(x, "axis", None) or getattr(x, "axes", None) or [])]
+    axes = [a for x in layers for name in ("axis", "axes") for a in np.ravel(getattr(x, name, None))]
     return 0 not in axes and all(
         type(x).__module__.startswith("keras.src.layers") and not isinstance(x, keras.layers.Lambda) for x in layers
     )

@@ -166,7 +166,7 @@ class Steps:
         """One training step in the order of the schedule: its logs, and the pass that was run."""
         model = self.model
         x, y, sample_weight = _keras.unpack_x_y_sample_weight(data)
-        training = True if _keras.takes_training(model) else None
+        training = _keras.training_argument(model, True).get("training")
         with following_inputs():
             flat = [Edge(v) for v in _keras.graph_inputs(model, _keras.converted_inputs(model, x))]
             scale = model.optimizer.scale_loss(tf.ones(()))
@@ -222,7 +222,7 @@ class Steps:
             losses: is set to what the step reads as `model.losses`.
         """
         if _keras.in_program():
-            given = {"training": training} if _keras.takes_training(self.model) else {}
+            given = _keras.training_argument(self.model, training)
             return type(self.model).call(self.model, inputs, **given)
         engine = self.prepared((inputs,), parts)
         graph = engine.graph.graph
