@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from tfpar.mesh import Mesh
 from tfpar.strategies.base import Placement, Strategy, local_devices
+
+from tfpar.mesh import Mesh
 
 
 class LayerPlacementStrategy(Strategy):

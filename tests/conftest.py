@@ -6,10 +6,17 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import pytest
+from training import STRATEGIES
 
 from tfpar.testing import logical_cpus
 
 logical_cpus(8, threads=1)
+
+
+@pytest.fixture(params=STRATEGIES)
+def strategy(request):
+    """Each strategy, on two devices."""
+    return STRATEGIES[request.param]()
 
 
 @pytest.fixture(autouse=True)

@@ -41,7 +41,10 @@ def test_ragged():
     "arrays, message",
     [
         ({"x": tf.ones((0, 2))}, "has no samples"),
-        ({"x": tf.ones((3, 2)), "y": tf.ones(4)}, "equally long; received {\"batch\\['x'\\]\": 3, \"batch\\['y'\\]\": 4}"),
+        (
+            {"x": tf.ones((3, 2)), "y": tf.ones(4)},
+            "equally long; received {\"batch\\['x'\\]\": 3, \"batch\\['y'\\]\": 4}",
+        ),
         ({"x": tf.ones((3, 2)), "y": tf.ones(())}, "batch\\['y'\\] has no batch dimension"),
         ({"x": None}, "holds no arrays"),
     ],

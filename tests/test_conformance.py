@@ -8,7 +8,7 @@ from keras import layers, ops
 from zoo import ZOO
 
 import tfpar
-from tfpar.testing import assert_same, different
+from tfpar.testing import different
 
 STRATEGIES = {
     "layer_placement": lambda: tfpar.LayerPlacementStrategy(["CPU:0", "CPU:1", "CPU:2"]),

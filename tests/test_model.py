@@ -73,7 +73,9 @@ def test_training_overrides_a_nested_call_as_in_keras():
         with keras.StatelessScope():
             found = one.run([data], True)
             expected = model(data, training=True) if one.graph.ops[0].name != "own" else Own()(data, training=True)
-        assert np.allclose(found, expected if one is not None and not one.calls[0].explicit else normalize(data), atol=1e-5)
+        assert np.allclose(
+            found, expected if one is not None and not one.calls[0].explicit else normalize(data), atol=1e-5
+        )
 
 
 class Conditional(keras.Model):
@@ -143,7 +145,10 @@ def test_opened(kind, training):
 @pytest.mark.parametrize(
     "kind, message",
     [
-        (RawTensorFlow, "RawTensorFlow.call does not work on symbolic inputs(.|\n)*layer of its own, or in keras.layers.Lambda"),
+        (
+            RawTensorFlow,
+            "RawTensorFlow.call does not work on symbolic inputs(.|\n)*layer of its own, or in keras.layers.Lambda",
+        ),
         (OwnWeight, "OwnWeight.call gives other numbers.*does not see the weights \\['own_weight/scale'\\]"),
         (Conditional, "Conditional.call gives other numbers"),
     ],

@@ -95,7 +95,11 @@ def test_a_shared_variable_lives_where_it_is_first_used():
         (["dense_1"], 3, "3 stages need 2 names where a new one begins; received 1"),
         (["dense_3", "dense_1"], 3, "in the order of the model.*\\['dense_1', 'dense_3'\\]"),
         (["dense_0"], 2, "each after at least one layer"),
-        ({"dense_1": 1, "dense_2": 0}, 2, "sends data backwards: dense_2 on stage 0 uses what dense_1 makes on stage 1"),
+        (
+            {"dense_1": 1, "dense_2": 0},
+            2,
+            "sends data backwards: dense_2 on stage 0 uses what dense_1 makes on stage 1",
+        ),
         ({"dense_1": 2}, 2, "dense_1 is placed on stage 2; the stages are 0 to 1"),
         ({"dense_1": 0}, 2, "no layer is placed on stage 1: 2 devices need 2 stages"),
         ({"dense_3": 2}, 3, "stage 1 of 3 has no layers"),

@@ -101,5 +101,7 @@ def test_one_that_cannot_be_tried():
                 raise ValueError("only in a graph")
             return ops.take(table, x)
 
-    with pytest.warns(UserWarning, match="could not check that pick treats the samples .* one by one \\(.*only in a graph"):
+    with pytest.warns(
+        UserWarning, match="could not check that pick treats the samples .* one by one \\(.*only in a graph"
+    ):
         checked(Pick(name="pick")(x), inputs=x)

@@ -1,7 +1,6 @@
 """Small models, one for each thing that makes splitting hard, with data for them."""
 
 import keras
-import numpy as np
 from keras import layers, ops
 
 T, V, D = 6, 11, 12  # tokens, vocabulary, width: no batch is 12 rows, Keras takes (n, n) + (n, 1) for adding a bias
@@ -99,7 +98,7 @@ class Penalty(layers.Layer):
 
 
 def nested():
-    """Models in models, one of them called twice; a layer used on two stages; all that adds to the loss; constraints."""
+    """Models in models, one called twice; a layer used on two stages; all that adds to the loss; constraints."""
     inner_x = layers.Input((D,))
     inner_h = layers.Dense(D, activation="relu", kernel_regularizer="l2", activity_regularizer="l2")(inner_x)
     inner = keras.Model(inner_x, layers.add([inner_x, inner_h]), name="block")

@@ -1,4 +1,4 @@
-"""Private names of TensorFlow, all that tfpar uses. Checked against TensorFlow 2.21.0; `tests/test_tf.py` tests each."""
+"""Private names of TensorFlow that tfpar uses, all. Checked against 2.21.0; `tests/test_tf.py` tests each."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence

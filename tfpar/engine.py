@@ -160,7 +160,8 @@ class Pass:
         else:
             cotangents = self.started(action, self.arrived(s, m))
         added = {
-            (i, k): tf.cast(self.loss_weight(i, k, m), losses[k].dtype) * tf.cast(self.cotangent_of(i, k), losses[k].dtype)
+            (i, k): tf.cast(self.loss_weight(i, k, m), losses[k].dtype)
+            * tf.cast(self.cotangent_of(i, k), losses[k].dtype)
             for i, losses in self.results[s, m].losses.items()
             for k in range(len(losses))
         }
@@ -385,7 +386,7 @@ def add(a: Any, b: Any) -> Any:
 
 
 def whole_moments(parts: Sequence[_keras.Moments]) -> tuple[tf.Tensor, tf.Tensor]:
-    """Mean and variance of a batch from those of its parts (Chan et al., "Updating formulae and a pairwise algorithm")."""
+    """Mean and variance of a batch from those of its parts (Chan et al., "Updating formulae …", 1979)."""
     count = tf.add_n([p.count for p in parts])
     mean = tf.add_n([p.mean * p.count for p in parts]) / count
     variance = tf.add_n([(p.variance + tf.square(p.mean - mean)) * p.count for p in parts]) / count

@@ -1,6 +1,5 @@
 """Everything that tfpar raises on purpose. Each message says what is wrong, the values, and what to do."""
 
-
 import re
 
 

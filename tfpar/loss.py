@@ -43,9 +43,7 @@ class LossProgram:
 
     def __init__(self, engine: Engine):
         self.engine = engine
-        self.call = (
-            self.run if engine.eager else tf.function(self.run, jit_compile=engine.jit_compile, autograph=False)
-        )
+        self.call = self.run if engine.eager else tf.function(self.run, jit_compile=engine.jit_compile, autograph=False)
 
     def run(self, outputs: dict[int, Edge], y: Any, sample_weight: Any, totals: list[tf.Tensor] | None, scale: Any):
         """Each loss's share of the batch's, their weighted sum, and the gradient of `scale` times it.

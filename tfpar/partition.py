@@ -201,7 +201,8 @@ def partition(graph: OpGraph, stages: int, placement, hardware: Hardware, rows: 
     Example:
         >>> from tfpar.cost import HARDWARE
         >>> from tfpar.graph import Op, OpGraph, Tensor
-        >>> chain = OpGraph((Op("a", (0,), (1,), flops=1e9), Op("b", (1,), (2,), flops=1e9)), (Tensor((4,)),) * 3, (), (0,), (2,))
+        >>> a, b = Op("a", (0,), (1,), flops=1e9), Op("b", (1,), (2,), flops=1e9)
+        >>> chain = OpGraph((a, b), (Tensor((4,)),) * 3, (), (0,), (2,))
         >>> partition(chain, 2, "auto", HARDWARE["CPU"]).stage_of
         (0, 1)
     """

@@ -5,7 +5,7 @@ Asked of numbers, not of code: the function is run on some random samples, and o
 
 import enum
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -150,8 +150,8 @@ def check_independence(graph: KerasGraph, probe: Probe):
             outputs = probe.of(index, False).outputs
         except Exception as error:
             warnings.warn(
-                f"could not check that {op.name} treats the samples of a batch one by one ({brief(error)}); if it does not, "
-                "its numbers depend on micro_batches",
+                f"could not check that {op.name} treats the samples of a batch one by one ({brief(error)}); if it "
+                "does not, its numbers depend on micro_batches",
                 stacklevel=2,
             )
             continue

@@ -13,8 +13,8 @@ from keras import tree
 from tfpar import _keras, batch
 from tfpar._tf import following_inputs, record_gradient, tape_watches, unrecorded
 from tfpar.engine import Engine, Pass, add, device_of, read
-from tfpar.loss import Head, LossProgram, separable, structured
 from tfpar.errors import ModelError
+from tfpar.loss import Head, LossProgram, separable, structured
 from tfpar.model import graph_from
 from tfpar.plan import Plan
 from tfpar.prepare import build_losses, planned, prepared
@@ -136,7 +136,7 @@ class Steps:
         if graph is None:
             if not _keras.is_graph(self.model):
                 raise ModelError(
-                    f"the layers of {self.model.name} are known when it has seen data: call fit, evaluate or predict first"
+                    f"the layers of {self.model.name} are known when it has seen data: call fit, evaluate or predict"
                 )
             graph = graph_from(_keras.graph_of(self.model))
         plan = planned(self.strategy, graph, rows, self.engine.plan if self.engine else None)
@@ -215,7 +215,9 @@ class Steps:
                 stack.enter_context(_keras.running(steps.model, partial(steps.call, parts, losses), losses))
             yield
 
-    def call(self, parts: int, losses: list[tf.Tensor], inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+    def call(
+        self, parts: int, losses: list[tf.Tensor], inputs: Any, training: bool | None = None, mask: Any = None
+    ) -> Any:
         """The model's call: all micro-batches forward, and backward when a tape asks for the gradient.
 
         Args:
@@ -249,7 +251,9 @@ class Steps:
             targets = [*(e.value for e in outputs.values()), *added.values()]
 
             def backward(*cotangents: tf.Tensor | None) -> list[Any]:
-                parts_of = dict(zip(outputs, [batch.split([c], parts) for c in cotangents[: len(outputs)]], strict=True))
+                parts_of = dict(
+                    zip(outputs, [batch.split([c], parts) for c in cotangents[: len(outputs)]], strict=True)
+                )
                 for t, pieces in parts_of.items():
                     for m, (piece,) in enumerate(pieces):
                         run.cotangents[m][t] = [piece]

@@ -26,7 +26,8 @@ class Timeline:
     """The spans of one step.
 
     Example:
-        >>> timeline = Timeline((Span(0, Action(0, Kind.FORWARD, 0), 0.0, 1.0), Span(1, Action(1, Kind.FORWARD, 0), 1.0, 2.0)))
+        >>> first, second = Action(0, Kind.FORWARD, 0), Action(1, Kind.FORWARD, 0)
+        >>> timeline = Timeline((Span(0, first, 0.0, 1.0), Span(1, second, 1.0, 2.0)))
         >>> timeline.bubble
         0.5
     """

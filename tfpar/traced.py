@@ -71,8 +71,7 @@ class Traced:
             return exact
         given = [s for s in tf.nest.flatten(declared) if isinstance(s, tf.TypeSpec)]
         fits = len(given) == len(exact) and all(
-            type(g) is type(e) and g.is_compatible_with(v)
-            for g, e, v in zip(given, exact, present(data), strict=True)
+            type(g) is type(e) and g.is_compatible_with(v) for g, e, v in zip(given, exact, present(data), strict=True)
         )
         return given if fits else exact
 

@@ -1,0 +1,55 @@
+"""A small model under each strategy and on one device, trained alike and compared."""
+
+import contextlib
+
+import keras
+import numpy as np
+from keras import layers
+
+import tfpar
+from tfpar.testing import assert_same, difference
+
+ROWS, WIDTH = 20, 6
+STRATEGIES = {
+    "layers": lambda: tfpar.LayerPlacementStrategy(["CPU:0", "CPU:1"]),
+    "pipeline": lambda: tfpar.PipelineStrategy(["CPU:0", "CPU:1"], micro_batches=2),
+}
+
+
+def data(rows=ROWS):
+    rng = np.random.default_rng(0)
+    floatx = keras.config.floatx()
+    return rng.normal(size=(rows, WIDTH)).astype(floatx), rng.integers(0, 3, size=rows)
+
+
+def build():
+    x = layers.Input((WIDTH,))
+    h = layers.Dense(5, activation="tanh")(x)
+    return keras.Model(x, layers.Dense(3, activation="softmax")(layers.Dense(4)(h)))
+
+
+def compiled(strategy=None, optimizer="sgd", build=build, **compile):
+    keras.utils.set_random_seed(3)
+    with strategy.scope() if strategy else contextlib.nullcontext():
+        model = build()
+        optimizer = optimizer() if callable(optimizer) else optimizer
+        options = {"loss": "sparse_categorical_crossentropy", "metrics": lambda: ["accuracy"], **compile}
+        options["metrics"] = options["metrics"]()
+        model.compile(optimizer, **options)
+    return model
+
+
+def check(strategy, use, rtol=1e-5, atol=1e-7, **compile):
+    """`use(model)` on one device and under the strategy: the same result, the same variables."""
+    one, other = compiled(**compile), compiled(strategy, **compile)
+    results = use(one), use(other)
+    flat = [keras.tree.flatten(r) for r in results]
+    assert len(flat[0]) == len(flat[1])
+    for a, b in zip(*flat, strict=True):
+        assert a == b if isinstance(a, str) else difference(a, b) < rtol
+    assert_same(one, other, rtol, atol)
+    return one, other
+
+
+def history(*args, **kwargs):
+    return lambda model: model.fit(*args, verbose=0, shuffle=False, **kwargs).history
