@@ -50,6 +50,12 @@ class Extended(MirroredExtended):
             reference.followed_by(variable)
         return variable
 
+    @contextlib.contextmanager
+    def colocate_vars_with(self, colocate_with_variable: tf.Variable) -> Iterator[None]:
+        """Inside, new variables live where this one does and move along; needs no scope, as an optimizer has none."""
+        with self._container_strategy().planning(), super().colocate_vars_with(colocate_with_variable):
+            yield
+
     def _validate_colocate_with_variable(self, colocate_with_variable):
         """Any variable will do."""
 

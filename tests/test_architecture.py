@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PLANNING = ["errors", "mesh", "graph", "schedule", "cost", "partition", "timeline", "simulate", "plan"]
 RUNNING = [
-    "_tf", "_keras", "variables", "batch", "flops", "model", "program", "probe", "engine", "loss", "prepare", "traced",
+    "_tf", "_keras", "variables", "batch", "flops", "state", "model", "program", "probe", "engine", "loss", "prepare", "traced",
     "step", "measure", "testing",
 ]  # fmt: skip
 ORDER = [*PLANNING, *RUNNING, "strategies"]

@@ -355,3 +355,31 @@ def test_unseeded_random_numbers(strategy):
     if strategy.micro_batches == 1:
         assert difference(expected, found) < 1e-5
         assert_same(one, other, 1e-5, 1e-7)
+
+
+PROBABILITIES = {  # activation, loss, factor of the initial weights
+    "softmax": ("softmax", "sparse_categorical_crossentropy", 20.0),
+    "a layer": (layers.Softmax(), "sparse_categorical_crossentropy", 20.0),
+    "TensorFlow's softmax": (tf.nn.softmax, "sparse_categorical_crossentropy", 20.0),
+    "TensorFlow's sigmoid": (tf.sigmoid, "binary_crossentropy", 20.0),
+    "another's sigmoid": (tf.sigmoid, "categorical_crossentropy", 3.0),
+}
+
+
+@pytest.mark.parametrize("name", PROBABILITIES)
+def test_extreme_probabilities(strategy, name):
+    """Keras computes crossentropies from the logits that it finds behind probabilities, which 0 and 1 would lose."""
+    activation, loss, factor = PROBABILITIES[name]
+    x, y = data()
+    y = y if loss.startswith("sparse") else keras.utils.to_categorical(y, 3)
+
+    def build():
+        inputs = layers.Input((WIDTH,))
+        return keras.Model(inputs, layers.Dense(3, activation=activation)(layers.Dense(4)(inputs)))
+
+    def use(model):
+        model.set_weights([factor * w for w in model.get_weights()])
+        return history(x, y, batch_size=8, validation_split=0.2)(model), model.evaluate(x, y, verbose=0)
+
+    optimizer = lambda: keras.optimizers.SGD(1e-3)  # noqa: E731
+    check(strategy, use, optimizer=optimizer, build=build, loss=loss, metrics=lambda: [loss])

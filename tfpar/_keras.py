@@ -138,46 +138,32 @@ def autocast_of(model: keras.layers.Layer) -> Iterator[None]:
 # ---- state: what a call reads and changes, without changing it
 
 
-class UnknownVariables(Exception):
-    """A call used variables that do not belong to its layer, such as the global random seed."""
-
-    _keras_call_info_injected = True  # Keras lets it through as it is
-    graph: Any = None  # in which the call is
-
-    def __init__(self, call: int, variables: Sequence[keras.Variable]):
-        super().__init__(f"call {call} uses {[v.path for v in variables]}")
-        self.call, self.variables = call, tuple(variables)
+def passed_through(error: type[Exception]) -> type[Exception]:
+    """Let Keras raise errors of this class as they are, without what it adds about a layer's arguments."""
+    error._keras_call_info_injected = True
+    return error
 
 
-class RecordingScope(keras.StatelessScope):
-    """A stateless scope that also tells which variables were written, and by which call.
+def logits_of(tensor: Any) -> tuple[Any, Callable | None]:
+    """The logits from which Keras' crossentropies would compute in place of these probabilities, if there are any.
 
-    Args:
-        values: pairs of a variable and its value.
-        strict: whether to refuse variables without a value.
+    Returns:
+        The logits, and the TensorFlow function that made the probabilities of them; `None` for one of Keras' own, which
+        attach the logits.
     """
+    if hasattr(tensor, "_keras_logits"):
+        return tensor._keras_logits, None
+    if not tf.executing_eagerly() and getattr(getattr(tensor, "op", None), "type", None) in ACTIVATIONS:
+        return tensor.op.inputs[0], ACTIVATIONS[tensor.op.type]
+    return None, None
 
-    def __init__(self, values: Sequence[tuple[keras.Variable, Any]], strict: bool = False):
-        super().__init__(values, collect_losses=True)
-        self.known = {id(v) for v, _ in values} if strict else None
-        self.call = 0
-        self.written: dict[int, keras.Variable] = {}
-        self.writers: dict[int, int] = {}
 
-    def check(self, variable):
-        if self.known is not None and id(variable) not in self.known:
-            raise UnknownVariables(self.call, [variable])
+ACTIVATIONS = {"Softmax": tf.nn.softmax, "Sigmoid": tf.sigmoid}
 
-    def add_update(self, update):
-        variable, _ = update
-        self.check(variable)
-        self.written[id(variable)] = variable
-        self.writers[id(variable)] = self.call
-        super().add_update(update)
 
-    def get_current_value(self, variable):
-        self.check(variable)
-        return super().get_current_value(variable)
+def set_logits(tensor: Any, logits: Any):
+    """Attach to probabilities the logits that they were made of, as Keras' activations do."""
+    tensor._keras_logits = logits
 
 
 def in_program() -> bool:

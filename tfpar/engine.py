@@ -16,8 +16,9 @@ from tfpar.model import KerasGraph
 from tfpar.partition import Partition
 from tfpar.plan import Plan
 from tfpar.probe import Combine, Probe
-from tfpar.program import Edge, Program, Result
+from tfpar.program import Edge, Program, Result, with_logits
 from tfpar.schedule import Action, Kind, Schedule
+from tfpar.state import UnknownVariables, whole_moments
 from tfpar.variables import HOST
 
 SEED_STRIDE = 0x9E3779B9  # between the random seeds of micro-batches: 2**32 over the golden ratio
@@ -41,6 +42,7 @@ class Engine:
     jit_compile: bool = False
     eager: bool = False
     programs: dict[tuple[int, bool | None], Program] = field(default_factory=dict)
+    raw: dict[int, Callable] = field(default_factory=dict)  # of tensors that are functions of their logits, which
 
     def __post_init__(self):
         self.probe = Probe(self.graph)
@@ -54,11 +56,11 @@ class Engine:
             graph = self.graph if training or self.inference is None else self.inference
             self.programs[stage, training] = Program(
                 graph, partition.ops(stage), partition.edges(stage), self.model, training,
-                self.jit_compile, self.eager,
+                self.jit_compile, self.eager, self.raw,
             )  # fmt: skip
         return self.programs[stage, training]
 
-    def extend(self, unknown: _keras.UnknownVariables):
+    def extend(self, unknown: UnknownVariables):
         """Give a call the variables that it was found to use."""
         self.graph = self.graph.with_variables(unknown)
         if self.inference is not None:
@@ -137,7 +139,7 @@ class Pass:
         """Run a stage on a micro-batch."""
         s, _, m = action
         program = self.engine.program(s, self.training)
-        edges = self.started(action, {t: self.values[m][t] for t in self.partition.needs(s)})
+        edges = self.started(action, with_logits(self.values[m], self.partition.needs(s)))
         variables = [self.variable(s, m, v) for v in program.variables]
         if self.differentiate:
             result, self.pullbacks[s, m] = self.vjp(program, variables, edges)
@@ -153,7 +155,7 @@ class Pass:
         """Take a micro-batch back through a stage: gradients of variables are added up, those of edges passed on."""
         s, _, m = action
         if self.head and s == self.partition.stages - 1:
-            outputs = self.started(action, {t: self.values[m][t] for t in self.graph.outputs})
+            outputs = self.started(action, with_logits(self.values[m], self.graph.outputs))
             for t, cotangent in self.head(m, outputs).items():
                 self.cotangents[m].setdefault(t, []).append(cotangent)
             cotangents = self.arrived(s, m)
@@ -180,7 +182,7 @@ class Pass:
         outside = {
             t: e.value
             for t, e in edges.items()
-            if self.graph.tensors[t].differentiable and (self.watch_inputs or t in self.graph.producer)
+            if t < 0 or (self.graph.tensors[t].differentiable and (self.watch_inputs or t in self.graph.producer))
         }
         sources = [*inside.values(), *outside.values()]
         with tf.GradientTape() as tape:
@@ -240,7 +242,7 @@ class Pass:
 
     def arrived(self, s: int, m: int) -> dict[int, tf.Tensor]:
         """The cotangents of a stage's edges, summed over those that used them."""
-        parts = {t: self.cotangents[m][t] for t in self.partition.edges(s) if t in self.cotangents[m]}
+        parts = with_logits(self.cotangents[m], self.partition.edges(s))
         return {t: tf.add_n(p) if len(p) > 1 else p[0] for t, p in parts.items()}
 
     def cotangent_of(self, i: int, k: int) -> Any:
@@ -271,11 +273,11 @@ class Pass:
     # ---- results, after the last action
 
     def outputs(self) -> dict[int, Edge]:
-        """The model's outputs for the whole batch, each on the device that made it."""
+        """The model's outputs for the whole batch, and their logits, each on the device that made it."""
         joined = {}
-        for t in self.graph.outputs:
+        for t in with_logits(self.values[0], self.graph.outputs):
             parts = [values[t] for values in self.values]
-            source = self.graph.producer.get(t)
+            source = self.graph.producer.get(max(t, ~t))
             with tf.device(HOST if source is None else self.engine.plan.device(self.partition.stage_of[source])):
                 joined[t] = Edge(batch.joined([p.value for p in parts]), batch.joined([p.mask for p in parts]))
         return joined
@@ -383,11 +385,3 @@ def add(a: Any, b: Any) -> Any:
         values, indices = tf.concat([a.values, b.values], 0), tf.concat([a.indices, b.indices], 0)
         return tf.IndexedSlices(values, indices, a.dense_shape)
     return tf.convert_to_tensor(a) + tf.convert_to_tensor(b)
-
-
-def whole_moments(parts: Sequence[_keras.Moments]) -> tuple[tf.Tensor, tf.Tensor]:
-    """Mean and variance of a batch from those of its parts (Chan et al., "Updating formulae …", 1979)."""
-    count = tf.add_n([p.count for p in parts])
-    mean = tf.add_n([p.mean * p.count for p in parts]) / count
-    variance = tf.add_n([(p.variance + tf.square(p.mean - mean)) * p.count for p in parts]) / count
-    return mean, variance

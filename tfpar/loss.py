@@ -10,7 +10,7 @@ from tfpar import _keras, batch
 from tfpar._tf import independent
 from tfpar.engine import Engine, each, tensors_of
 from tfpar.probe import Combine, loss_combination
-from tfpar.program import Edge
+from tfpar.program import Edge, restored
 from tfpar.variables import HOST
 
 
@@ -31,11 +31,8 @@ def separable(engine: Engine, data: Any, parts: int) -> bool:
 
 
 def structured(engine: Engine, outputs: dict[int, Edge]) -> Any:
-    """The model's outputs as Keras expects them: in their structure, with their masks."""
-    for edge in outputs.values():
-        if edge.mask is not None:
-            _keras.set_keras_mask(edge.value, edge.mask)
-    return tree.map_structure(lambda t: outputs[t].value, engine.graph.outputs)
+    """The model's outputs as Keras expects them: in their structure, with their masks and logits."""
+    return tree.map_structure(lambda t: restored(t, outputs, engine.raw), engine.graph.outputs)
 
 
 class LossProgram:
@@ -53,7 +50,7 @@ class LossProgram:
             totals: for each loss, what the mean over the whole batch divides by; `None` if this is all of it.
         """
         model, graph = self.engine.model, self.engine.graph.graph
-        sources = {t: e.value for t, e in outputs.items() if graph.tensors[t].differentiable}
+        sources = {t: e.value for t, e in outputs.items() if t < 0 or graph.tensors[t].differentiable}
         values, weighted = [], []
         with tf.GradientTape() as tape:
             tape.watch(sources)

@@ -13,6 +13,7 @@ from tfpar import _keras
 from tfpar.errors import ModelError, brief
 from tfpar.flops import flops
 from tfpar.graph import Op, OpGraph, Tensor, Variable
+from tfpar.state import RecordingScope, UnknownVariables
 
 UNKNOWN = 128  # the size assumed for a dimension that the model leaves open, in estimates of cost
 
@@ -86,7 +87,7 @@ class KerasGraph:
         shape, batch = self.symbols[tensor].shape, self.symbols[self.graph.inputs[0]].shape
         return bool(shape) and bool(batch) and shape[0] == batch[0]
 
-    def with_variables(self, unknown: _keras.UnknownVariables) -> "KerasGraph":
+    def with_variables(self, unknown: UnknownVariables) -> "KerasGraph":
         """The same graph, in which a call also uses these variables."""
         new = [v for v in unknown.variables if all(v is not known for known in self.variables)]
         variables = (*self.variables, *new)
@@ -274,7 +275,7 @@ def opened(model: keras.Model, x: Any, training: bool) -> KerasGraph:
     return graph
 
 
-class Perturbed(_keras.RecordingScope):
+class Perturbed(RecordingScope):
     """Every weight reads a little different from its value, so that one that was frozen shows."""
 
     def get_current_value(self, variable):

@@ -17,6 +17,7 @@ from keras import tree
 from tfpar import _keras
 from tfpar.errors import ModelError, brief
 from tfpar.model import Call, KerasGraph
+from tfpar.state import RecordingScope
 
 SIZES = (3, 5)  # samples in each part
 PARTS = (slice(0, SIZES[0]), slice(SIZES[0], sum(SIZES)))
@@ -50,9 +51,9 @@ def combination(whole: Any, parts: Sequence[Any], base: Any = 0) -> Combine | No
             combined = combine()
         except ValueError:  # shapes that do not go together
             continue
-        if combined is not None and combined.shape == whole.shape:
-            if np.allclose(combined, whole, rtol=1e-5, atol=1e-7, equal_nan=True):
-                return kind
+        same_shape = combined is not None and combined.shape == whole.shape
+        if same_shape and np.allclose(combined, whole, rtol=1e-5, atol=1e-7, equal_nan=True):
+            return kind
     return None
 
 
@@ -105,7 +106,7 @@ class Probe:
         results = []
         for rows in (slice(None), *PARTS):
             tensors = {t: v[rows] if t in batched else v for t, v in whole.items()}
-            with _keras.RecordingScope([]) as scope:
+            with RecordingScope([]) as scope:
                 call(tensors, training)
                 written = {i: scope.get_current_value(v) for i, v in scope.written.items()}
             _keras.clear_losses(call.operation)

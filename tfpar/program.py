@@ -1,6 +1,6 @@
 """One stage as a pure function."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from tfpar import _keras
 from tfpar.model import KerasGraph
+from tfpar.state import RecordingScope, UnknownVariables
 
 
 class Edge(NamedTuple):
@@ -21,7 +22,7 @@ class Result(NamedTuple):
     """What a program returns, each part keyed as said.
 
     Args:
-        edges: the tensors of the graph that others need.
+        edges: the tensors of the graph that others need; under `~t` the logits that tensor `t` is the softmax of.
         losses: what the layers added, by operation.
         moments: batch statistics, by BatchNormalization layer of the program.
         state: new values of variables, by variable of the graph.
@@ -47,6 +48,7 @@ class Program:
         training: what the layers are told; `None` to leave it to them.
         jit_compile: whether to compile with XLA.
         eager: whether to run operation by operation, untraced.
+        raw: is given, for each tensor that is a TensorFlow function of its logits, that function.
     """
 
     def __init__(
@@ -58,9 +60,10 @@ class Program:
         training: bool | None,
         jit_compile: bool = False,
         eager: bool = False,
+        raw: dict[int, Callable] | None = None,
     ):
         self.graph, self.ops, self.gives = graph, ops, gives
-        self.model, self.training = model, training
+        self.model, self.training, self.raw = model, training, {} if raw is None else raw
         self.variables = tuple(sorted({v for i in ops for v in graph.graph.ops[i].variables}))
         layers = {id(x): x for i in ops for x in _keras.batch_normalizations(graph.calls[i].operation)}
         self.normalizations = list(layers.values()) if training else []
@@ -70,7 +73,7 @@ class Program:
     def __call__(self, variables: Sequence[tf.Tensor], edges: dict[int, Edge]) -> Result:
         try:
             return self.call(list(variables), edges)
-        except _keras.UnknownVariables as unknown:
+        except UnknownVariables as unknown:
             unknown.graph = self.graph
             raise
 
@@ -78,15 +81,11 @@ class Program:
         """Run the operations; `variables` are the values of `self.variables`."""
         places = {id(self.graph.variables[v]): v for v in self.variables}
         values = [(self.graph.variables[v], value) for v, value in zip(self.variables, variables, strict=True)]
-        tensors = {}
-        for t, edge in edges.items():
-            tensors[t] = edge.value
-            if edge.mask is not None:
-                _keras.set_keras_mask(edge.value, edge.mask)
+        tensors = {t: restored(t, edges, self.raw) for t in edges if t >= 0}
         found: list[tuple[int, _keras.Moments]] = []
         losses = {}
         with (
-            _keras.RecordingScope(values, strict=True) as scope,
+            RecordingScope(values, strict=True) as scope,
             _keras.autocast_of(self.model),
             _keras.recorded_moments(self.normalizations, found),
         ):
@@ -101,9 +100,33 @@ class Program:
         moments: dict[int, list[_keras.Moments]] = {}
         for layer, value in found:
             moments.setdefault(layer, []).append(value)
+        given = {t: Edge(tensors[t], _keras.get_keras_mask(tensors[t])) for t in self.gives}
+        for t in self.gives:
+            logits, activation = _keras.logits_of(tensors[t])
+            if logits is not None:
+                given[~t] = Edge(logits)
+            if activation is not None:
+                self.raw[t] = activation
         return Result(
-            {t: Edge(tensors[t], _keras.get_keras_mask(tensors[t])) for t in self.gives},
+            given,
             losses,
             moments,
             {places[v]: scope.state_mapping[v] for v in scope.written},
         )
+
+
+def restored(t: int, edges: dict[int, Edge], raw: dict[int, Callable]) -> Any:
+    """A tensor with what Keras attaches to it: its mask, and the logits from which crossentropies compute."""
+    value, mask = edges[t]
+    if ~t in edges and t in raw:
+        value = raw[t](edges[~t].value)
+    elif ~t in edges:
+        _keras.set_logits(value, edges[~t].value)
+    if mask is not None:
+        _keras.set_keras_mask(value, mask)
+    return value
+
+
+def with_logits(edges: dict[int, Any], tensors: Sequence[int]) -> dict[int, Any]:
+    """What there is of these tensors, and of their logits."""
+    return {key: edges[key] for t in tensors for key in (t, ~t) if key in edges}

@@ -20,6 +20,7 @@ from tfpar.plan import Plan
 from tfpar.prepare import build_losses, planned, prepared
 from tfpar.program import Edge
 from tfpar.schedule import Kind, gpipe
+from tfpar.state import UnknownVariables
 from tfpar.traced import Traced
 from tfpar.variables import follower_bytes
 
@@ -113,7 +114,7 @@ class Steps:
         build_losses(self.strategy, self.engine, data)
         return self.engine
 
-    def extend(self, unknown: _keras.UnknownVariables):
+    def extend(self, unknown: UnknownVariables):
         """Give a call the variables that it was found to use, in whichever model it is."""
         for steps in family(self.model):
             if steps.engine and unknown.graph in (steps.engine.graph, steps.engine.inference):

@@ -7,6 +7,7 @@ import tensorflow as tf
 from keras import tree
 
 from tfpar import _keras, batch
+from tfpar.state import UnknownVariables
 
 
 class Traced:
@@ -40,7 +41,7 @@ class Traced:
                 if model.run_eagerly:
                     return strategy.run(self.step, args=(data, parts))
                 return self.function(data, declared, parts)(*present(data))
-            except _keras.UnknownVariables as unknown:
+            except UnknownVariables as unknown:
                 self.steps.extend(unknown)
 
     def function(self, data: Any, declared: Any, parts: int) -> Callable:
