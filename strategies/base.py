@@ -141,13 +141,14 @@ class Strategy(tf.distribute.MirroredStrategy):
         """The schedule for so many micro-batches.
 
         Raises:
-            ScheduleError: a schedule function that does not return a Schedule on this strategy's devices.
+            ScheduleError: a schedule function that returns something else.
         """
         schedule = self._schedule(self.mesh.stage, micro_batches)
-        if not isinstance(schedule, Schedule) or len(schedule.devices) != self.mesh.stage:
+        fits = isinstance(schedule, Schedule) and schedule.trains and len(schedule.devices) == self.mesh.stage
+        if not fits or schedule.micro_batches != micro_batches:
             raise ScheduleError(
-                f"a schedule function returns a tfpar.Schedule with a line for each of the {self.mesh.stage} devices; "
-                f"received {schedule!r}"
+                f"for {self.mesh.stage} devices and {micro_batches} micro-batches, a schedule function returns a "
+                f"tfpar.Schedule of forward and backward actions with so many lines and micro-batches; received\n{schedule}"
             )
         return schedule
 

@@ -1,0 +1,274 @@
+"""What cannot work says so, with what to do; nothing hangs, and nothing is silently wrong."""
+
+import re
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers, ops
+from training import STRATEGIES, WIDTH, build, check, compiled, data, history
+
+import tfpar
+from tfpar import BatchError, DeviceError, ModelError, PartitionError, ScheduleError, ScopeError
+from tfpar.schedule import forward_only
+
+X, Y = data()
+TWO = ["CPU:0", "CPU:1"]
+
+
+def fit(strategy, build=build, x=X, y=Y, **fit):
+    with strategy.scope():
+        model = build()
+        model.compile("sgd", "sparse_categorical_crossentropy")
+    model.fit(x, y, verbose=0, **fit)
+    return model
+
+
+# ---- devices
+
+
+@pytest.mark.parametrize("make", [tfpar.LayerPlacementStrategy, tfpar.PipelineStrategy])
+def test_devices(make):
+    with pytest.raises(DeviceError, match="no device 'GPU:0'; there are CPU:0, CPU:1"):
+        make(["GPU:0"])
+    with pytest.raises(DeviceError, match="no device 'CPU:99'"):
+        make(["CPU:99"])
+    with pytest.raises(DeviceError, match="each device has one place in a mesh; CPU:1 repeats"):
+        make(["CPU:1", "CPU:0", "/device:CPU:1"])
+    assert make().mesh.stage == 8  # all logical CPUs where there is no GPU
+    assert make(["/job:localhost/replica:0/task:0/device:CPU:2", "cpu:3"]).mesh.devices == ("CPU:2", "CPU:3")
+
+
+# ---- the cut
+
+
+def test_fewer_layers_than_stages():
+    message = "cannot cut 3 layers into 8 stages: a stage needs at least one layer; use at most 3 devices"
+    with pytest.raises(PartitionError, match=message):
+        fit(tfpar.PipelineStrategy())
+
+
+PLACEMENTS = {
+    "unknown": (["dense9"], "no layer 'dense9'; the nearest names are dense, dense_2, dense_1"),
+    "unknown in a mapping": ({"dens": 1}, "no layer 'dens'; the nearest names are dense"),
+    "too few": ([], "2 stages need 1 names where a new one begins; received 0"),
+    "first": (["dense"], "each after at least one layer"),
+    "backwards": ({"dense": 1, "dense_1": 0, "dense_2": 1}, "dense_1 .*stage 0.*dense.*stage 1"),
+    "out of range": ({"dense_2": 2}, "dense_2 is placed on stage 2; the stages are 0 to 1"),
+    "unused": ({"dense_2": 0}, "no layer is placed on stage 1"),
+    "a word": ("dense_2", "placement is"),
+    "a number": (3, "placement is"),
+}
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+@pytest.mark.parametrize("make", [tfpar.LayerPlacementStrategy, tfpar.PipelineStrategy])
+def test_placement(make, name):
+    placement, message = PLACEMENTS[name]
+
+    def named():
+        x = layers.Input((WIDTH,))
+        h = layers.Dense(5, name="dense_1")(layers.Dense(5, name="dense")(x))
+        return keras.Model(x, layers.Dense(3, activation="softmax", name="dense_2")(h))
+
+    with pytest.raises(PartitionError, match=message):
+        fit(make(TWO, placement=placement), named)
+
+
+# ---- schedules and micro-batches
+
+
+@pytest.mark.parametrize("micro_batches", [0, -1, 2.0, "8"])
+def test_micro_batches(micro_batches):
+    with pytest.raises(ScheduleError, match="a whole number of at least 1; received"):
+        tfpar.PipelineStrategy(TWO, micro_batches=micro_batches)
+
+
+def test_schedule():
+    with pytest.raises(ScheduleError, match="'gpipe', '1f1b' or a function.*received 'zb'"):
+        tfpar.PipelineStrategy(TWO, schedule="zb")
+    for wrong in (
+        lambda stages, parts: "0F0",
+        lambda stages, parts: tfpar.gpipe(3, parts),
+        lambda stages, parts: tfpar.gpipe(stages, 3),
+        lambda stages, parts: forward_only(tfpar.gpipe(stages, parts)),
+    ):
+        with pytest.raises(ScheduleError, match="(?s)for 2 devices and 8 micro-batches.*received\n0F0"):
+            fit(tfpar.PipelineStrategy(TWO, schedule=wrong))
+
+
+def test_more_micro_batches_than_samples():
+    check(tfpar.PipelineStrategy(TWO, micro_batches=16), history(X, Y, batch_size=3))
+
+
+# ---- batches
+
+
+def test_empty_batch(strategy):
+    model = compiled(strategy)
+    for call in (model.train_on_batch, model.test_on_batch):
+        with pytest.raises(BatchError, match="the batch has no samples"):
+            call(X[:0], Y[:0])
+    with pytest.raises(BatchError, match="the batch has no samples"):
+        model.predict_on_batch(X[:0])
+    data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(8).concatenate(tf.data.Dataset.from_tensors((X[:0], Y[:0])))
+    with pytest.raises(BatchError, match="drop it from the data"):
+        model.fit(data, verbose=0)
+    model.fit(X, Y, verbose=0)
+
+
+def test_unequal_lengths(strategy):
+    model = compiled(strategy)
+    with pytest.raises(BatchError, match="must be equally long; received .*20.*19"):
+        model.fit(tf.data.Dataset.from_tensors((X, Y[:19])), verbose=0)
+    with pytest.raises(BatchError, match="no batch dimension"):
+        model.fit(tf.data.Dataset.from_tensors((X, Y[0])), verbose=0)
+
+
+def test_wrong_shape_says_what_keras_says(strategy):
+    with pytest.raises(ValueError, match=re.escape("expected shape=(None, 6), found shape=(None, 5)")):
+        compiled(strategy).fit(X[:, :5], Y, verbose=0)
+
+
+def test_labels_out_of_range(strategy):
+    """NaN on every device, as Keras gives on a GPU; TensorFlow's error on a CPU."""
+    with pytest.raises((tf.errors.InvalidArgumentError, ValueError), match="valid range"):
+        compiled(strategy).fit(X, Y + 3, verbose=0)
+    model = compiled(strategy)
+    model.fit(X, Y, verbose=0)
+
+
+# ---- scopes
+
+
+def test_built_outside(strategy):
+    model = compiled(None)
+    with pytest.raises(ScopeError, match="not constructed in this strategy's scope"):
+        strategy.explain(model)
+    layer = layers.Dense(4, name="early")
+    layer.build((None, WIDTH))
+
+    def mixed():
+        x = layers.Input((WIDTH,))
+        return keras.Model(x, layers.Dense(3, activation="softmax")(layer(x)))
+
+    with pytest.raises(
+        ScopeError, match="early/kernel was created outside of this strategy's scope.*\n.*with strategy"
+    ):
+        fit(strategy, mixed)
+
+
+def test_layer_of_another_strategy():
+    strategies = [make() for make in STRATEGIES.values()]
+    with strategies[0].scope():
+        model = build()
+    with strategies[1].scope(), pytest.raises(ScopeError, match="was created outside of this strategy's scope"):
+        other = keras.Model(model.input, layers.Dense(3, activation="softmax")(model.layers[1].output))
+        other.compile("sgd", "sparse_categorical_crossentropy")
+        other.fit(X, Y, verbose=0)
+
+
+def test_a_second_strategy():
+    """Any number of them, one after the other; not one in the other's scope."""
+    one, other = (make() for make in STRATEGIES.values())
+    fit(one), fit(other), fit(one)
+    with (
+        one.scope(),
+        pytest.raises(RuntimeError, match="Mixing different tf.distribute.Strategy objects"),
+        other.scope(),
+    ):
+        pass
+    fit(other)
+
+
+def test_compiled_outside(strategy):
+    """An optimizer made outside of the scope is given to the strategy with the model."""
+    one = compiled()
+    with strategy.scope():
+        keras.utils.set_random_seed(3)
+        other = build()
+    other.compile(keras.optimizers.SGD(momentum=0.9), "sparse_categorical_crossentropy")
+    one.compile(keras.optimizers.SGD(momentum=0.9), "sparse_categorical_crossentropy")
+    assert history(X, Y)(one)["loss"] == pytest.approx(history(X, Y)(other)["loss"])
+    assert len({v.value.device for v in other.optimizer.variables}) == 2
+
+
+def test_never_compiled(strategy):
+    with strategy.scope():
+        model = build()
+    assert model.predict(X, verbose=0).shape == (20, 3)
+    with pytest.raises(ValueError, match="compile"):
+        model.fit(X, Y, verbose=0)
+
+
+# ---- models
+
+
+class Raw(keras.Model):
+    """A TensorFlow function between layers, which cannot be followed."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = layers.Dense(4), layers.Dense(3, activation="softmax")
+
+    def call(self, x):
+        return self.last(tf.nn.relu(self.first(x)))
+
+
+class Wrapped(Raw):
+    """The same in a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.relu = layers.Lambda(tf.nn.relu)
+
+    def call(self, x):
+        return self.last(self.relu(self.first(x)))
+
+
+def test_raw_tensorflow_in_a_subclassed_model(strategy):
+    with pytest.raises(ModelError, match="(?s)Raw.*keras.layers.Lambda"):
+        fit(strategy, Raw)
+    check(strategy, history(X, Y, batch_size=8), build=Wrapped)
+
+
+class Counting(keras.Model):
+    """Does something else each time."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts, self.calls = [layers.Dense(3) for _ in range(3)], 0
+
+    def call(self, x):
+        self.calls += 1
+        return ops.softmax(self.parts[0](x) + self.parts[1](x) * float(self.calls))
+
+
+def test_a_subclassed_model_that_is_not_what_it_seems(strategy):
+    with pytest.raises(ModelError, match="Counting"):
+        fit(strategy, Counting)
+
+
+def test_outputs_without_a_batch():
+    def scalar():
+        x = layers.Input((WIDTH,))
+        return keras.Model(x, ops.sum(layers.Dense(3)(x)))
+
+    for make in STRATEGIES.values():
+        strategy = make()
+        with strategy.scope():
+            model = scalar()
+        if strategy.micro_batches > 1:
+            with pytest.raises(ModelError, match="micro_batches=1"):
+                model.predict_on_batch(X)
+        else:
+            assert np.isfinite(model.predict_on_batch(X))
+
+
+def test_nothing_is_left_of_a_failure(strategy):
+    """After an error the same process trains as before."""
+    for wrong in (Raw, Counting):
+        with pytest.raises(ModelError):
+            fit(strategy, wrong)
+    check(strategy, history(X, Y, batch_size=8))
