@@ -148,7 +148,8 @@ class Strategy(tf.distribute.MirroredStrategy):
         if not fits or schedule.micro_batches != micro_batches:
             raise ScheduleError(
                 f"for {self.mesh.stage} devices and {micro_batches} micro-batches, a schedule function returns a "
-                f"tfpar.Schedule of forward and backward actions with so many lines and micro-batches; received\n{schedule}"
+                "tfpar.Schedule of forward and backward actions with so many lines and micro-batches; "
+                f"received\n{schedule}"
             )
         return schedule
 

@@ -11,8 +11,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PLANNING = ["errors", "mesh", "graph", "schedule", "cost", "partition", "timeline", "simulate", "plan"]
 RUNNING = [
-    "_tf", "_keras", "variables", "batch", "flops", "state", "model", "program", "probe", "engine", "loss", "prepare", "traced",
-    "step", "measure", "testing",
+    "_tf", "_keras", "variables", "batch", "flops", "state", "model", "program", "probe", "engine", "loss", "prepare",
+    "traced", "step", "measure", "testing",
 ]  # fmt: skip
 ORDER = [*PLANNING, *RUNNING, "strategies"]
 FILES = sorted(f for d in ("tfpar", "strategies") for f in (ROOT / d).rglob("*.py"))

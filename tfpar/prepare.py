@@ -31,7 +31,7 @@ def prepared(strategy: Any, model: keras.Model, data: Any, rows: int, before: Pl
     """
     x, _, _ = _keras.unpack_x_y_sample_weight(data)
     _keras.build(model, data)
-    graph, inference = graphs_of(model, x, strategy.schedule(1).stages)
+    graph, inference = graphs_of(model, x, strategy.schedule(min(strategy.micro_batches, rows)).stages)
     engine = Engine(
         planned(strategy, graph, rows, before), model, graph, inference, bool(model.jit_compile), model.run_eagerly
     )
