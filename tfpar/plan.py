@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -83,16 +84,18 @@ class Plan:
         return made * self.micro_rows * self.schedule.in_flight(stage)
 
     def __rich__(self) -> Table:
-        table = Table(title=f"{self.partition.stages} stages, {self.schedule.micro_batches} micro-batches")
-        for name in ("stage", "device", "layers"):
+        title = f"{self.partition.stages} stages, {self.schedule.micro_batches} micro-batches"
+        table = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0))
+        for name in ("stage", "device", "first layer"):
             table.add_column(name)
-        for name in ("time", "parameters", "optimizer", f"activations of {self.rows} samples"):
+        table.add_column("layers", justify="right")
+        for name in ("time", "parameters", "optimizer", f"activations\nof {self.rows} samples"):
             table.add_column(name, justify="right")
         whole = sum(self.cost.forward) or 1.0
         for s in range(self.partition.stages):
-            names = [self.partition.graph.ops[i].layer for i in self.partition.ops(s)]
+            ops = self.partition.ops(s)
             table.add_row(
-                str(s), self.device(s), names[0] if len(names) == 1 else f"{names[0]} … {names[-1]} ({len(names)})",
+                str(s), self.device(s), self.partition.graph.ops[ops[0]].layer, str(len(ops)),
                 f"{self.cost.forward[s] / whole:.0%}", size(self.parameter_bytes(s)), size(self.optimizer_bytes(s)),
                 size(self.activation_bytes(s)),
             )  # fmt: skip
@@ -102,7 +105,7 @@ class Plan:
     def __str__(self) -> str:
         console = Console(width=120)
         with console.capture() as capture:
-            console.print(self, self.timeline.draw(100))
+            console.print(self, self.timeline)
         return capture.get()
 
 

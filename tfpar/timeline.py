@@ -1,9 +1,10 @@
 """When each action ran on each device: simulated and measured runs have the same type."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from rich.console import Console, ConsoleOptions
 from rich.text import Text
 
 from tfpar.schedule import Action, Kind
@@ -66,14 +67,9 @@ class Timeline:
                 lines[span.device][column] = digits[span.action.micro_batch % 10]
         return "\n".join(f"{d:>2} {''.join(line)}" for d, line in enumerate(lines))
 
-    def __rich__(self) -> Text:
-        text = Text()
-        for line in self.draw().splitlines():
-            text.append(line[:3])
-            for mark in line[3:]:
-                text.append(mark, STYLE[mark])
-            text.append("\n")
-        return text
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        for line in self.draw(options.max_width - 3).splitlines():
+            yield Text.assemble(line[:3], *((mark, STYLE[mark]) for mark in line[3:]))
 
 
 def merged(intervals: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
