@@ -13,7 +13,7 @@ from tensorflow.python.framework import ops
 from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
 __all__ = [
-    "MirroredExtended", "MirroredVariable", "ReplicaContext", "ResourceVariable", "UpdateContext",
+    "MirroredExtended", "MirroredVariable", "ReplicaContext", "ResourceVariable", "UpdateContext", "awaited",
     "following_inputs", "independent", "outside_replica", "record_gradient", "tape_watches", "unrecorded",
 ]  # fmt: skip
 
@@ -87,6 +87,16 @@ def independent(tensors: Sequence[tf.Tensor]):
     for tensor in tensors:
         if not tf.executing_eagerly() and hasattr(tensor, "op") and tensor.op.op_def.is_stateful:
             tensor.graph.experimental_acd_manager.run_independently(tensor.op)
+
+
+def awaited(tensor: tf.Tensor) -> tf.Tensor:
+    """The tensor, from an operation for which a control edge waits.
+
+    It does not for the outputs of a function call: when TensorFlow inlines the function, the edge is left with its
+    side effects.
+    """
+    called = not tf.executing_eagerly() and tensor.op.type in ("PartitionedCall", "StatefulPartitionedCall")
+    return tf.identity(tensor) if called else tensor
 
 
 def unrecorded(read: Callable[[], tf.Tensor]) -> tf.Tensor:

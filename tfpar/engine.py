@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 
 from tfpar import _keras, batch
-from tfpar._tf import independent, unrecorded
+from tfpar._tf import awaited, independent, unrecorded
 from tfpar.errors import ModelError
 from tfpar.model import KerasGraph
 from tfpar.partition import Partition
@@ -118,7 +118,7 @@ class Pass:
         self.cotangents: list[dict[int, list[tf.Tensor]]] = [{} for _ in self.inputs]
         self.gradients: dict[tuple[int, int], Any] = {}  # by stage and variable
         self.read: dict[tuple[int, int], tf.Tensor] = {}  # by stage and variable
-        self.last: dict[int, list[tf.Tensor]] = {}  # by device, what its previous action made
+        self.last: dict[int, list[Any]] = {}  # by device, what tells that its previous action is done
         self.starts: dict[Action, tf.Tensor] = {}
         self.stops: dict[Action, tf.Tensor] = {}
 
@@ -146,7 +146,7 @@ class Pass:
         else:
             result = program(variables, edges)
         independent(tensors_of(result))
-        result = result._replace(edges=self.stopped(action, result.edges))
+        self.stopped(action, result.edges)
         self.values[m].update(result.edges)
         self.state[m].update(result.state)
         self.results[s, m] = result
@@ -172,7 +172,7 @@ class Pass:
         for v, gradient in variables.items():
             known = self.gradients.get((s, v))
             self.gradients[s, v] = gradient if known is None else add(known, gradient)
-        edges, _ = self.stopped(action, (edges, [self.gradients[s, v] for v in variables]))
+        self.stopped(action, (edges, [self.gradients[s, v] for v in variables]))
         for t, cotangent in edges.items():
             self.cotangents[m].setdefault(t, []).append(cotangent)
 
@@ -214,14 +214,12 @@ class Pass:
         with tf.control_dependencies(before):
             return each(tf.identity, values)
 
-    def stopped(self, action: Action, values: Any) -> Any:
-        """The values; the next action on this device will wait for all of them."""
-        values = each(tf.identity, values)
-        self.last[self.place(action)] = tensors_of(values)
+    def stopped(self, action: Action, values: Any):
+        """The next action on this device will wait for all of these."""
+        done = tf.group(*map(awaited, tensors_of(values)))
         if self.clock:
-            self.stops[action] = now(tensors_of(values))
-            self.last[self.place(action)] = [self.stops[action]]
-        return values
+            done = self.stops[action] = now([done])
+        self.last[self.place(action)] = [done]
 
     def place(self, action: Action) -> int:
         """The device of an action."""

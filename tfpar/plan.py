@@ -96,7 +96,8 @@ class Plan:
             ops = self.partition.ops(s)
             table.add_row(
                 str(s), self.device(s), self.partition.graph.ops[ops[0]].layer, str(len(ops)),
-                f"{self.cost.forward[s] / whole:.0%}", size(self.parameter_bytes(s)), size(self.optimizer_bytes(s)),
+                f"{self.cost.forward[s] / whole:.0%}", size(self.parameter_bytes(s)),
+                size(self.optimizer_bytes(s)) if any(self.slot_bytes) else "?",
                 size(self.activation_bytes(s)),
             )  # fmt: skip
         table.caption = f"predicted bubble {self.timeline.bubble:.0%} (idle share of all devices)"
