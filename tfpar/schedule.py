@@ -55,7 +55,7 @@ class Schedule:
             raise ScheduleError("a schedule needs at least one action")
         doubled = {a for a in actions if actions.count(a) > 1} if len(set(actions)) < len(actions) else set()
         if doubled:
-            raise ScheduleError(f"{min(doubled)} stands more than once in the schedule\n{self}")
+            raise ScheduleError(f"{min(doubled, key=str)} stands more than once in the schedule\n{self}")
         kinds = [Kind.FORWARD, Kind.BACKWARD] if self.trains else [Kind.FORWARD]
         every = {Action(s, k, m) for s in range(self.stages) for k in kinds for m in range(self.micro_batches)}
         if every != set(actions):

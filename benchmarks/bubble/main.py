@@ -48,7 +48,10 @@ def main():
         costs = [tuple(duration(found, s, kind) for s in range(2)) for kind in tfpar.Kind]
         predicted = tfpar.simulate(plan.schedule, tfpar.StageCost(*costs)).bubble
         table.add_row(
-            f"{first} + {options.blocks - first}", f"{found.bubble:.1%}", f"{predicted:.1%}", f"{plan.timeline.bubble:.1%}"
+            f"{first} + {options.blocks - first}",
+            f"{found.bubble:.1%}",
+            f"{predicted:.1%}",
+            f"{plan.timeline.bubble:.1%}",
         )
         console.print(f"{first} + {options.blocks - first} blocks, measured and predicted:", found, plan.timeline)
     console.print(table)

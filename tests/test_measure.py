@@ -1,0 +1,43 @@
+"""The measured timeline: the actions of the schedule, in its order, one at a time on each device."""
+
+import pytest
+from training import build, compiled, data
+
+import tfpar
+from tfpar.measure import measured
+from tfpar.testing import assert_same
+
+X, Y = data()
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+def test_measured(schedule):
+    strategy = tfpar.PipelineStrategy(["CPU:0", "CPU:1"], micro_batches=4, schedule=schedule)
+    model = compiled(strategy)
+    timeline = measured(model, X, Y, repeat=2)
+    lines = strategy.schedule(4).devices
+    assert timeline.devices == 2 and 0 <= timeline.bubble < 1 and timeline.makespan > 0
+    for device, line in enumerate(lines):
+        spans = [s for s in timeline.spans if s.device == device]
+        assert sorted(spans, key=lambda s: s.start) == sorted(spans, key=lambda s: line.index(s.action))
+        assert all(s.stop >= s.start for s in spans)
+        assert all(after.start >= before.stop for before, after in zip(spans[:-1], spans[1:], strict=True))
+    assert str(timeline.draw()).count("\n") == 1
+
+
+def test_it_trains():
+    """A measured step is a step."""
+    one, other = compiled(), compiled(tfpar.PipelineStrategy(["CPU:0", "CPU:1"], micro_batches=4))
+    measured(other, X, Y, repeat=2)
+    for _ in range(3):
+        one.train_on_batch(X, Y)
+    assert_same(one, other, 1e-5, 1e-7)
+
+
+def test_what_cannot_be_measured():
+    with pytest.raises(tfpar.ModelError, match="is not scheduled: construct and compile it in the scope"):
+        measured(compiled(), X, Y)
+    with tfpar.PipelineStrategy(["CPU:0"]).scope():
+        model = build()
+    with pytest.raises(tfpar.ModelError, match="is not scheduled"):
+        measured(model, X, Y)

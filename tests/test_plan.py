@@ -1,0 +1,70 @@
+"""What a user is told."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+from training import compiled, data, history
+from zoo import ZOO, Subclassed
+
+import tfpar
+from tfpar import ModelError
+from tfpar.plan import size
+from tfpar.testing import difference
+
+FOUR = [f"CPU:{n}" for n in range(4)]
+
+
+def chain():
+    x = h = layers.Input((6,))
+    for n in range(8):
+        h = layers.Dense(500, activation="relu", name=f"layer_{n}")(h)
+    return keras.Model(x, layers.Dense(3, activation="softmax", name="last")(h))
+
+
+def test_explain():
+    strategy = tfpar.PipelineStrategy(FOUR, micro_batches=8)
+    model = compiled(strategy, build=chain, optimizer="adam")
+    plan = strategy.explain(model, batch_size=64)
+    assert [plan.device(s) for s in range(4)] == FOUR
+    assert sum(map(plan.parameter_bytes, range(4))) == sum(np.asarray(w).nbytes for w in model.weights)
+    assert plan.micro_rows == 8
+    assert difference(plan.timeline.bubble, tfpar.simulate(plan.schedule, plan.cost).bubble) == 0.0
+    text = str(plan)
+    lines = text.splitlines()
+    assert "4 stages, 8 micro-batches" in lines[0] and "of 64 samples" in text
+    for s, first in enumerate(plan.partition.graph.ops[plan.partition.ops(s)[0]].name for s in range(4)):
+        assert any(line.split()[:3] == [str(s), FOUR[s], first] for line in lines if line.split())
+    assert f"predicted bubble {plan.timeline.bubble:.0%}" in text and "⁰" in text and "?" in text
+
+    history(*data(64), batch_size=64)(model)
+    after = strategy.explain(model)
+    assert after.rows == 64 and after.partition.stage_of == plan.partition.stage_of
+    assert sum(map(after.optimizer_bytes, range(4))) == 2 * sum(map(plan.parameter_bytes, range(4)))
+    assert "?" not in str(after)
+
+
+def test_activations_follow_the_schedule():
+    """1F1B holds `stages - s` micro-batches, GPipe all of them."""
+
+    def held(schedule):
+        strategy = tfpar.PipelineStrategy(FOUR, micro_batches=8, schedule=schedule)
+        plan = strategy.explain(compiled(strategy, build=chain), 64)
+        return [plan.activation_bytes(s) for s in range(4)]
+
+    assert np.allclose(np.divide(held("1f1b"), held("gpipe")), [4 / 8, 3 / 8, 2 / 8, 1 / 8])
+
+
+def test_explain_needs_to_know_the_layers():
+    strategy = tfpar.PipelineStrategy(FOUR[:2])
+    with strategy.scope():
+        model = Subclassed()
+        model.compile("sgd", "mse")
+    with pytest.raises(ModelError, match="known when it has seen data: call fit, evaluate or predict"):
+        strategy.explain(model)
+    model.predict(ZOO["subclassed"].data(np.random.default_rng(0), 4)[0], verbose=0)
+    assert "dense" in str(strategy.explain(model))
+
+
+def test_size():
+    assert [size(n) for n in (0, 999, 1500, 2.5e6, 3e9, 4e12)] == ["0 B", "999 B", "1.5 kB", "2.5 MB", "3 GB", "4 TB"]
