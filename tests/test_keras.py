@@ -1,0 +1,314 @@
+"""Each private name of Keras does what tfpar needs of it."""
+
+import pathlib
+import re
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers, ops
+from training import STRATEGIES, build, compiled, data
+
+from tfpar import _keras
+from tfpar.state import RecordingScope
+
+X, Y = data(8)
+
+
+def test_every_name_is_tested():
+    mine = pathlib.Path(__file__).read_text()
+    names = re.findall(r"^(?:def|class) (\w+)", pathlib.Path(_keras.__file__).read_text(), re.MULTILINE)
+    assert [n for n in [*names, *_keras.__all__] if n not in mine] == []
+
+
+# ---- models
+
+
+def test_adoption_touches_keras_only_inside_scopes():
+    original = _keras.Adoption.original
+    trainer = _keras.TensorFlowTrainer
+    assert trainer.__init__ is original
+    one, other = (make() for make in STRATEGIES.values())
+    with one.scope():
+        assert trainer.__init__ is not original
+        assert hasattr(build(), "_tfpar_steps")
+    assert trainer.__init__ is original
+    with pytest.raises(KeyError), other.scope():
+        raise KeyError
+    assert trainer.__init__ is original
+    assert not hasattr(build(), "_tfpar_steps")
+
+
+def test_overrides():
+    class Own(keras.Model):
+        def test_step(self, data):
+            return {}
+
+    assert _keras.overrides(Own(), "train_step", "test_step") == "test_step"
+    assert _keras.overrides(build(), "train_step", "test_step", "compute_loss") is None
+
+
+class Called(keras.Model):
+    def call(self, x, training=None):
+        return x
+
+
+class Silent(keras.Model):
+    def call(self, x):
+        return x
+
+
+def test_is_graph_and_graph_of():
+    sequential = keras.Sequential([layers.Dense(2)])
+    assert _keras.graph_of(sequential) is None and not _keras.is_graph(sequential)
+    sequential.build((None, 3))
+    assert _keras.is_graph(sequential) and _keras.is_graph(build())
+    assert _keras.graph_of(sequential).inputs[0].shape == (None, 3)
+    assert not _keras.is_graph(Called()) and not _keras.is_graph(layers.Dense(2))
+
+
+def test_nodes_in_order_and_output_structure():
+    x = layers.Input((3,))
+    first = layers.Dense(2, name="first")
+    h = first(x)
+    y = layers.add([h, first(x)], name="sum")
+    model = keras.Model(x, {"y": y, "h": h})
+    names = [node.operation.name for node in _keras.nodes_in_order(model)]
+    assert names == ["first", "first", "sum"]
+    assert set(_keras.output_structure(model)) == {"y", "h"}
+    assert not isinstance(_keras.output_structure(keras.Sequential([layers.Input((3,)), first])._functional), list)
+
+
+def test_inputs():
+    model = build()
+    assert _keras.converted_inputs(Called(), tf.constant(X.astype("float64"))).dtype == "float32"
+    with pytest.raises(ValueError, match="incompatible"):
+        _keras.converted_inputs(model, tf.constant(X[:, :2]))
+    named = keras.Model({"a": layers.Input((2,), name="a"), "b": (b := layers.Input((1,), name="b"))}, b)
+    flat = _keras.graph_inputs(named, {"b": tf.ones((4, 1)), "a": tf.ones((4, 2))})
+    assert [v.shape[1] for v in flat] == [2, 1]
+    assert [v.shape[1] for v in _keras.graph_inputs(Called(), [tf.ones((4, 3)), tf.ones((4, 2))])] == [3, 2]
+
+
+def test_training_argument_and_call_operation():
+    class Told(layers.Layer):
+        def call(self, x, training=None):
+            return x + float(bool(training))
+
+    x = tf.zeros((1,))
+    assert _keras.training_argument(Called(), True) == {"training": True}
+    assert _keras.training_argument(Silent(), True) == {}
+    told = Told()
+    assert float(_keras.call_operation(told, (x,), {}, True, False)[0]) == 1.0
+    assert float(_keras.call_operation(told, (x,), {"training": False}, True, True)[0]) == 0.0
+    assert float(_keras.call_operation(told, (x,), {"training": False}, True, False)[0]) == 1.0  # as in Functional
+    assert float(_keras.call_operation(ops.add, (x, 2.0), {}, True, False)[0]) == 2.0
+
+
+def test_autocast_of():
+    layer = layers.Dense(2, dtype="mixed_bfloat16")
+    layer.build((None, 3))
+    with _keras.autocast_of(layer):
+        assert ops.convert_to_tensor(layer.kernel).dtype == "bfloat16"
+    plain = layers.Dense(2)
+    plain.build((None, 3))
+    with _keras.autocast_of(plain):
+        assert ops.convert_to_tensor(plain.kernel).dtype == "float32"
+
+
+# ---- state
+
+
+def test_masks():
+    x = tf.constant([1.0])
+    assert _keras.get_keras_mask(x) is None
+    _keras.set_keras_mask(x, tf.constant([True]))
+    assert bool(_keras.get_keras_mask(x)[0])
+
+
+@pytest.mark.parametrize("wrap", [tf.function, lambda f: f], ids=["graph", "eager"])
+def test_logits_of(wrap):
+    x = tf.constant([[1.0, 2.0]])
+    found = []
+
+    @wrap
+    def function(x):
+        y = tf.identity(x)
+        _keras.set_logits(y, x)
+        results = [y, keras.activations.softmax(x), keras.activations.sigmoid(x), tf.nn.softmax(x), x]
+        found.extend((logits is x, kind) for logits, kind in map(_keras.logits_of, results))
+        return x
+
+    function(x)
+    raw = (True, tf.nn.softmax) if wrap is tf.function else (False, None)
+    assert found == [(True, None), (True, None), (True, None), raw, (False, None)]
+
+
+def test_passed_through():
+    @_keras.passed_through
+    class Own(Exception):
+        pass
+
+    class Raises(layers.Layer):
+        def call(self, x):
+            raise Own("said so")
+
+    with pytest.raises(Own, match="^said so$"):
+        Raises()(X)
+
+
+def test_recording_and_in_program():
+    norm = layers.BatchNormalization()
+    norm.build((None, 3))
+    assert not _keras.in_program()
+    with RecordingScope([]) as scope:
+        assert _keras.in_program()
+        norm(tf.ones((2, 3)), training=True)
+    assert set(scope.written) == {id(norm.moving_mean), id(norm.moving_variance)}
+    assert np.array_equal(norm.moving_mean, [0, 0, 0])
+
+
+def test_clear_losses():
+    layer = layers.ActivityRegularization(1.0)
+    layer(tf.ones((2, 2)))
+    assert layer.losses
+    _keras.clear_losses(layer)
+    _keras.clear_losses(ops.add)
+    assert not layer.losses
+
+
+def test_is_seed():
+    assert _keras.is_seed(keras.random.SeedGenerator(1).state)
+    assert not _keras.is_seed(keras.Variable(1.0))
+
+
+@pytest.mark.parametrize("renorm", [False, True])
+def test_moments(renorm):
+    """Recorded, and moved by hand, they are what the layer's own call leaves behind."""
+    rng = np.random.default_rng(0)
+    x = tf.constant(rng.normal(2.0, 3.0, size=(6, 4)), "float32")
+    own, moved = (layers.BatchNormalization(momentum=0.7, renorm=renorm) for _ in range(2))
+    for layer in (own, moved):
+        layer.build((None, 4))
+    own(x, training=True)
+    found = []
+    with keras.StatelessScope(), _keras.recorded_moments([moved], found):
+        moved(x, training=True)
+    ((index, moments),) = found
+    assert index == 0 and isinstance(moments, _keras.Moments) and float(moments.count) == 6
+    _keras.move_statistics(moved, moments.mean, moments.variance)
+    pairs = zip(_keras.moving_statistics(own), _keras.moving_statistics(moved), strict=True)
+    assert all(np.allclose(a, b, rtol=1e-6) for a, b in pairs)
+    assert "_moments" not in vars(moved)
+    assert _keras.batch_normalizations(keras.Sequential([own, layers.Dense(1)])) == [own]
+    assert _keras.batch_normalizations(ops.add) == []
+
+
+# ---- steps
+
+
+def test_without_optionals():
+    model = compiled()
+    batch = (tf.ones((2, 3)), tf.experimental.Optional.empty(tf.TensorSpec((2,))))
+    assert _keras.without_optionals(model, batch)[1] is None
+
+
+def test_symbolic_and_build():
+    assert _keras.symbolic(X).shape == (None, 6) and _keras.symbolic(None) is None
+    model = keras.Sequential([layers.Dense(3)])
+    model.compile("sgd", "mse", metrics=["mae"])
+    _keras.build(model, (X, np.zeros((8, 3))))
+    assert model.built and not model._compile_metrics.built
+    _keras.build(model, (X, np.zeros((8, 3))), keras.KerasTensor((None, 3)))
+    assert model._compile_metrics.built and model._compile_loss.built
+    assert _keras.output_spec(model, keras.KerasTensor((None, 6))).shape == (None, 3)
+    assert [m.name for m in model.metrics] == ["loss", "compile_metrics"]
+
+
+LOSSES = ["sum_over_batch_size", "sum", "mean", "mean_with_sample_weight"]
+
+
+@pytest.mark.parametrize("reduction", LOSSES)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_evaluate_loss(reduction, weighted, masked):
+    """The loss, and by what its mean divides: the parts make up the whole."""
+    rng = np.random.default_rng(0)
+    y, p = (tf.constant(rng.normal(size=(7, 5, 2)), "float32") for _ in range(2))
+    weight = tf.constant(rng.uniform(size=(7, 5)), "float32") if weighted else None
+    mask = tf.constant(rng.uniform(size=(7, 5)) > 0.4)
+    model = keras.Sequential([layers.Input((5, 2)), layers.Dense(2)])
+    model.compile("sgd", keras.losses.MeanSquaredError(reduction=reduction), loss_weights=[0.5])
+    model.compute_loss(None, y, p)
+
+    def of(rows):
+        prediction = p[rows]
+        if masked:
+            _keras.set_keras_mask(prediction, mask[rows])
+        part = None if weight is None else weight[rows]
+        (call,) = _keras.loss_calls(model, y[rows], prediction, part)
+        assert isinstance(call, _keras.LossCall) and call.weight == 0.5
+        assert _keras.has_plain_reduction(call.loss)
+        value, count = _keras.evaluate_loss(call)
+        assert np.allclose(value, call.loss(y[rows], prediction, part))
+        return float(value), float(count)
+
+    whole, count = of(slice(None))
+    parts = [of(rows) for rows in (slice(0, 2), slice(2, 7))]
+    total = 1.0 if reduction == "sum" else count
+    assert np.isclose(whole, sum(v * (c / total) for v, c in parts), rtol=1e-5)
+    assert not _keras.has_plain_reduction(keras.losses.MeanSquaredError(reduction="none"))
+
+
+def test_trackers():
+    x = layers.Input((2,))
+    model = keras.Model(x, {"a": layers.Dense(1)(x), "b": layers.Dense(1)(x)})
+    assert not _keras.loss_trackers(model) and _keras.loss_dtype(model) == "float32"
+    model.compile("sgd", {"a": "mse", "b": "mae"})
+    data = tf.ones((4, 2)), {"a": tf.ones((4, 1)), "b": tf.ones((4, 1))}
+    model.evaluate(*data, verbose=0)
+    assert len(_keras.loss_trackers(model)) == 2 and _keras.loss_dtype(model) == "float32"
+    model.reset_metrics()
+    _keras.track_loss(model, tf.constant(3.0), tf.constant(4))
+    assert float(model.metrics[0].result()) == 3.0
+
+
+def test_added_losses():
+    model = keras.Sequential([layers.Input((2,)), layers.Dense(1, kernel_regularizer="l2")])
+    added = _keras.added_losses(model, [tf.constant(5.0)])
+    assert float(added[0]) == 5.0 and len(added) == 2 and float(added[1]) > 0
+
+
+def test_give_strategy():
+    strategy = STRATEGIES["layers"]()
+    scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())
+    _keras.give_strategy(scaled, strategy)
+    assert scaled._distribution_strategy is scaled.inner_optimizer._distribution_strategy is strategy
+
+
+def test_auto_jit():
+    assert _keras.auto_jit(build())
+
+    class Without(layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.supports_jit = False
+
+        def call(self, x):
+            return x
+
+    assert not _keras.auto_jit(keras.Sequential([layers.Input((2,)), Without()]))
+
+
+def test_running():
+    model = build()
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    with _keras.running(model, lambda x, training=None: x * 2.0, [tf.constant(7.0)]):
+        assert np.array_equal(model(X, training=True), X * 2.0)
+        assert [float(v) for v in model.losses] == [7.0]
+    assert model(X).shape == (8, 3) and model.losses == []
+
+
+def test_unpack_x_y_sample_weight():
+    assert _keras.unpack_x_y_sample_weight((1, 2)) == (1, 2, None)

@@ -1,0 +1,159 @@
+"""Each private name of TensorFlow does what tfpar needs of it."""
+
+import pathlib
+import re
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tfpar
+from tfpar import _tf
+
+
+def test_every_name_is_tested():
+    mine = pathlib.Path(__file__).read_text()
+    names = re.findall(r"^def (\w+)", pathlib.Path(_tf.__file__).read_text(), re.MULTILINE)
+    assert [n for n in [*names, *_tf.__all__] if n not in mine] == []
+
+
+def test_classes():
+    """The strategy is built on them."""
+    strategy = tfpar.LayerPlacementStrategy(["CPU:0"])
+    assert isinstance(strategy.extended, _tf.MirroredExtended)
+    with strategy.scope():
+        variable = tf.Variable(1.0)
+    assert isinstance(variable, _tf.MirroredVariable) and isinstance(variable.values[0], _tf.ResourceVariable)
+    seen = strategy.run(tf.distribute.get_replica_context)
+    assert isinstance(seen, _tf.ReplicaContext)
+
+    def update(v):
+        assert tf.distribute.in_cross_replica_context()
+        v.assign(2.0)
+
+    strategy.extended.update(variable, update)
+    assert float(variable) == 2.0
+    with strategy.scope(), _tf.UpdateContext(0):
+        assert tf.distribute.get_replica_context() is None
+
+
+def test_outside_replica():
+    strategy = tfpar.LayerPlacementStrategy(["CPU:0"])
+
+    def step():
+        assert not tf.distribute.in_cross_replica_context()
+        with _tf.outside_replica(strategy):
+            assert tf.distribute.in_cross_replica_context()
+        assert not tf.distribute.in_cross_replica_context()
+
+    strategy.run(step)
+
+
+def device(tensor):
+    return tf.DeviceSpec.from_string(tensor.op.device).device_index
+
+
+def test_following_inputs():
+    @tf.function
+    def function(x, y):
+        with tf.device("CPU:1"):
+            large = tf.ones((8, 8)) + x
+        with tf.device("CPU:2"):
+            small = tf.ones(()) * y
+        with _tf.following_inputs():
+            product = large * small
+            with tf.device("CPU:3"):
+                told = large * small
+            nothing = tf.constant(1.0)
+            branch = tf.cond(y > 0, lambda: large + 1.0, lambda: large)
+            inner = next(
+                op for op in tf.compat.v1.get_default_graph().get_operations() if op.type in ("If", "StatelessIf")
+            )
+        assert device(product) == 1 and device(told) == 3 and not nothing.op.device
+        assert _tf.device_of(product) == product.op.device
+        assert _tf.largest_input_device(product.op) == product.op.device and _tf.size(small) < _tf.size(large)
+        assert device(inner.outputs[0]) == 1
+        return product, branch
+
+    function(tf.constant(1.0), tf.constant(2.0))
+    with _tf.following_inputs():
+        assert float(tf.constant(1.0) + 1.0) == 2.0
+
+
+def test_size_of_an_open_shape():
+    sizes = []
+
+    @tf.function(input_signature=[tf.TensorSpec([None, 3])])
+    def function(x):
+        sizes.append(_tf.size(x))
+
+    function(np.zeros((2, 3), "float32"))
+    assert sizes[0] > 2**60
+
+
+@pytest.mark.parametrize("wrap", [tf.function, lambda f: f], ids=["graph", "eager"])
+def test_record_gradient(wrap):
+    @wrap
+    def function(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            (y,) = _tf.record_gradient([tf.constant(5.0)], [x], lambda dy: [3.0 * dy])
+            z = 2.0 * y
+        return y, tape.gradient(z, x)
+
+    assert [float(v) for v in function(tf.constant(1.0))] == [5.0, 6.0]
+
+
+def test_tape_watches_and_unrecorded():
+    x = tf.constant(1.0)
+    assert not _tf.tape_watches([x])
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(x)
+        assert _tf.tape_watches([x])
+        y = _tf.unrecorded(lambda: 2.0 * x)
+        assert not _tf.tape_watches([y])
+        z = y * x
+    assert float(tape.gradient(z, x)) == 2.0 and tape.gradient(y, x) is None
+
+
+def test_independent():
+    """Two programs with random operations wait for each other unless they are freed."""
+
+    @tf.function
+    def inner():
+        return tf.random.uniform((2,))
+
+    def waits(free):
+        @tf.function
+        def function():
+            results = [inner(), inner()]
+            if free:
+                _tf.independent(results)
+            return results
+
+        operations = function.get_concrete_function().graph.get_operations()
+        return any(op.control_inputs for op in operations if "PartitionedCall" in op.type)
+
+    assert waits(False) and not waits(True)
+    _tf.independent([tf.constant(1.0)])
+
+
+def test_awaited():
+    """An identity for what a function returns, nothing for other tensors."""
+
+    @tf.function
+    def inner(x):
+        return x + 1.0
+
+    kinds = []
+
+    @tf.function
+    def function(x):
+        y = inner(x)
+        kinds.append((_tf.awaited(y).op.type, _tf.awaited(x + y).op.type))
+        return y
+
+    function(tf.constant(1.0))
+    assert kinds == [("Identity", "AddV2")]
+    x = tf.constant(1.0)
+    assert _tf.awaited(x) is x
