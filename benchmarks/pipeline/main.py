@@ -24,7 +24,7 @@ def main():
         return
     results = {}
     for _ in range(options.rounds):
-        for run in RUNS:
+        for run in options.runs:
             command = [sys.executable, __file__, *sys.argv[1:], "--run", run]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             results.setdefault(run, []).append(json.loads(output.splitlines()[-1]))
@@ -43,6 +43,7 @@ def parser():
     p.add_argument("--policy", default="float32", help="the dtype policy")
     p.add_argument("--steps", type=int, default=8, help="timed steps in each process")
     p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--runs", nargs="+", choices=RUNS, default=RUNS)
     p.add_argument("--run", choices=RUNS, help="one run in this process, its numbers as JSON")
     return p
 
