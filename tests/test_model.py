@@ -189,3 +189,12 @@ def test_flops_of_attention():
 
 def test_flops_of_an_operation():
     assert flops(ops.add, [(4,)], [(4,)]) == 0
+
+
+def test_a_sequential_part_that_first_saw_numbers():
+    """It keeps their batch size in its symbols; the batch of the graph stays open."""
+    part = keras.Sequential([layers.Dense(4), layers.Dense(3)])
+    part(np.zeros((8, 6), "float32"))
+    x = layers.Input((6,))
+    graph = graph_from(keras.Model(x, part(layers.Dense(6)(x))))
+    assert [graph.is_batched(t) for t in range(len(graph.symbols))] == [True] * 4

@@ -157,7 +157,9 @@ class Builder:
                 entered = self.enter(name, node.operation, inner, args[0], kwargs.get("mask"))
                 outputs = tree.flatten(self.walk(inner, entered, name + "/", explicit))
             else:
-                outputs = self.add(name, node.operation, args, kwargs, node.outputs, explicit)
+                # a Sequential model that first saw numbers has their batch size in its symbols
+                results = [rebatched(t, function.inputs[0], self.symbols[inputs[0]]) for t in node.outputs]
+                outputs = self.add(name, node.operation, args, kwargs, results, explicit)
             known.update((id(t), o) for t, o in zip(node.outputs, outputs, strict=True))
         return tree.map_structure(lambda t: known[id(t)], _keras.output_structure(function))
 
@@ -195,6 +197,13 @@ class Builder:
             outputs=tuple(tree.flatten(outputs)),
         )
         return KerasGraph(graph, tuple(self.calls), tuple(self.variables), tuple(self.symbols), outputs)
+
+
+def rebatched(symbol: keras.KerasTensor, inside: keras.KerasTensor, outside: keras.KerasTensor) -> keras.KerasTensor:
+    """A tensor of a nested model with the batch size of what the model is given."""
+    if not symbol.shape or not inside.shape or inside.shape[0] is None or symbol.shape[0] != inside.shape[0]:
+        return symbol
+    return keras.KerasTensor((outside.shape[0], *symbol.shape[1:]), symbol.dtype)
 
 
 def name_of(operation: Any, opened: bool) -> str:
