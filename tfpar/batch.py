@@ -54,7 +54,13 @@ def shares(count: Any, parts: int) -> list[tf.Tensor]:
 
 
 def split(batch: Any, parts: int) -> list[Any]:
-    """A structure of tensors as `parts` structures of nearly equal numbers of rows; `None` stays `None`."""
+    """A structure of tensors as `parts` structures of nearly equal numbers of rows; `None` stays `None`.
+
+    Raises:
+        BatchError: a sparse tensor.
+    """
+    if parts > 1 and any(isinstance(x, tf.SparseTensor) for x in tree.flatten(batch)):
+        raise BatchError("a sparse array cannot be divided; use micro_batches=1 (LayerPlacementStrategy)")
     edges = bounds(count(batch), parts)
     return [
         tree.map_structure(lambda x: x if x is None or parts == 1 else x[start:stop], batch)  # noqa: B023

@@ -2,6 +2,7 @@
 
 # s: stage, m: micro-batch, t: tensor of the graph, v: variable of the graph, i: operation, k: its k-th added loss
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -45,6 +46,7 @@ class Engine:
     raw: dict[int, Callable] = field(default_factory=dict)  # of tensors that are functions of their logits, which
 
     def __post_init__(self):
+        self.programs.clear()
         self.probe = Probe(self.graph)
         trainable = {id(v) for v in self.model.trainable_weights}
         self.trainable = {v for v, variable in enumerate(self.graph.variables) if id(variable) in trainable}
@@ -66,8 +68,7 @@ class Engine:
         if self.inference is not None:
             self.inference = self.inference.with_variables(unknown)
         self.plan = replace(self.plan, partition=Partition(self.graph.graph, self.plan.partition.stage_of))
-        self.programs.clear()
-        self.probe = Probe(self.graph)
+        self.__post_init__()
 
     def masks(self, inputs: Sequence[Edge], training: bool | None) -> dict[int, Any]:
         """The masks of the model's outputs for a whole batch.
@@ -133,6 +134,13 @@ class Pass:
                     RUN[action.kind](self, action)
         return self
 
+    def again(self) -> "Pass":
+        """The same forward passes, for another way back."""
+        other = copy.copy(self)
+        other.cotangents, other.gradients, other.last = [{} for _ in self.inputs], {}, {}
+        other.pullbacks = dict(self.pullbacks)
+        return other
+
     # ---- actions, under the device of their stage
 
     def forward(self, action: Action):
@@ -185,7 +193,7 @@ class Pass:
             if t < 0 or (self.graph.tensors[t].differentiable and (self.watch_inputs or t in self.graph.producer))
         }
         sources = [*inside.values(), *outside.values()]
-        with tf.GradientTape() as tape:
+        with tf.GradientTape(persistent=self.head is None) as tape:  # a user may ask more than once
             tape.watch(sources)
             result = program(variables, edges)
 
@@ -257,8 +265,9 @@ class Pass:
         if kind is Combine.SUM:
             return 1.0
         raise ModelError(
-            f"the loss that {self.graph.ops[i].name} adds is neither a mean nor a sum over samples, so the losses of "
-            "micro-batches do not make up that of the batch. Use micro_batches=1 (LayerPlacementStrategy)"
+            f"the loss that {self.graph.ops[i].name} adds is neither a mean nor a sum over samples, or zero on random "
+            "ones, so the losses of micro-batches do not make up that of the batch. Use micro_batches=1 "
+            "(LayerPlacementStrategy)"
         )
 
     def found(self, i: int, what: str, key: int) -> Combine | None:
@@ -286,7 +295,8 @@ class Pass:
         for (_, m), result in self.results.items():
             for i, losses in result.losses.items():
                 for k, loss in enumerate(losses):
-                    part = loss * tf.cast(self.loss_weight(i, k, m), loss.dtype)
+                    weight = tf.cast(self.loss_weight(i, k, m), loss.dtype)
+                    part = tf.math.multiply_no_nan(loss, weight)  # no rows have no mean
                     total[i, k] = total[i, k] + part if (i, k) in total else part
         return total
 
@@ -300,6 +310,11 @@ class Pass:
             for part in parts[1:]:
                 total = add(total, part)
         return total
+
+    def input_gradient(self, t: int) -> tf.Tensor | None:
+        """The gradient of an input of the model; `None` if nothing depends on it."""
+        parts = [c[t] for c in self.cotangents if t in c]
+        return batch.joined([tf.add_n(p) for p in parts]) if parts else None
 
     def write_state(self):
         """Assign what layers changed: once for the batch, however many micro-batches it had."""

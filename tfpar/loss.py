@@ -9,7 +9,7 @@ from keras import tree
 from tfpar import _keras, batch
 from tfpar._tf import independent
 from tfpar.engine import Engine, each, tensors_of
-from tfpar.probe import Combine, loss_combination
+from tfpar.probe import Combine, loss_combination, reads_weights
 from tfpar.program import Edge, restored
 from tfpar.variables import HOST
 
@@ -17,7 +17,8 @@ from tfpar.variables import HOST
 def separable(engine: Engine, data: Any, parts: int) -> bool:
     """Whether the compiled losses of a batch are sums of those of its parts, weighted by what their means divide by.
 
-    They are if each reduces as Keras does, and gives each sample a value of its own; that is tried on random numbers.
+    They are if each reduces as Keras does, reads no weights, and gives each sample a value of its own; that is tried on
+    random numbers.
     """
     if engine.model._compile_loss is None:
         return False
@@ -25,9 +26,11 @@ def separable(engine: Engine, data: Any, parts: int) -> bool:
     _, y, sample_weight = tree.map_structure(_keras.symbolic, _keras.unpack_x_y_sample_weight(data))
     y_pred = tree.map_structure(lambda t: engine.graph.symbols[t], engine.graph.outputs)
     calls = _keras.loss_calls(engine.model, y, y_pred, sample_weight)
-    return all(_keras.has_plain_reduction(c.loss) for c in calls) and (
-        parts == 1 or all(loss_combination(c.loss, c.y_true, c.y_pred) is Combine.ROWS for c in calls)
-    )
+    if not all(_keras.has_plain_reduction(c.loss) for c in calls):
+        return False
+    if any(reads_weights(c.loss, c.y_true, c.y_pred) for c in calls):
+        return False
+    return parts == 1 or all(loss_combination(c.loss, c.y_true, c.y_pred) is Combine.ROWS for c in calls)
 
 
 def structured(engine: Engine, outputs: dict[int, Edge]) -> Any:

@@ -43,6 +43,10 @@ def measured(model: keras.Model, *batch: Any, repeat: int = 1) -> Timeline:
 
 def clocked_step(steps: Steps, data: Any, parts: int) -> dict[str, tuple[tf.Tensor, tf.Tensor]]:
     """A scheduled step that returns the times of its actions."""
+    if not steps.is_scheduled(data, parts):
+        raise ModelError(
+            f"{steps.model.name} is not scheduled: its train_step, compute_loss or loss needs the whole batch at once"
+        )
     _, run = steps.scheduled_step(data, parts, clock=True)
     return {str(action): (run.starts[action], run.stops[action]) for action in run.stops}
 

@@ -37,6 +37,7 @@ def prepared(strategy: Any, model: keras.Model, data: Any, rows: int, before: Pl
     )
     if strategy.micro_batches > 1:
         check_outputs(graph)
+        check_stateless(model)
         check_independence(graph, engine.probe)
     place(strategy, engine)
     return engine
@@ -125,6 +126,20 @@ def few(array: Any) -> tf.Tensor:
     if isinstance(array, tf.Tensor) and not hasattr(array, "numpy"):
         return sample((None, *array.shape[1:]), array.dtype.name, np.random.default_rng(0))
     return tf.convert_to_tensor(array[:SAMPLES])
+
+
+def check_stateless(model: keras.Model):
+    """Check that no recurrent layer hands its state on from sample n of a batch to sample n of the next.
+
+    Raises:
+        ModelError: names the layer.
+    """
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.RNN) and layer.stateful:
+            raise ModelError(
+                f"{layer.name} keeps a state for each sample of a batch (stateful=True), which micro-batches would mix "
+                "up; use micro_batches=1 (LayerPlacementStrategy)"
+            )
 
 
 def check_outputs(graph: KerasGraph):

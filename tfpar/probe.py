@@ -5,7 +5,7 @@ Asked of numbers, not of code: the function is run on some random samples, and o
 
 import enum
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,11 @@ from tfpar.state import RecordingScope
 SIZES = (3, 5)  # samples in each part
 PARTS = (slice(0, SIZES[0]), slice(SIZES[0], sum(SIZES)))
 GUESS = 16  # for dimensions that the model leaves open
+DRAWS: tuple[Callable[[np.random.Generator, Sequence[int]], np.ndarray], ...] = (
+    lambda rng, shape: rng.uniform(0.05, 0.95, shape),
+    lambda rng, shape: rng.normal(0.0, 2.0, shape),
+    lambda rng, shape: rng.normal(0.0, 30.0, shape),
+)
 
 
 class Combine(enum.Enum):
@@ -39,7 +44,9 @@ def combination(whole: Any, parts: Sequence[Any], base: Any = 0) -> Combine | No
     Args:
         base: for state, the value before: a sum is one of changes.
     """
+    tolerance = 0.05 if np.asarray(whole).dtype.itemsize == 2 else 1e-5  # of the largest number; 2: half precision
     whole, base, *parts = (np.asarray(a, np.float64) for a in (whole, base, *parts))
+    largest = max((np.abs(a).max() for a in (whole, *parts) if a.size), default=0.0)
     candidates = {
         Combine.SAME: lambda: parts[0] if np.array_equal(parts[0], parts[1]) else None,
         Combine.ROWS: lambda: np.concatenate(parts),
@@ -52,18 +59,25 @@ def combination(whole: Any, parts: Sequence[Any], base: Any = 0) -> Combine | No
         except ValueError:  # shapes that do not go together
             continue
         same_shape = combined is not None and combined.shape == whole.shape
-        if same_shape and np.allclose(combined, whole, rtol=1e-5, atol=1e-7, equal_nan=True):
+        if same_shape and np.allclose(combined, whole, rtol=0.0, atol=tolerance * largest):
             return kind
     return None
 
 
-def sample(shape: Sequence[int | None], dtype: str, rng: np.random.Generator, batched: bool = True) -> tf.Tensor:
+def agreed(kinds: Sequence[Combine | None]) -> Combine | None:
+    """The one way on which all draws that tell something agree."""
+    return kinds[0] if kinds and len(set(kinds)) == 1 else None
+
+
+def sample(
+    shape: Sequence[int | None], dtype: str, rng: np.random.Generator, batched: bool = True, draw: Callable = DRAWS[0]
+) -> tf.Tensor:
     """Random samples; integers are 0 or 1, valid as an index nearly everywhere."""
     shape = [GUESS if dim is None else dim for dim in shape]
     if batched:
         shape[0] = sum(SIZES)
     if tf.as_dtype(dtype).is_floating:
-        values = rng.uniform(0.05, 0.95, shape)
+        values = draw(rng, shape)
         values[: SIZES[0]] *= 0.3  # so that the parts are not alike
         return tf.cast(values, dtype)
     return tf.cast(rng.integers(0, 2, shape), dtype)
@@ -80,7 +94,7 @@ class Findings:
 
 @dataclass
 class Probe:
-    """Probes the calls of a model, each kind of call once."""
+    """Probes the calls of a model, each once."""
 
     graph: KerasGraph
     known: dict[Any, Findings] = field(default_factory=dict)
@@ -97,38 +111,67 @@ class Probe:
         return self.known[index, training]
 
     def run(self, call: Call, training: bool) -> Findings:
-        """Run a call on all samples and on the parts."""
+        """Run a call on all samples and on the parts, for several draws, and see how the results combine."""
+        found = [self.run_once(call, training, draw) for draw in DRAWS]
+        outputs: dict[int, list[Combine | None]] = {}
+        losses: dict[int, list[Combine | None]] = {}
+        state: dict[int, list[Combine | None]] = {}
+        for before, whole, *parts in found:
+            for into, number, tells in (
+                (outputs, 0, lambda key, new: True),
+                (losses, 1, lambda key, new: np.any(new)),
+                (state, 2, lambda key, new: not np.array_equal(new, before[key])),  # noqa: B023
+            ):
+                for key, new in whole[number].items():
+                    kinds = into.setdefault(key, [])
+                    if np.all(np.isfinite(np.asarray(new, np.float64))) and tells(key, new):
+                        kinds.append(combination(new, [p[number][key] for p in parts], before.get(key, 0)))
+        if not all(outputs.values()):
+            raise ValueError("its results on random samples are not finite")
+        return Findings(
+            tuple(map(agreed, outputs.values())), tuple(map(agreed, losses.values())),
+            {v: agreed(kinds) for v, kinds in state.items()},
+        )  # fmt: skip
+
+    def run_once(self, call: Call, training: bool, draw: Callable) -> list[Any]:
+        """The state before, then outputs, losses and written state of all samples and of each part."""
         rng = np.random.default_rng(0)
         op = self.graph.graph.ops[self.graph.calls.index(call)]
         symbols = {t: self.graph.symbols[t] for t in op.inputs}
         batched = {t for t in symbols if self.graph.is_batched(t)}
-        whole = {t: sample(s.shape, s.dtype, rng, t in batched) for t, s in symbols.items()}
-        results = []
+        whole = {t: sample(s.shape, s.dtype, rng, t in batched, draw) for t, s in symbols.items()}
+        results: list[Any] = [{}]
         for rows in (slice(None), *PARTS):
             tensors = {t: v[rows] if t in batched else v for t, v in whole.items()}
             with RecordingScope([]) as scope:
                 call(tensors, training)
                 written = {i: scope.get_current_value(v) for i, v in scope.written.items()}
             _keras.clear_losses(call.operation)
-            results.append(([tensors[t] for t in call.outputs], scope.losses, written))
-            before = {i: v._value for i, v in scope.written.items()}
-        (outputs, losses, state), *parts = results
-        return Findings(
-            tuple(combination(y, [p[0][i] for p in parts]) for i, y in enumerate(outputs)),
-            tuple(combination(loss, [p[1][i] for p in parts]) for i, loss in enumerate(losses)),
-            {v: combination(new, [p[2][v] for p in parts], before[v]) for v, new in state.items()},
-        )
+            outputs = dict(enumerate(tensors[t] for t in call.outputs))
+            results.append((outputs, dict(enumerate(scope.losses)), written))
+            results[0].update({i: v._value for i, v in scope.written.items()})
+        return results
 
 
-def is_known(operation: Any) -> bool:
-    """Whether Keras says that this layer treats samples one by one: its own layers, unless told an axis 0."""
+MIXING = keras.layers.MixUp | keras.layers.CutMix
+
+
+def is_known(operation: Any, rank: int) -> bool:
+    """Whether Keras says that this layer treats samples one by one: its own layers, unless told the batch's axis."""
     if not isinstance(operation, keras.layers.Layer):
         return False
     layers = operation._flatten_layers()
     axes = [a for x in layers for name in ("axis", "axes") for a in np.ravel(getattr(x, name, None))]
-    return 0 not in axes and all(
-        type(x).__module__.startswith("keras.src.layers") and not isinstance(x, keras.layers.Lambda) for x in layers
+    return not {0, -rank} & set(axes) and all(
+        type(x).__module__.startswith("keras.src.layers") and not isinstance(x, keras.layers.Lambda | MIXING)
+        for x in layers
     )
+
+
+def is_told_random(graph: KerasGraph, index: int) -> bool:
+    """Whether what a call does in training is not that of its parts by design: random, or batch statistics."""
+    seeds = any(_keras.is_seed(graph.variables[v]) for v in graph.graph.ops[index].variables)
+    return seeds or bool(_keras.batch_normalizations(graph.calls[index].operation))
 
 
 def check_independence(graph: KerasGraph, probe: Probe):
@@ -142,13 +185,17 @@ def check_independence(graph: KerasGraph, probe: Probe):
     seen = set()
     for index, call in enumerate(graph.calls):
         op = graph.graph.ops[index]
-        shapes = str([graph.symbols[t].shape for t in op.inputs])
-        key = (type(call.operation), getattr(call.operation, "function", None), shapes, str(call.kwargs))
-        if is_known(call.operation) or (key in seen and op.variables):
+        shapes = [graph.symbols[t].shape for t in op.inputs]
+        layer = id(call.operation) if isinstance(call.operation, keras.layers.Layer) else type(call.operation)
+        key = (layer, getattr(call.operation, "function", None), str((shapes, call.args, call.kwargs)))
+        if key in seen or is_known(call.operation, len(shapes[0]) if shapes else 0):
             continue
         seen.add(key)
+        mixes = any(isinstance(x, MIXING) for x in getattr(call.operation, "_flatten_layers", list)())
         try:
-            outputs = probe.of(index, False).outputs
+            kinds = list(probe.of(index, False).outputs)
+            if not is_told_random(graph, index):
+                kinds += probe.of(index, True).outputs
         except Exception as error:
             warnings.warn(
                 f"could not check that {op.name} treats the samples of a batch one by one ({brief(error)}); if it "
@@ -156,13 +203,24 @@ def check_independence(graph: KerasGraph, probe: Probe):
                 stacklevel=2,
             )
             continue
-        mixed = [kind for kind in outputs if kind not in (Combine.ROWS, Combine.SAME)]
-        if mixed:
+        if mixes or any(kind not in (Combine.ROWS, Combine.SAME) for kind in kinds):
             raise ModelError(
                 f"{op.name} mixes the samples of a batch: what it computes for a whole batch is not what it computes "
                 "for its parts. Use micro_batches=1 (LayerPlacementStrategy), or keep to operations that leave "
                 "dimension 0 alone"
             )
+
+
+def reads_weights(loss: keras.losses.Loss, y_true: Any, y_pred: Any) -> bool:
+    """Whether a loss uses trainable variables besides the predictions; also if it cannot be run on random samples."""
+    with tf.init_scope(), tf.GradientTape() as tape:
+        rng = np.random.default_rng(0)
+        samples = tree.map_structure(lambda s: tf.cast(sample(s.shape, s.dtype, rng), loss.dtype), (y_true, y_pred))
+        try:
+            loss.call(*samples)
+        except Exception:
+            return True
+        return bool(tape.watched_variables())
 
 
 def loss_combination(loss: keras.losses.Loss, y_true: Any, y_pred: Any) -> Combine | None:

@@ -53,6 +53,7 @@ class RecordingScope(keras.StatelessScope):
 
 def whole_moments(parts: Sequence[_keras.Moments]) -> tuple[tf.Tensor, tf.Tensor]:
     """Mean and variance of a batch from those of its parts (Chan et al., "Updating formulae …", 1979)."""
+    parts = [_keras.Moments(*(tf.math.multiply_no_nan(x, tf.cast(p.count > 0, x.dtype)) for x in p)) for p in parts]
     count = tf.add_n([p.count for p in parts])
     mean = tf.add_n([p.mean * p.count for p in parts]) / count
     variance = tf.add_n([(p.variance + tf.square(p.mean - mean)) * p.count for p in parts]) / count

@@ -1,6 +1,7 @@
 """What Keras' fit, evaluate and predict call for a model under a strategy."""
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -17,7 +18,7 @@ from tfpar.errors import ModelError
 from tfpar.loss import Head, LossProgram, separable, structured
 from tfpar.model import graph_from
 from tfpar.plan import Plan
-from tfpar.prepare import build_losses, planned, prepared
+from tfpar.prepare import build_losses, place, planned, prepared
 from tfpar.program import Edge
 from tfpar.schedule import Kind, gpipe
 from tfpar.state import UnknownVariables
@@ -119,6 +120,8 @@ class Steps:
         for steps in family(self.model):
             if steps.engine and unknown.graph in (steps.engine.graph, steps.engine.inference):
                 steps.engine.extend(unknown)
+                with self.strategy.planning():
+                    place(self.strategy, steps.engine)
 
     def compilation(self) -> tuple:
         """What changes when the model is compiled anew."""
@@ -147,11 +150,15 @@ class Steps:
 
     def train_step(self, data: Any, parts: int) -> Any:
         """Keras' `train_step`, scheduled where its loss allows, or the user's."""
-        own = _keras.overrides(self.model, "train_step", "compute_loss", "_compute_loss") is None
-        if own and separable(self.engine, data, parts):
+        if self.is_scheduled(data, parts):
             return self.scheduled_step(data, parts)[0]
         with self.running(parts):
             return self.model.train_step(data)
+
+    def is_scheduled(self, data: Any, parts: int) -> bool:
+        """Whether training can follow the schedule."""
+        own = _keras.overrides(self.model, "train_step", "compute_loss", "_compute_loss") is None
+        return own and separable(self.engine, data, parts)
 
     def test_step(self, data: Any, parts: int) -> Any:
         """Keras' `test_step`, or the user's."""
@@ -184,7 +191,10 @@ class Steps:
             outputs = run.outputs()
             for tracker, value in zip(_keras.loss_trackers(model), head.each_loss(), strict=False):
                 tracker.update_state(value, sample_weight=next(iter(outputs.values())).value.shape[0])
-            model.optimizer.apply_gradients(zip(gradients, model.trainable_weights, strict=True))
+            if gradients:
+                model.optimizer.apply_gradients(zip(gradients, model.trainable_weights, strict=True))
+            else:
+                warnings.warn("The model does not have any trainable weights.", stacklevel=2)  # as Keras does
             run.write_state()
             y_pred = structured(self.engine, outputs)
             return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight), run
@@ -230,6 +240,8 @@ class Steps:
         engine = self.prepared((inputs,), parts)
         graph = engine.graph.graph
         flat = _keras.graph_inputs(self.model, inputs)
+        rows = batch.count(flat)
+        parts = max(1, min(parts, rows)) if isinstance(rows, int) else parts
         masks = [None] * len(flat) if mask is None else tree.flatten(mask)
         edges = [Edge(None if x is None else unrecorded(lambda: x), m) for x, m in zip(flat, masks, strict=True)]  # noqa: B023
         weights = [(v, device_of(engine.graph.variables[v])) for v in sorted(engine.trainable)]
@@ -240,7 +252,7 @@ class Steps:
         inside = [t for t, x in zip(graph.inputs, flat, strict=True) if x is not None and tape_watches([x])]
         differentiate = bool(inside) or tape_watches(sources)
         run = Pass(
-            engine, batch.split(edges, parts), batch.shares(batch.count(flat), parts), training,
+            engine, batch.split(edges, parts), batch.shares(rows, parts), training,
             differentiate=differentiate, watch_inputs=bool(inside),
         )  # fmt: skip
         schedule = gpipe(engine.plan.partition.stages, parts)
@@ -255,13 +267,24 @@ class Steps:
                 parts_of = dict(
                     zip(outputs, [batch.split([c], parts) for c in cotangents[: len(outputs)]], strict=True)
                 )
+                back = run.again()
                 for t, pieces in parts_of.items():
                     for m, (piece,) in enumerate(pieces):
-                        run.cotangents[m][t] = [piece]
-                run.loss_cotangent = dict(zip(added, cotangents[len(outputs) :], strict=True))
-                run.run(schedule, Kind.BACKWARD)
-                of_inputs = [batch.joined([c[t][0] for c in run.cotangents]) for t in inside]
-                return [*(run.gradient(v) for v, _ in weights), *of_inputs]
+                        back.cotangents[m][t] = [piece]
+                back.loss_cotangent = dict(zip(added, cotangents[len(outputs) :], strict=True))
+                back.run(schedule, Kind.BACKWARD)
+                found = [*(back.gradient(v) for v, _ in weights), *(back.input_gradient(t) for t in inside)]
+                dense = [n for n, g in enumerate(found) if isinstance(g, tf.Tensor)]
+                given = [*sources, *(c for c in cotangents if c is not None)]
+                for n, g in zip(dense, record_gradient([found[n] for n in dense], given, refused), strict=True):
+                    found[n] = g
+                return found
+
+            def refused(*_):
+                raise ModelError(
+                    f"a gradient of a gradient of {self.model.name}: stages are differentiated once. Build this model "
+                    "outside of the strategy's scope"
+                )
 
             copies = record_gradient(targets, sources, backward)
             outputs = {t: Edge(y, e.mask) for (t, e), y in zip(outputs.items(), copies, strict=False)}

@@ -5,6 +5,7 @@ import weakref
 import numpy as np
 import tensorflow as tf
 
+from tfpar import _keras
 from tfpar._tf import MirroredVariable, ResourceVariable
 
 HOST = "CPU:0"
@@ -26,12 +27,15 @@ class LogicalVariable(MirroredVariable):
         super().__init__(strategy, values, aggregation, var_policy)
         self._key = self._primary._unique_id
         self._followers: list[weakref.ref[LogicalVariable]] = []
+        self._settled = False
 
     @property
     def _unique_id(self):
         return self._key
 
     def _get(self):
+        if not tf.executing_eagerly() and not _keras.in_program():
+            self._settled = True  # a function holds on to the value where it is
         return self._values[0]
 
     _get_cross_replica = _get_on_device_or_primary = _get
@@ -69,10 +73,16 @@ class LogicalVariable(MirroredVariable):
         self._followers.append(weakref.ref(other))
 
     def place(self, device: str):
-        """Move the value, and that of each follower, to `device`. What was traced before must be traced again."""
-        old = self._get()
+        """Move the value, and that of each follower, to `device`, for good.
+
+        Once it has its place, or a function has been traced that reads it, it stays: the function would go on with
+        the old value. Another model that uses the variable reads it from there.
+        """
         with tf.init_scope(), tf.device(device):
-            if tf.DeviceSpec.from_string(old.device) != tf.DeviceSpec.from_string(tf.identity(0).device):
+            old = self._get()
+            settled, self._settled = self._settled, True
+            here = tf.DeviceSpec.from_string(tf.identity(0).device)
+            if not settled and tf.DeviceSpec.from_string(old.device) != here:
                 new = ResourceVariable(
                     old.read_value(), trainable=old.trainable, name=self._common_name, dtype=old.dtype
                 )
