@@ -272,3 +272,67 @@ def test_nothing_is_left_of_a_failure(strategy):
         with pytest.raises(ModelError):
             fit(strategy, wrong)
     check(strategy, history(X, Y, batch_size=8))
+
+
+# ---- layers that need their batch whole
+
+
+class TrainingMean(layers.Layer):
+    def call(self, x, training=None):
+        return x - ops.mean(x, axis=0) if training else x
+
+
+class Norm(layers.Layer):
+    def __init__(self, over):
+        super().__init__(name=f"norm_{over + 1}")
+        self.over = over
+
+    def build(self, shape):
+        self.scale = self.add_weight(initializer="ones")
+
+    def call(self, x):
+        return self.scale * x / ops.norm(x, axis=self.over, keepdims=True)
+
+
+WHOLE = {
+    "only in training": lambda h: TrainingMean(name="centred")(h),
+    "only negative numbers": lambda h: layers.Lambda(lambda t: t + ops.max(ops.relu(-t), axis=0, keepdims=True))(h),
+    "the second of a class": lambda h: Norm(0)(Norm(-1)(h)),
+    "a negative axis": lambda h: layers.Softmax(axis=-2)(h),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_layers_that_mix_samples(name):
+    def mixed():
+        x = layers.Input((WIDTH,))
+        return keras.Model(x, layers.Dense(3, activation="softmax")(WHOLE[name](layers.Dense(5)(x))))
+
+    with pytest.raises(ModelError, match="(centred|lambda|norm_1|softmax) mixes the samples of a batch"):
+        fit(tfpar.PipelineStrategy(TWO), mixed)
+    check(tfpar.LayerPlacementStrategy(TWO), history(X, Y, batch_size=8), build=mixed)
+
+
+def test_stateful_recurrent_layers():
+    def stateful():
+        x = layers.Input((4, 2), batch_size=10)
+        h = layers.LSTM(3, stateful=True, name="memory")(x)
+        return keras.Model(x, layers.Dense(3, activation="softmax")(h))
+
+    x = np.random.default_rng(0).normal(size=(20, 4, 2)).astype("float32")
+    with pytest.raises(ModelError, match="memory keeps a state for each sample.*micro_batches=1"):
+        fit(tfpar.PipelineStrategy(TWO), stateful, x=x, batch_size=10)
+    check(tfpar.LayerPlacementStrategy(TWO), history(x, Y, batch_size=10), build=stateful)
+
+
+def test_sparse_input():
+    dense = np.eye(WIDTH, dtype="float32")[np.arange(20) % WIDTH]
+    sparse = tf.data.Dataset.from_tensor_slices((tf.sparse.from_dense(dense), Y)).batch(10)
+
+    def model():
+        x = layers.Input((WIDTH,), sparse=True)
+        return keras.Model(x, layers.Dense(3, activation="softmax")(layers.Dense(5)(x)))
+
+    with pytest.raises(BatchError, match="a sparse array cannot be divided; use micro_batches=1"):
+        fit(tfpar.PipelineStrategy(TWO), model, x=sparse, y=None)
+    check(tfpar.LayerPlacementStrategy(TWO), lambda m: m.fit(sparse, verbose=0).history, build=model)

@@ -9,6 +9,7 @@ import tensorflow as tf
 from keras import layers
 from training import ROWS, STRATEGIES, WIDTH, check, compiled, data, history
 
+from tfpar.errors import ModelError
 from tfpar.testing import assert_same, difference
 
 
@@ -383,3 +384,135 @@ def test_extreme_probabilities(strategy, name):
 
     optimizer = lambda: keras.optimizers.SGD(1e-3)  # noqa: E731
     check(strategy, use, optimizer=optimizer, build=build, loss=loss, metrics=lambda: [loss])
+
+
+# ---- what a review found: each was wrong, silently or with a crash
+
+
+def with_a_layer(make):
+    """The model of these tests with one more layer in it."""
+
+    def build():
+        x = layers.Input((WIDTH,))
+        h = make()(layers.Dense(5, name="before")(x))
+        return keras.Model(x, layers.Dense(3, activation="softmax", name="after")(h))
+
+    return build
+
+
+def test_a_loss_that_reads_a_weight(strategy):
+    x, y = data()
+    for mean in (keras.ops.mean, lambda v, axis: keras.ops.mean(v)):
+
+        def use(model, mean=mean):
+            kernel = model.layers[1].kernel
+
+            def loss(y, p):
+                return mean(keras.ops.square(p), axis=-1) + 0.1 * keras.ops.sum(keras.ops.square(kernel))
+
+            model.compile(keras.optimizers.SGD(0.1), loss)
+            return history(x, y, batch_size=8)(model)
+
+        check(strategy, use)
+
+
+def test_models_that_share_layers_train_on(strategy):
+    """A part is used after the whole was traced: its weights stay where they are."""
+    x, _ = data()
+
+    def use(model):
+        part = keras.Model(model.input, model.layers[2].output)
+        first = history(x, data()[1], batch_size=8)(model)
+        return first, part.predict(x, batch_size=8, verbose=0), history(x, data()[1], batch_size=8)(model)
+
+    one, other = compiled(), compiled(strategy)
+    a = use(one)
+    with strategy.scope():
+        b = use(other)
+    assert all(difference(i, j) < 1e-5 for i, j in zip(*map(keras.tree.flatten, (a, b)), strict=True))
+    assert_same(one, other, 1e-5, 1e-7)
+
+
+class InputGradients(keras.Model):
+    """Asks twice for the gradient of an input that two stages use."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape(persistent=True) as tape:
+            tape.watch(x)
+            y_pred = self(x, training=True)
+            loss = self.compute_loss(x, y, y_pred)
+        gradients = tape.gradient(loss, self.trainable_weights)
+        self.optimizer.apply_gradients(zip(gradients, self.trainable_weights, strict=True))
+        return {"loss": loss, "slope": keras.ops.sum(tape.gradient(loss, x) ** 2)}
+
+
+def test_gradients_asked_for_twice(strategy):
+    x, y = data()
+
+    def build():
+        inputs = layers.Input((WIDTH,))
+        h = layers.multiply([layers.Dense(WIDTH)(inputs), inputs])
+        return InputGradients(
+            inputs, layers.Dense(3, activation="softmax")(layers.multiply([layers.Dense(WIDTH)(h), inputs]))
+        )
+
+    check(strategy, history(x, y, batch_size=8), build=build, metrics=lambda: None)
+
+
+def test_a_gradient_of_a_gradient(strategy):
+    x, y = data()
+
+    def build():
+        inputs = layers.Input((WIDTH,))
+        return OwnSteps(inputs, layers.Dense(3, activation="softmax")(layers.Dense(5)(inputs)))
+
+    with pytest.raises(ModelError, match="a gradient of a gradient of .*outside of the strategy's scope"):
+        history(x, y, batch_size=8)(compiled(strategy, build=build, metrics=lambda: None))
+
+
+def test_nothing_to_train(strategy):
+    x, y = data()
+
+    def build():
+        model = with_a_layer(lambda: layers.Activation("tanh"))()
+        model.trainable = False
+        return model
+
+    with pytest.warns(UserWarning, match="does not have any trainable weights"):
+        check(strategy, history(x, y, batch_size=8), build=build)
+
+
+class Adds(layers.Layer):
+    """Adds a loss that only negative numbers make, and counts those."""
+
+    def build(self, shape):
+        self.count = self.add_weight(name="count", initializer="zeros", trainable=False)
+
+    def call(self, x):
+        self.add_loss(0.1 * keras.ops.sum(keras.ops.relu(-x)))
+        self.count.assign_add(keras.ops.sum(keras.ops.cast(x < 0, "float32")))
+        return x
+
+
+def test_losses_and_state_of_negative_numbers(strategy):
+    x, y = data()
+    check(strategy, history(x, y, batch_size=8), build=with_a_layer(Adds))
+
+
+def test_a_call_on_fewer_rows(strategy):
+    """Two rows of the batch, in fewer micro-batches."""
+
+    class Few(keras.Model):
+        def train_step(self, data):
+            self(data[0][:1], training=True)
+            return super().train_step(data)
+
+    def build():
+        inputs = layers.Input((WIDTH,))
+        h = layers.BatchNormalization()(layers.Dense(5)(inputs))
+        return Few(inputs, layers.Dense(3, activation="softmax")(h))
+
+    model = compiled(strategy, build=build)
+    history(*data(), batch_size=8)(model)
+    assert all(np.isfinite(w).all() for w in model.get_weights())

@@ -1,5 +1,6 @@
 """The measured timeline: the actions of the schedule, in its order, one at a time on each device."""
 
+import keras
 import pytest
 from training import build, compiled, data
 
@@ -41,3 +42,6 @@ def test_what_cannot_be_measured():
         model = build()
     with pytest.raises(tfpar.ModelError, match="is not scheduled"):
         measured(model, X, Y)
+    whole = compiled(tfpar.PipelineStrategy(["CPU:0"]), loss=lambda y, p: keras.ops.mean(p), metrics=lambda: None)
+    with pytest.raises(tfpar.ModelError, match="its train_step, compute_loss or loss needs the whole batch at once"):
+        measured(whole, X, Y)

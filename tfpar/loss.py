@@ -9,7 +9,7 @@ from keras import tree
 from tfpar import _keras, batch
 from tfpar._tf import independent
 from tfpar.engine import Engine, each, tensors_of
-from tfpar.probe import Combine, loss_combination, reads_weights
+from tfpar.probe import Combine, loss_combination, reads_variables
 from tfpar.program import Edge, restored
 from tfpar.variables import HOST
 
@@ -17,7 +17,7 @@ from tfpar.variables import HOST
 def separable(engine: Engine, data: Any, parts: int) -> bool:
     """Whether the compiled losses of a batch are sums of those of its parts, weighted by what their means divide by.
 
-    They are if each reduces as Keras does, reads no weights, and gives each sample a value of its own; that is tried on
+    They are if each reduces as Keras does, reads no variables, and gives each sample a value of its own; that is tried on
     random numbers.
     """
     if engine.model._compile_loss is None:
@@ -28,7 +28,7 @@ def separable(engine: Engine, data: Any, parts: int) -> bool:
     calls = _keras.loss_calls(engine.model, y, y_pred, sample_weight)
     if not all(_keras.has_plain_reduction(c.loss) for c in calls):
         return False
-    if any(reads_weights(c.loss, c.y_true, c.y_pred) for c in calls):
+    if any(reads_variables(c.loss, c.y_true, c.y_pred) for c in calls):
         return False
     return parts == 1 or all(loss_combination(c.loss, c.y_true, c.y_pred) is Combine.ROWS for c in calls)
 

@@ -211,16 +211,16 @@ def check_independence(graph: KerasGraph, probe: Probe):
             )
 
 
-def reads_weights(loss: keras.losses.Loss, y_true: Any, y_pred: Any) -> bool:
-    """Whether a loss uses trainable variables besides the predictions; also if it cannot be run on random samples."""
-    with tf.init_scope(), tf.GradientTape() as tape:
+def reads_variables(loss: keras.losses.Loss, y_true: Any, y_pred: Any) -> bool:
+    """Whether a loss uses variables besides the predictions; also if it cannot be traced on its own."""
+    with tf.init_scope():
         rng = np.random.default_rng(0)
         samples = tree.map_structure(lambda s: tf.cast(sample(s.shape, s.dtype, rng), loss.dtype), (y_true, y_pred))
         try:
-            loss.call(*samples)
+            graph = tf.function(loss.call, autograph=False).get_concrete_function(*samples).graph
         except Exception:
             return True
-        return bool(tape.watched_variables())
+    return any(outside.dtype == tf.resource for outside, _ in graph.captures)
 
 
 def loss_combination(loss: keras.losses.Loss, y_true: Any, y_pred: Any) -> Combine | None:
