@@ -204,9 +204,10 @@ class OwnSteps(keras.Model):
     def train_step(self, data):
         x, y = data
         with tf.GradientTape() as tape:
-            tape.watch(x)
-            y_pred = self(x, training=True)
-            loss = self.compute_loss(x, y, y_pred) + keras.ops.mean(tape.gradient(y_pred, x) ** 2)
+            with tf.GradientTape() as inner:
+                inner.watch(x)
+                y_pred = self(x, training=True)
+            loss = self.compute_loss(x, y, y_pred) + keras.ops.mean(inner.gradient(y_pred, x) ** 2)
         gradients = tape.gradient(loss, self.trainable_weights)
         self.optimizer.apply_gradients(zip(gradients, self.trainable_weights, strict=True))
         return {"loss": loss}
@@ -453,9 +454,8 @@ def test_gradients_asked_for_twice(strategy):
     def build():
         inputs = layers.Input((WIDTH,))
         h = layers.multiply([layers.Dense(WIDTH)(inputs), inputs])
-        return InputGradients(
-            inputs, layers.Dense(3, activation="softmax")(layers.multiply([layers.Dense(WIDTH)(h), inputs]))
-        )
+        h = layers.multiply([layers.Dense(WIDTH)(h), inputs])
+        return InputGradients(inputs, layers.Dense(3, activation="softmax")(h))
 
     check(strategy, history(x, y, batch_size=8), build=build, metrics=lambda: None)
 

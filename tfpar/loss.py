@@ -17,8 +17,8 @@ from tfpar.variables import HOST
 def separable(engine: Engine, data: Any, parts: int) -> bool:
     """Whether the compiled losses of a batch are sums of those of its parts, weighted by what their means divide by.
 
-    They are if each reduces as Keras does, reads no variables, and gives each sample a value of its own; that is tried on
-    random numbers.
+    They are if each reduces as Keras does, reads no variables, and gives each sample a value of its own; that is tried
+    on random numbers.
     """
     if engine.model._compile_loss is None:
         return False
