@@ -3,14 +3,19 @@
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+stderr, silence = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+os.dup2(silence, 2)  # TensorFlow's greetings, which pytest would print last
 
 import keras
 import pytest
+import tensorflow as tf
 from training import STRATEGIES
 
 from tfpar.testing import logical_cpus
 
 logical_cpus(8, threads=1)
+tf.config.list_logical_devices()  # starts TensorFlow
+os.dup2(stderr, 2)
 
 
 @pytest.fixture(params=STRATEGIES)
