@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 
-from tfpar.strategies.base import Placement, Strategy, local_devices
-
 from tfpar.mesh import Mesh
+from tfpar.strategies.base import Placement, Strategy, local_devices
 
 
 class LayerPlacementStrategy(Strategy):

@@ -2,10 +2,9 @@
 
 from collections.abc import Callable, Sequence
 
-from tfpar.strategies.base import Placement, Strategy, local_devices
-
 from tfpar.mesh import Mesh
 from tfpar.schedule import Schedule
+from tfpar.strategies.base import Placement, Strategy, local_devices
 
 
 class PipelineStrategy(Strategy):

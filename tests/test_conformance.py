@@ -8,7 +8,7 @@ from keras import layers, ops
 from zoo import ZOO
 
 import tfpar
-from tfpar.testing import different
+from tfpar.testing import different, named_values
 
 STRATEGIES = {
     "layer_placement": lambda: tfpar.LayerPlacementStrategy(["CPU:0", "CPU:1", "CPU:2"]),
@@ -115,8 +115,7 @@ def run_all(model, zoo, config):
         for variable, value in zip(variables, start, strict=True):
             variable.assign(value)
         history = model.fit(dataset(batches), epochs=2, verbose=0).history
-        values = {f"{i} {v.path}": v.numpy() for i, v in enumerate([*model.variables, *model.optimizer.variables])}
-        results[name] = [*history.items(), *values.items()]
+        results[name] = [*history.items(), *named_values(model).items()]
     predictions = model.predict(dataset(batches_of(zoo, config, BATCHES["uneven last"])), verbose=0)
     results["predictions"] = [*enumerate(keras.tree.flatten(predictions))]
     return results

@@ -1,6 +1,8 @@
 """The work is really divided: devices, order, memory, traces."""
 
 import itertools
+import pathlib
+import runpy
 from collections import deque
 
 import keras
@@ -14,7 +16,7 @@ import tfpar
 from tfpar._keras import Moments
 from tfpar.engine import RUN, Pass, whole_moments
 from tfpar.loss import LossProgram
-from tfpar.schedule import Action, Kind, Schedule, gpipe, one_f_one_b
+from tfpar.schedule import Action, Kind, gpipe, one_f_one_b
 from tfpar.state import UnknownVariables
 from tfpar.step import steps_of
 from tfpar.testing import difference
@@ -76,16 +78,8 @@ def comes_before(first, then):
     return False
 
 
-def interleaved(devices, micro_batches):
-    """Two stages on each device, the first and the third on the first."""
-    work = [(0, Kind.FORWARD), (1, Kind.FORWARD), (1, Kind.BACKWARD), (0, Kind.BACKWARD)]
-    return Schedule(
-        tuple(
-            tuple(Action(turn * devices + d, kind, m) for turn, kind in work for m in range(micro_batches))
-            for d in range(devices)
-        )
-    )
-
+EXAMPLE = pathlib.Path(__file__).parent.parent / "examples" / "03_own_schedule.py"
+interleaved = runpy.run_path(str(EXAMPLE))["interleaved"]  # two stages on each device
 
 STRATEGIES = {
     "1f1b": lambda: tfpar.PipelineStrategy(FOUR, micro_batches=4),

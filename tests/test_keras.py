@@ -203,6 +203,7 @@ def test_moments(renorm):
     assert "_moments" not in vars(moved)
     assert _keras.batch_normalizations(keras.Sequential([own, layers.Dense(1)])) == [own]
     assert _keras.batch_normalizations(ops.add) == []
+    assert _keras.layers_in(own) == [own] and _keras.layers_in(ops.add) == []
 
 
 # ---- steps
@@ -219,9 +220,9 @@ def test_symbolic_and_build():
     model = keras.Sequential([layers.Dense(3)])
     model.compile("sgd", "mse", metrics=["mae"])
     _keras.build(model, (X, np.zeros((8, 3))))
-    assert model.built and not model._compile_metrics.built
+    assert model.built and not model._compile_metrics.built and not _keras.is_compiled_built(model)
     _keras.build(model, (X, np.zeros((8, 3))), keras.KerasTensor((None, 3)))
-    assert model._compile_metrics.built and model._compile_loss.built
+    assert model._compile_metrics.built and model._compile_loss.built and _keras.is_compiled_built(model)
     assert _keras.output_spec(model, keras.KerasTensor((None, 6))).shape == (None, 3)
     assert [m.name for m in model.metrics] == ["loss", "compile_metrics"]
 
@@ -307,6 +308,7 @@ def test_running():
     with _keras.running(model, lambda x, training=None: x * 2.0, [tf.constant(7.0)]):
         assert np.array_equal(model(X, training=True), X * 2.0)
         assert [float(v) for v in model.losses] == [7.0]
+        assert _keras.own_call(model, X, True).shape == (8, 3)
     assert model(X).shape == (8, 3) and model.losses == []
 
 

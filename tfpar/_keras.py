@@ -127,6 +127,11 @@ def training_argument(model: keras.Model, training: bool | None) -> dict[str, An
     return {"training": training} if model._call_has_training_arg else {}
 
 
+def own_call(model: keras.Model, inputs: Any, training: bool | None) -> Any:
+    """What the model's class computes, whatever `running` has put in its place."""
+    return type(model).call(model, inputs, **training_argument(model, training))
+
+
 @contextlib.contextmanager
 def autocast_of(model: keras.layers.Layer) -> Iterator[None]:
     """The scope in which `Layer.__call__` runs `call`: variables read in it have the layer's compute dtype."""
@@ -213,11 +218,14 @@ def recorded_moments(layers: Sequence[Any], found: list[tuple[int, Moments]]) ->
             del vars(layer)["_moments"]
 
 
+def layers_in(operation: Any) -> list[keras.layers.Layer]:
+    """A layer and all layers in it; none for an operation that is no layer."""
+    return list(operation._flatten_layers()) if isinstance(operation, keras.layers.Layer) else []
+
+
 def batch_normalizations(operation: Any) -> list[Any]:
     """The BatchNormalization layers in an operation."""
-    if not isinstance(operation, keras.layers.Layer):
-        return []
-    return [x for x in operation._flatten_layers() if isinstance(x, keras.layers.BatchNormalization)]
+    return [x for x in layers_in(operation) if isinstance(x, keras.layers.BatchNormalization)]
 
 
 def moving_statistics(layer: Any) -> list[keras.Variable]:
@@ -254,6 +262,11 @@ def symbolic(value: Any) -> keras.KerasTensor | None:
     return keras.KerasTensor((None, *value.shape[1:]), keras.backend.standardize_dtype(value.dtype))
 
 
+def is_compiled_built(model: keras.Model) -> bool:
+    """Whether the compiled losses and metrics have created all that they will."""
+    return all(part is None or part.built for part in (model._compile_loss, model._compile_metrics))
+
+
 def build(model: keras.Model, batch: Any, y_pred: Any = None):
     """Create, from shapes alone, what Keras would create in its first step: layers, loss, metrics.
 
@@ -263,7 +276,7 @@ def build(model: keras.Model, batch: Any, y_pred: Any = None):
     """
     x, y, sample_weight = tree.map_structure(symbolic, unpack_x_y_sample_weight(batch))
     if y_pred is None:
-        if not all(layer.built for layer in model._flatten_layers()):
+        if not all(layer.built for layer in layers_in(model)):
             output_spec(model, x, training=False)
         return
     loss, metrics = model._compile_loss, model._compile_metrics

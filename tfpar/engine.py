@@ -17,7 +17,7 @@ from tfpar.model import KerasGraph
 from tfpar.partition import Partition
 from tfpar.plan import Plan
 from tfpar.probe import Combine, Probe
-from tfpar.program import Edge, Program, Result, with_logits
+from tfpar.program import Edge, Program, Result, differentiable, tensor_of, with_logits
 from tfpar.schedule import Action, Kind, Schedule
 from tfpar.state import UnknownVariables, whole_moments
 from tfpar.variables import HOST
@@ -46,7 +46,6 @@ class Engine:
     raw: dict[int, Callable] = field(default_factory=dict)  # of tensors that are functions of their logits, which
 
     def __post_init__(self):
-        self.programs.clear()
         self.probe = Probe(self.graph)
         trainable = {id(v) for v in self.model.trainable_weights}
         self.trainable = {v for v, variable in enumerate(self.graph.variables) if id(variable) in trainable}
@@ -62,13 +61,12 @@ class Engine:
             )  # fmt: skip
         return self.programs[stage, training]
 
-    def extend(self, unknown: UnknownVariables):
-        """Give a call the variables that it was found to use."""
-        self.graph = self.graph.with_variables(unknown)
-        if self.inference is not None:
-            self.inference = self.inference.with_variables(unknown)
-        self.plan = replace(self.plan, partition=Partition(self.graph.graph, self.plan.partition.stage_of))
-        self.__post_init__()
+    def extended(self, unknown: UnknownVariables) -> "Engine":
+        """The same model, in which a call has the variables that it was found to use."""
+        graph = self.graph.with_variables(unknown)
+        inference = self.inference and self.inference.with_variables(unknown)
+        plan = replace(self.plan, partition=Partition(graph.graph, self.plan.partition.stage_of))
+        return replace(self, plan=plan, graph=graph, inference=inference, programs={})
 
     def masks(self, inputs: Sequence[Edge], training: bool | None) -> dict[int, Any]:
         """The masks of the model's outputs for a whole batch.
@@ -190,7 +188,7 @@ class Pass:
         outside = {
             t: e.value
             for t, e in edges.items()
-            if t < 0 or (self.graph.tensors[t].differentiable and (self.watch_inputs or t in self.graph.producer))
+            if differentiable(self.graph, t) and (self.watch_inputs or tensor_of(t) in self.graph.producer)
         }
         sources = [*inside.values(), *outside.values()]
         with tf.GradientTape(persistent=self.head is None) as tape:  # a user may ask more than once
@@ -284,7 +282,7 @@ class Pass:
         joined = {}
         for t in with_logits(self.values[0], self.graph.outputs):
             parts = [values[t] for values in self.values]
-            source = self.graph.producer.get(max(t, ~t))
+            source = self.graph.producer.get(tensor_of(t))
             with tf.device(HOST if source is None else self.engine.plan.device(self.partition.stage_of[source])):
                 joined[t] = Edge(batch.joined([p.value for p in parts]), batch.joined([p.mask for p in parts]))
         return joined

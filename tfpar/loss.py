@@ -10,7 +10,7 @@ from tfpar import _keras, batch
 from tfpar._tf import independent
 from tfpar.engine import Engine, each, tensors_of
 from tfpar.probe import Combine, loss_combination, reads_variables
-from tfpar.program import Edge, restored
+from tfpar.program import Edge, differentiable, restored
 from tfpar.variables import HOST
 
 
@@ -53,7 +53,7 @@ class LossProgram:
             totals: for each loss, what the mean over the whole batch divides by; `None` if this is all of it.
         """
         model, graph = self.engine.model, self.engine.graph.graph
-        sources = {t: e.value for t, e in outputs.items() if t < 0 or graph.tensors[t].differentiable}
+        sources = {t: e.value for t, e in outputs.items() if differentiable(graph, t)}
         values, weighted = [], []
         with tf.GradientTape() as tape:
             tape.watch(sources)

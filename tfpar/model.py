@@ -234,8 +234,7 @@ def one_call(model: keras.Model, x: Any) -> KerasGraph:
     refs = tree.pack_sequence_as(x, [Ref(t) for t in inputs])
 
     def call(inputs, training=None):
-        given = _keras.training_argument(model, training)
-        return type(model).call(model, inputs, **given)
+        return _keras.own_call(model, inputs, training)
 
     call.variables = model.variables
     outputs = builder.add(model.name, call, (refs,), {}, tree.flatten(spec), False)

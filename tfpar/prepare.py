@@ -73,9 +73,11 @@ def place(strategy: Any, engine: Engine):
 def build_losses(strategy: Any, engine: Engine, data: Any):
     """Create the variables of compiled losses and metrics on the last stage, outside of any function."""
     model, plan = engine.model, engine.plan
+    if not model.compiled or _keras.is_compiled_built(model):
+        return
     _, y, _ = _keras.unpack_x_y_sample_weight(data)
     overridden = _keras.overrides(model, "train_step", "test_step", "compute_loss", "_compute_loss")
-    if model.compiled and y is not None and not overridden:
+    if y is not None and not overridden:
         with strategy.planning(), strategy.extended.creating_on(plan.device(plan.partition.stages - 1)):
             _keras.build(model, data, tree.map_structure(lambda t: engine.graph.symbols[t], engine.graph.outputs))
 
@@ -134,7 +136,7 @@ def check_stateless(model: keras.Model):
     Raises:
         ModelError: names the layer.
     """
-    for layer in model._flatten_layers():
+    for layer in _keras.layers_in(model):
         if isinstance(layer, keras.layers.RNN) and layer.stateful:
             raise ModelError(
                 f"{layer.name} keeps a state for each sample of a batch (stateful=True), which micro-batches would mix "

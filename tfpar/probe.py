@@ -112,20 +112,21 @@ class Probe:
 
     def run(self, call: Call, training: bool) -> Findings:
         """Run a call on all samples and on the parts, for several draws, and see how the results combine."""
-        found = [self.run_once(call, training, draw) for draw in DRAWS]
-        outputs: dict[int, list[Combine | None]] = {}
-        losses: dict[int, list[Combine | None]] = {}
-        state: dict[int, list[Combine | None]] = {}
-        for before, whole, *parts in found:
-            for into, number, tells in (
-                (outputs, 0, lambda key, new: True),
-                (losses, 1, lambda key, new: np.any(new)),
-                (state, 2, lambda key, new: not np.array_equal(new, before[key])),  # noqa: B023
-            ):
+        runs = [self.run_once(call, training, draw) for draw in DRAWS]
+
+        def gathered(number: int, tells: Callable[[Any, Any], bool]) -> dict[int, list[Combine | None]]:
+            kinds: dict[int, list[Combine | None]] = {}
+            for before, whole, *parts in runs:
                 for key, new in whole[number].items():
-                    kinds = into.setdefault(key, [])
-                    if np.all(np.isfinite(np.asarray(new, np.float64))) and tells(key, new):
-                        kinds.append(combination(new, [p[number][key] for p in parts], before.get(key, 0)))
+                    old = before.get(key, 0)
+                    kinds.setdefault(key, [])
+                    if np.all(np.isfinite(np.asarray(new, np.float64))) and tells(new, old):
+                        kinds[key].append(combination(new, [p[number][key] for p in parts], old))
+            return kinds
+
+        outputs = gathered(0, lambda new, old: True)
+        losses = gathered(1, lambda new, old: np.any(new))
+        state = gathered(2, lambda new, old: not np.array_equal(new, old))
         if not all(outputs.values()):
             raise ValueError("its results on random samples are not finite")
         return Findings(
@@ -160,7 +161,7 @@ def is_known(operation: Any, rank: int) -> bool:
     """Whether Keras says that this layer treats samples one by one: its own layers, unless told the batch's axis."""
     if not isinstance(operation, keras.layers.Layer):
         return False
-    layers = operation._flatten_layers()
+    layers = _keras.layers_in(operation)
     axes = [a for x in layers for name in ("axis", "axes") for a in np.ravel(getattr(x, name, None))]
     return not {0, -rank} & set(axes) and all(
         type(x).__module__.startswith("keras.src.layers") and not isinstance(x, keras.layers.Lambda | MIXING)
@@ -191,10 +192,10 @@ def check_independence(graph: KerasGraph, probe: Probe):
         if key in seen or is_known(call.operation, len(shapes[0]) if shapes else 0):
             continue
         seen.add(key)
-        mixes = any(isinstance(x, MIXING) for x in getattr(call.operation, "_flatten_layers", list)())
         try:
-            kinds = list(probe.of(index, False).outputs)
-            if not is_told_random(graph, index):
+            mixed = [x for x in _keras.layers_in(call.operation) if isinstance(x, MIXING)]
+            kinds = [None] if mixed else list(probe.of(index, False).outputs)
+            if not mixed and not is_told_random(graph, index):
                 kinds += probe.of(index, True).outputs
         except Exception as error:
             warnings.warn(
@@ -203,7 +204,7 @@ def check_independence(graph: KerasGraph, probe: Probe):
                 stacklevel=2,
             )
             continue
-        if mixes or any(kind not in (Combine.ROWS, Combine.SAME) for kind in kinds):
+        if any(kind not in (Combine.ROWS, Combine.SAME) for kind in kinds):
             raise ModelError(
                 f"{op.name} mixes the samples of a batch: what it computes for a whole batch is not what it computes "
                 "for its parts. Use micro_batches=1 (LayerPlacementStrategy), or keep to operations that leave "

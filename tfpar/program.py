@@ -7,6 +7,7 @@ import keras
 import tensorflow as tf
 
 from tfpar import _keras
+from tfpar.graph import OpGraph
 from tfpar.model import KerasGraph
 from tfpar.state import RecordingScope, UnknownVariables
 
@@ -58,12 +59,12 @@ class Program:
         gives: Sequence[int],
         model: keras.Model,
         training: bool | None,
-        jit_compile: bool = False,
-        eager: bool = False,
-        raw: dict[int, Callable] | None = None,
+        jit_compile: bool,
+        eager: bool,
+        raw: dict[int, Callable],
     ):
         self.graph, self.ops, self.gives = graph, ops, gives
-        self.model, self.training, self.raw = model, training, {} if raw is None else raw
+        self.model, self.training, self.raw = model, training, raw
         self.variables = tuple(sorted({v for i in ops for v in graph.graph.ops[i].variables}))
         layers = {id(x): x for i in ops for x in _keras.batch_normalizations(graph.calls[i].operation)}
         self.normalizations = list(layers.values()) if training else []
@@ -125,6 +126,16 @@ def restored(t: int, edges: dict[int, Edge], raw: dict[int, Callable]) -> Any:
     if mask is not None:
         _keras.set_keras_mask(value, mask)
     return value
+
+
+def tensor_of(key: int) -> int:
+    """The tensor `t` of a key `t`, or `~t` for its logits."""
+    return max(key, ~key)
+
+
+def differentiable(graph: OpGraph, key: int) -> bool:
+    """Whether there are gradients of a tensor; of its logits there always are."""
+    return key < 0 or graph.tensors[key].differentiable
 
 
 def with_logits(edges: dict[int, Any], tensors: Sequence[int]) -> dict[int, Any]:

@@ -109,17 +109,20 @@ class Steps:
         if self.engine is None or self.compiled_as != self.compilation():
             with self.strategy.planning():
                 before = self.engine.plan if self.engine else None
-                self.engine = prepared(self.strategy, self.model, data, rows, before)
-            self.loss = LossProgram(self.engine)
+                self.use(prepared(self.strategy, self.model, data, rows, before))
             self.compiled_as = self.compilation()
         build_losses(self.strategy, self.engine, data)
         return self.engine
+
+    def use(self, engine: Engine):
+        """From now on, steps run on this engine."""
+        self.engine, self.loss = engine, LossProgram(engine)
 
     def extend(self, unknown: UnknownVariables):
         """Give a call the variables that it was found to use, in whichever model it is."""
         for steps in family(self.model):
             if steps.engine and unknown.graph in (steps.engine.graph, steps.engine.inference):
-                steps.engine.extend(unknown)
+                steps.use(steps.engine.extended(unknown))
                 with self.strategy.planning():
                     place(self.strategy, steps.engine)
 
@@ -235,8 +238,7 @@ class Steps:
             losses: is set to what the step reads as `model.losses`.
         """
         if _keras.in_program():
-            given = _keras.training_argument(self.model, training)
-            return type(self.model).call(self.model, inputs, **given)
+            return _keras.own_call(self.model, inputs, training)
         engine = self.prepared((inputs,), parts)
         graph = engine.graph.graph
         flat = _keras.graph_inputs(self.model, inputs)
@@ -264,12 +266,9 @@ class Steps:
             targets = [*(e.value for e in outputs.values()), *added.values()]
 
             def backward(*cotangents: tf.Tensor | None) -> list[Any]:
-                parts_of = dict(
-                    zip(outputs, [batch.split([c], parts) for c in cotangents[: len(outputs)]], strict=True)
-                )
                 back = run.again()
-                for t, pieces in parts_of.items():
-                    for m, (piece,) in enumerate(pieces):
+                for t, cotangent in zip(outputs, cotangents[: len(outputs)], strict=True):
+                    for m, (piece,) in enumerate(batch.split([cotangent], parts)):
                         back.cotangents[m][t] = [piece]
                 back.loss_cotangent = dict(zip(added, cotangents[len(outputs) :], strict=True))
                 back.run(schedule, Kind.BACKWARD)
@@ -302,5 +301,5 @@ def steps_of(model: Any) -> Steps | None:
 def family(model: keras.Model) -> list[Steps]:
     """The steps of a model and of the models in it, those of one strategy."""
     own = steps_of(model)
-    found = [steps_of(layer) for layer in model._flatten_layers()]
+    found = [steps_of(layer) for layer in _keras.layers_in(model)]
     return [steps for steps in found if steps is not None and steps.strategy is own.strategy]
