@@ -1,7 +1,8 @@
 """The strategies: what the user puts around a model."""
 
 from tfpar.strategies.base import Strategy
+from tfpar.strategies.data_parallel import DataParallelStrategy
 from tfpar.strategies.layer_placement import LayerPlacementStrategy
 from tfpar.strategies.pipeline import PipelineStrategy
 
-__all__ = ["LayerPlacementStrategy", "PipelineStrategy", "Strategy"]
+__all__ = ["DataParallelStrategy", "LayerPlacementStrategy", "PipelineStrategy", "Strategy"]

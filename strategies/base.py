@@ -7,7 +7,8 @@ from typing import Any
 import tensorflow as tf
 
 from tfpar import _keras
-from tfpar._tf import MirroredExtended, ReplicaContext, UpdateContext, outside_replica
+from tfpar._tf import LogicalReplica, MirroredExtended, outside_replica, replica_of, select_replica, update_regroup
+from tfpar.batch import Parts
 from tfpar.errors import DeviceError, ScheduleError, ScopeError
 from tfpar.mesh import Mesh
 from tfpar.plan import Plan
@@ -19,33 +20,56 @@ Placement = str | Sequence[str] | Mapping[str, int]
 
 
 class Extended(MirroredExtended):
-    """The `tf.distribute` side of a strategy with one replica: variables with one piece, wherever that is."""
+    """The `tf.distribute` side of a strategy: its variables, and what `strategy.run` and `strategy.reduce` do."""
 
-    def __init__(self, strategy: "Strategy", devices: Sequence[str]):
-        super().__init__(strategy, devices=list(devices))
-        self.new_variables_on = HOST
+    def __init__(self, strategy: "Strategy", mesh: Mesh, cross_device_ops: Any = None):
+        self.replicas = tuple(mesh.device(data=r) for r in range(mesh.data))
+        super().__init__(strategy, devices=list(self.replicas), cross_device_ops=cross_device_ops)
+        # a stage's variables wait in host memory until a plan says where it is
+        self.new_variables_on = self.replicas if mesh.stage == 1 else (HOST,)
 
     @contextlib.contextmanager
     def creating_on(self, device: str) -> Iterator[None]:
-        """Inside, new variables begin on this device instead of waiting on the host."""
-        before, self.new_variables_on = self.new_variables_on, device
+        """Inside, new variables are on this device alone."""
+        before, self.new_variables_on = self.new_variables_on, (device,)
         try:
             yield
         finally:
             self.new_variables_on = before
 
+    def run_as_one(self, fn: Callable, *args: Any) -> Any:
+        """`fn` in one replica that stands for all."""
+        with LogicalReplica(self._container_strategy()):
+            return fn(*args)
+
+    @property
+    def is_one(self) -> bool:
+        """Whether there is one replica, here."""
+        return len(self.replicas) == 1 or isinstance(replica_of(self._container_strategy()), LogicalReplica)
+
     @property
     def _num_replicas_in_sync(self):
-        return 1
+        return 1 if self.is_one else len(self.replicas)
 
     def _use_merge_call(self):
-        return False
+        return not self.is_one
 
     def _create_variable(self, next_creator, **kwargs):
+        if len(self.replicas) > 1 and kwargs.get("synchronization") == tf.VariableSynchronization.ON_READ:
+            return super()._create_variable(next_creator, **kwargs)
         reference = kwargs.pop("colocate_with", None)
         follows = isinstance(reference, LogicalVariable)
-        with tf.init_scope(), tf.device(reference.device if follows else self.new_variables_on):
-            variable = LogicalVariable(self._container_strategy(), [next_creator(**kwargs)])
+        devices = [copy.device for copy in reference.copies] if follows else self.new_variables_on
+        aggregation = kwargs.get("aggregation") or tf.VariableAggregation.NONE
+        copies = []
+        with tf.init_scope():
+            for number, device in enumerate(devices):
+                with tf.device(device):
+                    if copies:
+                        name = f"{copies[0].name.split(':')[0]}/replica_{number}/"
+                        kwargs.update(name=name, initial_value=lambda: tf.identity(copies[0].read_value()))
+                    copies.append(next_creator(**kwargs))
+            variable = LogicalVariable(self._container_strategy(), copies, aggregation)
         if follows:
             reference.followed_by(variable)
         return variable
@@ -60,33 +84,48 @@ class Extended(MirroredExtended):
         """Any variable will do."""
 
     def _call_for_each_replica(self, fn, args, kwargs):
-        with ReplicaContext(self._container_strategy(), replica_id_in_sync_group=0):
+        if not self.is_one:
+            return super()._call_for_each_replica(fn, args, kwargs)
+        with LogicalReplica(self._container_strategy()):
             return fn(*args, **kwargs)
 
     def _replica_ctx_all_reduce(self, reduce_op, value, options=None):
-        return value
+        return value if self.is_one else super()._replica_ctx_all_reduce(reduce_op, value, options)
 
     def _reduce_to(self, reduce_op, value, destinations, options):
-        return value
+        return value if self.is_one else super()._reduce_to(reduce_op, value, destinations, options)
 
     def _batch_reduce_to(self, reduce_op, value_destination_pairs, options):
-        return [value for value, _ in value_destination_pairs]
+        if self.is_one:
+            return [value for value, _ in value_destination_pairs]
+        return super()._batch_reduce_to(reduce_op, value_destination_pairs, options)
 
     def _gather_to_implementation(self, value, destinations, axis, options):
-        return value
+        return value if self.is_one else super()._gather_to_implementation(value, destinations, axis, options)
 
     def _update(self, var, fn, args, kwargs, group):
-        piece = var.values[0] if isinstance(var, LogicalVariable) else var
-        with tf.device(piece.device), UpdateContext(0):
-            return fn(piece, *args, **kwargs)
+        replica = replica_of(self._container_strategy())
+        if isinstance(replica, LogicalReplica) and replica.copy is not None:
+            piece = var._get() if isinstance(var, LogicalVariable) else var
+            with tf.device(piece.device) if piece.device else contextlib.nullcontext():
+                return fn(piece, *args, **kwargs)
+        copies = var.copies if isinstance(var, LogicalVariable) else getattr(var, "values", (var,))
+        updates = []
+        for number, copy in enumerate(copies):
+            with tf.device(copy.device), LogicalReplica(self._container_strategy(), number):
+                updates.append(fn(copy, *select_replica(number, args), **select_replica(number, kwargs)))
+        return updates[0] if self.is_one else update_regroup(self, updates, group)
 
-    _replica_ctx_update = _update
+    def _replica_ctx_update(self, var, fn, args, kwargs, group):
+        if self.is_one:
+            return self._update(var, fn, args, kwargs, group)
+        return super()._replica_ctx_update(var, fn, args, kwargs, group)
 
     def _experimental_distribute_dataset(self, dataset, options):
-        return dataset
+        return dataset if self.is_one else super()._experimental_distribute_dataset(dataset, options)
 
     def _local_results(self, value):
-        return (value,)
+        return (value,) if self.is_one else super()._local_results(value)
 
 
 class Strategy(tf.distribute.MirroredStrategy):
@@ -94,9 +133,12 @@ class Strategy(tf.distribute.MirroredStrategy):
 
     Args:
         mesh: the shape of the work, and its devices; all GPUs, else all logical CPUs, if it names none.
-        micro_batches: into how many parts each batch is divided.
+        micro_batches: into how many parts each replica divides its share of a batch.
         schedule: `"1f1b"`, `"gpipe"`, or a function `(stages, micro_batches) -> Schedule`.
         placement: which layers go together, see `tfpar.partition.partition`.
+        batch_norm: `"global"`: replicas normalise with the statistics of the whole batch; `"local"`: with their own.
+        buckets: into how many parts the gradients of a replica are divided, each reduced as soon as it is there.
+        cross_device_ops: how tensors of several replicas are added up; see `tfpar.collectives`.
 
     Raises:
         DeviceError: a device that does not exist, or one that repeats.
@@ -109,6 +151,9 @@ class Strategy(tf.distribute.MirroredStrategy):
         micro_batches: int = 1,
         schedule: str | Callable[[int, int], Schedule] = "1f1b",
         placement: Placement = "auto",
+        batch_norm: str = "global",
+        buckets: int = 1,
+        cross_device_ops: tf.distribute.CrossDeviceOps | None = None,
     ):
         if not isinstance(micro_batches, int) or micro_batches < 1:
             raise ScheduleError(f"micro_batches is a whole number of at least 1; received {micro_batches!r}")
@@ -117,9 +162,10 @@ class Strategy(tf.distribute.MirroredStrategy):
                 f"the schedules are {', '.join(map(repr, SCHEDULES))} or a function (stages, micro_batches) -> "
                 f"Schedule; received {schedule!r}"
             )
-        self.mesh, self.micro_batches, self.placement = mesh, micro_batches, placement
+        self.mesh, self.parts, self.placement = mesh, Parts(mesh.data, micro_batches), placement
+        self.batch_norm, self.buckets, self.cross_device_ops = batch_norm, buckets, cross_device_ops
         self._schedule = schedule if callable(schedule) else SCHEDULES[schedule]
-        super(tf.distribute.MirroredStrategy, self).__init__(Extended(self, mesh.devices))
+        super(tf.distribute.MirroredStrategy, self).__init__(Extended(self, mesh, cross_device_ops))
 
     @contextlib.contextmanager
     def scope(self) -> Iterator["Strategy"]:
@@ -135,7 +181,7 @@ class Strategy(tf.distribute.MirroredStrategy):
             yield
 
     def _adopt(self, model):
-        Steps(self, model).adopt()
+        Steps(self, model).adopt(ForKeras(self))
 
     def schedule(self, micro_batches: int) -> Schedule:
         """The schedule for so many micro-batches.
@@ -170,6 +216,25 @@ class Strategy(tf.distribute.MirroredStrategy):
                 "    with strategy.scope():\n        model = ..."
             )
         return steps.plan(batch_size)
+
+
+class ForKeras(Strategy):
+    """A strategy as Keras' `fit` sees it: it gets batches whole, and the step divides them.
+
+    Args:
+        strategy: what it is in all else.
+    """
+
+    def __init__(self, strategy: Strategy):
+        self.__dict__ = strategy.__dict__
+
+    def scope(self):
+        """The strategy's own."""
+        return self.extended._container_strategy().scope()
+
+    def experimental_distribute_dataset(self, dataset: Any, options: Any = None) -> Any:
+        """The dataset as it is."""
+        return dataset
 
 
 def local_devices(devices: Sequence[str] | None) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from tfpar.testing import different, named_values
 STRATEGIES = {
     "layer_placement": lambda: tfpar.LayerPlacementStrategy(["CPU:0", "CPU:1", "CPU:2"]),
     "pipeline": lambda: tfpar.PipelineStrategy(["CPU:0", "CPU:1", "CPU:2"], micro_batches=3),
+    "data_parallel": lambda: tfpar.DataParallelStrategy(["CPU:0", "CPU:1", "CPU:2"]),
     "pipeline gpipe": lambda: tfpar.PipelineStrategy(["CPU:0", "CPU:1"], micro_batches=2, schedule="gpipe"),
 }
 BATCHES = {"even": [8, 8], "uneven last": [8, 8, 3], "one-row last": [8, 1], "uneven first": [5, 8]}
@@ -133,10 +134,11 @@ def reference(model_name, config_name):
     return REFERENCES[key]
 
 
+NEEDS = {"layer_placement": "", "data_parallel": "data"}  # which kind of split must leave the numbers; else: micro
 CASES = [
     pytest.param(m, c, s, id=f"{m}-{c}-{s}", marks=pytest.mark.xdist_group(f"{m} {c}"))
     for m in ZOO for c in CONFIGS for s in STRATEGIES
-    if (ZOO[m].exact or s == "layer_placement") and (c == "sgd" or s != "pipeline gpipe")
+    if NEEDS.get(s, "micro") in ZOO[m].splits and (c == "sgd" or s != "pipeline gpipe")
 ]  # fmt: skip
 
 
@@ -157,4 +159,4 @@ def test_equals_one_device(model_name, config_name, strategy_name):
         assert any(np.any(a) for a in one)
         wrong += different([f"{name}: {n}" for n in names], one, other, **config.tolerance)
     assert not wrong, "\n".join(wrong)
-    assert len({v.value.device for v in model.weights}) > 1
+    assert len({copy.device for v in model.weights for copy in v.value.copies}) > 1

@@ -9,9 +9,9 @@ T, V, D = 6, 11, 12  # tokens, vocabulary, width: no batch is 12 rows, Keras tak
 class Zoo:
     """A model: how to build it, what it is fed, its loss."""
 
-    def __init__(self, build, data, loss="mse", loss_weights=None, metrics=None, exact=True, per_token=False):
+    def __init__(self, build, data, loss="mse", loss_weights=None, metrics=None, splits="data micro", per_token=False):
         self.build, self.data, self.loss, self.loss_weights, self.metrics = build, data, loss, loss_weights, metrics
-        self.exact = exact  # whether micro-batches leave the numbers as they are
+        self.splits = splits  # what leaves the numbers as they are: replicas, micro-batches
         self.per_token = per_token  # whether the loss has a value for each token
 
 
@@ -126,6 +126,17 @@ class Subclassed(keras.Model):
         return self.tail(ops.tanh(h))
 
 
+def normalized():
+    """Batch statistics of images and of vectors, behind branches; nothing is added just before, that has no gradient."""
+    x = h = layers.Input((6, 6, 3))
+    h = layers.Conv2D(4, 3, use_bias=False)(h)
+    h = r = layers.Activation("relu")(layers.BatchNormalization(momentum=0.7)(h))
+    h = layers.BatchNormalization(scale=False)(layers.Conv2D(4, 3, padding="same", use_bias=False)(h))
+    r = layers.BatchNormalization(center=False)(layers.DepthwiseConv2D(3, padding="same", use_bias=False)(r))
+    h = layers.GlobalAveragePooling2D()(ops.tanh(layers.add([h, r])))
+    return keras.Model(x, layers.Dense(4, activation="softmax")(layers.BatchNormalization()(h)))
+
+
 def stateful():
     """Layers that change with every batch they see."""
     x = h = layers.Input((D,))
@@ -150,5 +161,6 @@ ZOO = {
     "convolutional": Zoo(convolutional, pair(floats(8, 8, 3), ints(4)), CROSSENTROPY, None, ["accuracy"]),
     "nested": Zoo(nested, pair(floats(D), floats(3)), metrics=["mae"]),
     "subclassed": Zoo(Subclassed, pair(floats(D), floats(3)), "huber"),
-    "stateful": Zoo(stateful, pair(floats(D), floats(3)), exact=False),
+    "normalized": Zoo(normalized, pair(floats(6, 6, 3), ints(4)), CROSSENTROPY, None, ["accuracy"], splits="data"),
+    "stateful": Zoo(stateful, pair(floats(D), floats(3)), splits=""),
 }  # fmt: skip

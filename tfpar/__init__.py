@@ -11,9 +11,9 @@ from tfpar.timeline import Timeline
 
 __version__ = "0.1.0"
 __all__ = [
-    "Action", "BatchError", "DeviceError", "Hardware", "Kind", "LayerPlacementStrategy", "Mesh", "ModelError",
-    "PartitionError", "PipelineStrategy", "Schedule", "ScheduleError", "ScopeError", "StageCost", "TfparError",
-    "Timeline", "gpipe", "one_f_one_b", "simulate",
+    "Action", "BatchError", "DataParallelStrategy", "DeviceError", "Hardware", "Kind", "LayerPlacementStrategy", "Mesh",
+    "ModelError", "PartitionError", "PipelineStrategy", "Schedule", "ScheduleError", "ScopeError", "StageCost",
+    "TfparError", "Timeline", "gpipe", "one_f_one_b", "simulate",
 ]  # fmt: skip
 
 

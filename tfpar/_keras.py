@@ -11,7 +11,7 @@ import keras
 import tensorflow as tf
 from keras import ops, tree
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
-from keras.src.backend.common.stateless_scope import in_stateless_scope
+from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
 from keras.src.backend.common.variables import AutocastScope
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 from keras.src.losses.loss import Loss, apply_mask
@@ -55,6 +55,11 @@ class Adoption:
                 cls.open_scopes -= 1
                 if not cls.open_scopes:
                     TensorFlowTrainer.__init__ = cls.original
+
+
+def set_strategy(model: keras.Model, strategy: Any):
+    """What the model takes for the strategy of its scope."""
+    model._distribute_strategy = strategy
 
 
 def overrides(model: keras.Model, *methods: str) -> str | None:
@@ -176,6 +181,11 @@ def in_program() -> bool:
     return in_stateless_scope()
 
 
+def set_value(variable: keras.Variable, value: tf.Variable):
+    """Let a Keras variable hold another TensorFlow variable."""
+    variable._value = value
+
+
 def clear_losses(operation: Any):
     """Forget the added losses of a layer, which Keras keeps by `id`."""
     if isinstance(operation, keras.layers.Layer):
@@ -216,6 +226,31 @@ def recorded_moments(layers: Sequence[Any], found: list[tuple[int, Moments]]) ->
     finally:
         for layer in layers:
             del vars(layer)["_moments"]
+
+
+@contextlib.contextmanager
+def given_moments(layer: Any, mean: tf.Tensor, variance: tf.Tensor) -> Iterator[None]:
+    """Inside, a BatchNormalization layer takes these for the statistics of its input."""
+    vars(layer)["_moments"] = lambda inputs, mask: (mean, variance)
+    try:
+        yield
+    finally:
+        del vars(layer)["_moments"]
+
+
+@contextlib.contextmanager
+def discarded_writes() -> Iterator[None]:
+    """Inside, layers read what they would, and what they write and add to the loss is forgotten."""
+    outer = get_stateless_scope() if in_stateless_scope() else None
+    with keras.StatelessScope(collect_losses=True) as scope:
+        if outer is not None:
+            scope.get_current_value = outer.get_current_value
+        yield
+
+
+def is_batch_normalization(operation: Any) -> bool:
+    """Whether this is a BatchNormalization that computes as Keras' own."""
+    return type(operation) is keras.layers.BatchNormalization
 
 
 def layers_in(operation: Any) -> list[keras.layers.Layer]:

@@ -2,20 +2,44 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import tensorflow as tf
 from tensorflow.python.distribute import distribute_lib
-from tensorflow.python.distribute.distribute_lib import ReplicaContext, UpdateContext
+from tensorflow.python.distribute.distribute_lib import ReplicaContext
+from tensorflow.python.distribute.distribute_utils import select_replica, update_regroup
 from tensorflow.python.distribute.mirrored_strategy import MirroredExtended
-from tensorflow.python.distribute.values import MirroredVariable
+from tensorflow.python.distribute.values import MirroredVariable, PerReplica
 from tensorflow.python.eager import record
 from tensorflow.python.framework import ops
 from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
 __all__ = [
-    "MirroredExtended", "MirroredVariable", "ReplicaContext", "ResourceVariable", "UpdateContext", "awaited",
-    "following_inputs", "independent", "outside_replica", "record_gradient", "tape_watches", "unrecorded",
+    "LogicalReplica", "MirroredExtended", "MirroredVariable", "ResourceVariable", "awaited", "batch_reduce",
+    "following_inputs", "independent", "outside_replica", "record_gradient", "replica_of", "select_replica",
+    "tape_watches", "unrecorded", "update_regroup",
 ]  # fmt: skip
+
+
+class LogicalReplica(ReplicaContext):
+    """A replica that needs no others: in it, the strategy has this one only and reduces nothing.
+
+    Args:
+        strategy: whose.
+        copy: the copy of each variable that is read and written; `None` for all replicas taken as one, which reads the
+            first and writes all.
+        bound: by `id` of a distributed variable, what to use in its place.
+    """
+
+    def __init__(self, strategy: tf.distribute.Strategy, copy: int | None = None, bound: dict[int, Any] | None = None):
+        super().__init__(strategy, replica_id_in_sync_group=copy or 0)
+        self.copy, self.bound = copy, bound or {}
+
+
+def replica_of(strategy: tf.distribute.Strategy) -> ReplicaContext | None:
+    """The replica of this strategy that is being run, if one is."""
+    context = tf.distribute.get_replica_context()
+    return context if context is not None and context.strategy is strategy else None
 
 
 @contextlib.contextmanager
@@ -108,3 +132,9 @@ def unrecorded(read: Callable[[], tf.Tensor]) -> tf.Tensor:
 def tape_watches(tensors: Sequence[tf.Tensor]) -> bool:
     """Whether a gradient tape is recording what happens to any of `tensors`."""
     return bool(record.should_record_backprop(list(tensors)))
+
+
+def batch_reduce(ops: tf.distribute.CrossDeviceOps, values: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    """The sums over replicas of several values, each on the devices of its parts, by `tf.distribute`'s own means."""
+    pairs = [(per_replica, per_replica) for per_replica in map(PerReplica, map(tuple, values))]
+    return [list(total.values) for total in ops.batch_reduce(tf.distribute.ReduceOp.SUM, pairs)]

@@ -1,11 +1,28 @@
 """Dividing a batch into micro-batches, and putting results together: the one place that does."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 from keras import tree
 
 from tfpar.errors import BatchError
+
+
+class Parts(NamedTuple):
+    """How a batch is divided: among replicas, and by each of them into micro-batches."""
+
+    replicas: int
+    micro_batches: int
+
+    @property
+    def count(self) -> int:
+        """The parts in all; those of a replica follow one another."""
+        return self.replicas * self.micro_batches
+
+    def fit(self, rows: int) -> "Parts":
+        """Fewer parts, where there are fewer rows."""
+        replicas = max(1, min(self.replicas, rows))
+        return Parts(replicas, max(1, min(self.micro_batches, rows // replicas)))
 
 
 def rows(batch: Any) -> int:
@@ -54,20 +71,31 @@ def shares(count: Any, parts: int) -> list[tf.Tensor]:
 
 
 def split(batch: Any, parts: int) -> list[Any]:
-    """A structure of tensors as `parts` structures of nearly equal numbers of rows; `None` stays `None`.
-
-    Raises:
-        BatchError: a sparse tensor.
-    """
-    if parts > 1 and any(isinstance(x, tf.SparseTensor) for x in tree.flatten(batch)):
-        raise BatchError("a sparse array cannot be divided; use micro_batches=1 (LayerPlacementStrategy)")
+    """A structure of tensors as `parts` structures of nearly equal numbers of rows; `None` stays `None`."""
+    if parts == 1:
+        return [batch]
     edges = bounds(count(batch), parts)
+
+    def piece(x, start, stop):
+        if isinstance(x, tf.SparseTensor):
+            columns = tf.shape(x, out_type=tf.int64)[1:]
+            at, size = tf.cast(start, tf.int64), tf.cast(stop - start, tf.int64)
+            return tf.sparse.slice(x, tf.concat([[at], columns * 0], 0), tf.concat([[size], columns], 0))
+        return None if x is None else x[start:stop]
+
     return [
-        tree.map_structure(lambda x: x if x is None or parts == 1 else x[start:stop], batch)  # noqa: B023
+        tree.map_structure(lambda x: piece(x, start, stop), batch)  # noqa: B023
         for start, stop in zip(edges[:-1], edges[1:], strict=True)
     ]
 
 
+def split_like(value: tf.Tensor, sizes: list[Any]) -> list[tf.Tensor]:
+    """The rows of a tensor as parts of these sizes."""
+    return tf.split(value, tf.stack(sizes) if any(isinstance(n, tf.Tensor) for n in sizes) else sizes, num=len(sizes))
+
+
 def joined(values: list[Any]) -> Any:
     """The rows of the parts, in order; `None` for parts that are `None`."""
-    return values[0] if len(values) == 1 or values[0] is None else tf.concat(values, axis=0)
+    if len(values) == 1 or values[0] is None:
+        return values[0]
+    return tf.sparse.concat(0, values) if isinstance(values[0], tf.SparseTensor) else tf.concat(values, axis=0)

@@ -1,5 +1,6 @@
 """The loss of a micro-batch as its exact share of the loss of the batch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,8 +10,10 @@ from keras import tree
 from tfpar import _keras, batch
 from tfpar._tf import independent
 from tfpar.engine import Engine, each, tensors_of
+from tfpar.passes import Pass, present
 from tfpar.probe import Combine, loss_combination, reads_variables
-from tfpar.program import Edge, differentiable, restored
+from tfpar.program import Edge, Program, differentiable, restored
+from tfpar.state import HasMask
 from tfpar.variables import HOST
 
 
@@ -39,46 +42,81 @@ def structured(engine: Engine, outputs: dict[int, Edge]) -> Any:
 
 
 class LossProgram:
-    """The compiled losses of a micro-batch and their gradient, as one pure function, traced or compiled once."""
+    """The compiled losses of a part and their gradient, as pure functions, traced or compiled once."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
-        self.call = self.run if engine.eager else tf.function(self.run, jit_compile=engine.jit_compile, autograph=False)
+        self.call = self.traced(self.run)
+        self.turns: dict[tuple[Program, batch.Parts], Callable] = {}
 
-    def run(self, outputs: dict[int, Edge], y: Any, sample_weight: Any, totals: list[tf.Tensor] | None, scale: Any):
-        """Each loss's share of the batch's, their weighted sum, and the gradient of `scale` times it.
+    def traced(self, function: Callable) -> Callable:
+        """A function as the engine runs its programs."""
+        engine = self.engine
+        return function if engine.eager else tf.function(function, jit_compile=engine.jit_compile, autograph=False)
+
+    def values(self, outputs: dict[int, Edge], y: Any, sample_weight: Any, totals: list[tf.Tensor] | None):
+        """Each loss's share of the batch's, and their weighted sum.
 
         Args:
-            outputs: the model's, for the micro-batch.
+            outputs: the model's, for the part.
             totals: for each loss, what the mean over the whole batch divides by; `None` if this is all of it.
         """
-        model, graph = self.engine.model, self.engine.graph.graph
-        sources = {t: e.value for t, e in outputs.items() if differentiable(graph, t)}
+        model = self.engine.model
         values, weighted = [], []
+        calls = _keras.loss_calls(model, y, structured(self.engine, outputs), sample_weight)
+        for n, call in enumerate(calls):
+            value, count = _keras.evaluate_loss(call)
+            if totals is not None:
+                value = value * tf.math.divide_no_nan(count, tf.cast(totals[n], count.dtype))
+            values.append(tf.cast(value, _keras.loss_dtype(model)))
+            weighted.append(values[-1] if call.weight is None else values[-1] * call.weight)
+        return values, tf.add_n(weighted)
+
+    def run(self, outputs: dict[int, Edge], y: Any, sample_weight: Any, totals: list[tf.Tensor] | None, scale: Any):
+        """The values, and the gradient of `scale` times their sum by the outputs."""
+        sources = {t: e.value for t, e in outputs.items() if differentiable(self.engine.graph.graph, t)}
         with tf.GradientTape() as tape:
             tape.watch(sources)
-            calls = _keras.loss_calls(model, y, structured(self.engine, outputs), sample_weight)
-            for n, call in enumerate(calls):
-                value, count = _keras.evaluate_loss(call)
-                if totals is not None:
-                    value = value * tf.math.divide_no_nan(count, tf.cast(totals[n], count.dtype))
-                values.append(tf.cast(value, _keras.loss_dtype(model)))
-                weighted.append(values[-1] if call.weight is None else values[-1] * call.weight)
-            loss = tf.add_n(weighted)
+            values, loss = self.values(outputs, y, sample_weight, totals)
             scaled = loss * tf.cast(scale, loss.dtype)
         gradients = tape.gradient(scaled, sources)
         return values, loss, {t: g for t, g in gradients.items() if g is not None}
 
+    def turn(self, run: Pass, program: Program) -> Callable:
+        """The last stage, the losses, and the way back through both, as one function."""
+        if (program, run.parts) not in self.turns:
+
+            def turn(variables, edges, y, sample_weight, totals, scale, share):
+                inside, outside = run.sources(program, variables, edges)
+                sources = [*inside.values(), *outside.values()]
+                with tf.GradientTape() as tape:
+                    tape.watch(sources)
+                    result = program.run(variables, edges)
+                    if totals is not None and any(e.mask is not None for e in result.edges.values()):
+                        raise HasMask
+                    values, loss = self.values(result.edges, y, sample_weight, totals)
+                    scaled = loss * tf.cast(scale, loss.dtype)
+                    for (i, k), weight in run.loss_weights(result, share).items():
+                        added = result.losses[i][k]
+                        scaled += tf.cast(
+                            added * tf.cast(weight, added.dtype) * tf.cast(scale, added.dtype), loss.dtype
+                        )
+                found = tape.gradient(scaled, sources)
+                return result, values, loss, present(inside, found), present(outside, found[len(inside) :])
+
+            self.turns[program, run.parts] = self.traced(turn)
+        return self.turns[program, run.parts]
+
 
 @dataclass
 class Head:
-    """The end of a scheduled pass: computes the loss of each micro-batch, and starts its way back.
+    """The end of a scheduled pass: computes the loss of each part, and starts its way back.
 
     Args:
         program: the losses.
         inputs: the model's flat inputs for the whole batch.
         y, sample_weight: for the whole batch.
-        parts: how many micro-batches.
+        parts: how many parts.
         scale: what the optimizer multiplies the loss with.
         training: what the layers are told.
     """
@@ -90,40 +128,59 @@ class Head:
     parts: int
     scale: Any
     training: bool | None
-    values: list[list[tf.Tensor]] = field(default_factory=list)
+    values_of: list[list[tf.Tensor]] = field(default_factory=list)
     losses: list[tf.Tensor] = field(default_factory=list)
     totals: list[tf.Tensor] | None = None
 
     def __post_init__(self):
         self.targets = batch.split((self.y, self.sample_weight), self.parts)
 
-    def __call__(self, m: int, outputs: dict[int, Edge]) -> dict[int, tf.Tensor]:
-        """The cotangents of the model's outputs for micro-batch `m`."""
+    @property
+    def can_turn(self) -> bool:
+        """Whether what the mean over the batch divides by follows from shapes that are known before the outputs are."""
+        engine = self.program.engine
+        symbols = [engine.graph.symbols[t] for t in engine.graph.graph.outputs]
+        plain = all(None not in s.shape[1:] and s.shape and _keras.get_keras_mask(s) is None for s in symbols)
+        return self.parts == 1 or (plain and not engine.has_masks)
+
+    def __call__(self, run: Pass, m: int, outputs: dict[int, Edge]) -> dict[int, tf.Tensor]:
+        """The cotangents of the model's outputs for part `m`."""
         if self.parts > 1 and self.totals is None:
-            self.totals = self.whole_counts(outputs)
+            masked = any(e.mask is not None for e in outputs.values())
+            masks = self.program.engine.masks(self.inputs, self.training) if masked else {}
+            self.totals = self.whole_counts({t: (e.value.shape, e.value.dtype) for t, e in outputs.items()}, masks)
         y, sample_weight = each(tf.identity, self.targets[m])
         values, loss, cotangents = self.program.call(outputs, y, sample_weight, self.totals, self.scale)
         independent(tensors_of((loss, cotangents)))
-        self.values.append(values)
+        self.values_of.append(values)
         self.losses.append(loss)
         return cotangents
 
-    def whole_counts(self, outputs: dict[int, Edge]) -> list[tf.Tensor]:
-        """What each loss's mean over the whole batch divides by, before all micro-batches are through.
+    def turn(self, run: Pass, m: int, program: Program, variables: list[tf.Tensor], edges: dict[int, Edge]):
+        """The last stage's result for part `m`, the gradients of its variables, and the cotangents of its edges."""
+        if self.parts > 1 and self.totals is None:
+            symbols = self.program.engine.graph.symbols
+            self.totals = self.whole_counts({t: (symbols[t].shape, symbols[t].dtype) for t in run.graph.outputs}, {})
+        y, sample_weight = each(tf.identity, self.targets[m])
+        result, values, loss, gradients, cotangents = self.program.turn(run, program)(
+            variables, edges, y, sample_weight, self.totals, self.scale, run.weights[m]
+        )
+        independent(tensors_of((values, loss)))
+        self.values_of.append(values)
+        self.losses.append(loss)
+        return result, gradients, cotangents
+
+    def whole_counts(self, outputs: dict[int, tuple[Any, Any]], masks: dict[int, Any]) -> list[tf.Tensor]:
+        """What each loss's mean over the whole batch divides by, before all parts are through.
 
         It depends on shapes, weights and masks, not on predictions: zeros stand for those.
         """
         engine = self.program.engine
-        masked = any(e.mask is not None for e in outputs.values())
-        masks = engine.masks(self.inputs, self.training) if masked else {}
         with tf.device(HOST):
             rows = batch.count(self.y)
-            like = {
-                t: Edge(tf.zeros(tf.concat([[rows], tf.shape(e.value)[1:]], 0), e.value.dtype), masks.get(t))
-                for t, e in outputs.items()
-            }
-            for t, e in outputs.items():
-                like[t].value.set_shape([None, *e.value.shape[1:]])
+            like = {t: Edge(tf.zeros([rows, *shape[1:]], dtype), masks.get(t)) for t, (shape, dtype) in outputs.items()}
+            for t, (shape, _) in outputs.items():
+                like[t].value.set_shape([None, *shape[1:]])
             calls = _keras.loss_calls(engine.model, self.y, structured(engine, like), self.sample_weight)
             return [_keras.evaluate_loss(call)[1] for call in calls]
 
@@ -133,4 +190,4 @@ class Head:
 
     def each_loss(self) -> list[tf.Tensor]:
         """Each output's loss for the batch, without its weight."""
-        return [tf.add_n(parts) for parts in zip(*self.values, strict=True)]
+        return [tf.add_n(parts) for parts in zip(*self.values_of, strict=True)]

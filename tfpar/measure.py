@@ -6,6 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tfpar.batch import Parts
 from tfpar.errors import ModelError
 from tfpar.schedule import Action
 from tfpar.step import Steps, steps_of
@@ -41,7 +42,7 @@ def measured(model: keras.Model, *batch: Any, repeat: int = 1) -> Timeline:
     return min((timeline(steps, run) for run in runs), key=lambda t: t.makespan)
 
 
-def clocked_step(steps: Steps, data: Any, parts: int) -> dict[str, tuple[tf.Tensor, tf.Tensor]]:
+def clocked_step(steps: Steps, data: Any, parts: Parts) -> dict[str, tuple[tf.Tensor, tf.Tensor]]:
     """A scheduled step that returns the times of its actions."""
     if not steps.is_scheduled(data, parts):
         raise ModelError(
@@ -54,8 +55,8 @@ def clocked_step(steps: Steps, data: Any, parts: int) -> dict[str, tuple[tf.Tens
 def timeline(steps: Steps, times: dict[str, tuple[tf.Tensor, tf.Tensor]]) -> Timeline:
     """The times of a run as spans."""
     plan = steps.engine.plan
-    parts = len({name.split("F")[1] for name in times if "F" in name})
-    actions: list[Action] = [a for a in steps.strategy.schedule(parts).order if str(a) in times]
+    parts = Parts(1, len({name.split("F")[1] for name in times if "F" in name}))
+    actions: list[Action] = [a for a in steps.engine.schedule(steps.strategy, parts, True).order if str(a) in times]
     begin = min(float(start) for start, _ in times.values())
     return Timeline(
         tuple(

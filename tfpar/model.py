@@ -87,13 +87,14 @@ class KerasGraph:
         shape, batch = self.symbols[tensor].shape, self.symbols[self.graph.inputs[0]].shape
         return bool(shape) and bool(batch) and shape[0] == batch[0]
 
-    def with_variables(self, unknown: UnknownVariables) -> "KerasGraph":
-        """The same graph, in which a call also uses these variables."""
+    def with_variables(self, unknown: UnknownVariables, call: int | None) -> "KerasGraph":
+        """The same graph with these variables too, which a call uses."""
         new = [v for v in unknown.variables if all(v is not known for known in self.variables)]
         variables = (*self.variables, *new)
         used = [n for n, v in enumerate(variables) if any(v is u for u in unknown.variables)]
         ops = list(self.graph.ops)
-        ops[unknown.call] = replace(ops[unknown.call], variables=tuple(sorted({*ops[unknown.call].variables, *used})))
+        if call is not None:
+            ops[call] = replace(ops[call], variables=tuple(sorted({*ops[call].variables, *used})))
         described = (*self.graph.variables, *(describe(v) for v in new))
         return replace(self, graph=replace(self.graph, ops=tuple(ops), variables=described), variables=variables)
 
@@ -236,7 +237,7 @@ def one_call(model: keras.Model, x: Any) -> KerasGraph:
     def call(inputs, training=None):
         return _keras.own_call(model, inputs, training)
 
-    call.variables = model.variables
+    call.variables, call._call_context_args = model.variables, ("training",)
     outputs = builder.add(model.name, call, (refs,), {}, tree.flatten(spec), False)
     return builder.finish(inputs, tree.pack_sequence_as(spec, outputs))
 

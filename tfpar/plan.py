@@ -34,12 +34,12 @@ class Plan:
     rows: int
     slot_bytes: tuple[int, ...] = ()
 
-    def device(self, stage: int) -> str:
+    def device(self, stage: int, replica: int = 0) -> str:
         """The device of a stage."""
-        return self.mesh.device(stage=self.schedule.device_of[stage])
+        return self.mesh.device(data=replica, stage=self.schedule.device_of[stage])
 
     def home(self, variable: int) -> str:
-        """The device of a variable."""
+        """The device of a variable, in the first replica."""
         return self.device(self.partition.home(variable))
 
     @property

@@ -1,5 +1,7 @@
 """From a model and a first batch to an engine: build, open, cut, place, check."""
 
+import warnings
+from collections.abc import Set
 from typing import Any
 
 import keras
@@ -8,51 +10,118 @@ import tensorflow as tf
 from keras import tree
 
 from tfpar import _keras
-from tfpar.cost import HARDWARE
-from tfpar.engine import Engine
+from tfpar.cost import HARDWARE, Hardware
+from tfpar.engine import Engine, Route
 from tfpar.errors import ModelError, ScopeError
 from tfpar.model import KerasGraph, graph_from, one_call, opened
 from tfpar.partition import Partition, partition
 from tfpar.plan import Plan
-from tfpar.probe import check_independence, sample
-from tfpar.variables import LogicalVariable
+from tfpar.probe import Probe, check_independence, mixing, sample
+from tfpar.schedule import in_turn
+from tfpar.variables import HOST, LogicalVariable
+from tfpar.whole import segments, with_shared_statistics
 
 SAMPLES = 3  # of the first batch, with which an opened model is checked
 
 
-def prepared(strategy: Any, model: keras.Model, data: Any, rows: int, before: Plan | None) -> Engine:
+def prepared(strategy: Any, model: keras.Model, data: Any, rows: int, before: Plan | None, whole: Set[str]) -> Engine:
     """Create all that Keras would create in its first step, plan, and move every variable to its device.
 
     Args:
-        strategy: gives `mesh`, `micro_batches`, `placement` and `schedule(micro_batches)`.
+        strategy: gives `mesh`, `parts`, `placement`, `batch_norm`, `buckets` and `schedule(micro_batches)`.
         data: a batch, `(x, y, sample_weight)`.
         rows: its samples.
         before: the plan that the model had; its variables are there already.
+        whole: names of operations that were found to need the whole batch.
     """
     x, _, _ = _keras.unpack_x_y_sample_weight(data)
     _keras.build(model, data)
-    graph, inference = graphs_of(model, x, strategy.schedule(min(strategy.micro_batches, rows)).stages)
-    engine = Engine(
-        planned(strategy, graph, rows, before), model, graph, inference, bool(model.jit_compile), model.run_eagerly
-    )
-    if strategy.micro_batches > 1:
-        check_outputs(graph)
-        check_stateless(model)
-        check_independence(graph, engine.probe)
+    if strategy.mesh.data > 1:
+        training, inference = replicated(strategy, model, x, rows, whole)
+        plan = Plan(training.partition, strategy.mesh, in_turn(training.partition.stages, 1), hardware(strategy), rows)
+    else:
+        graph, in_inference = graphs_of(model, x, strategy.schedule(strategy.parts.fit(rows).micro_batches).stages)
+        plan = planned(strategy, graph, rows, before)
+        training, inference = Route(graph, plan.partition), Route(in_inference or graph, plan.partition)
+        if strategy.parts.count > 1:
+            check_outputs(graph)
+            check_stateless(model)
+            check_independence(graph, training.probe)
+    engine = Engine(plan, model, training, inference, bool(model.jit_compile), model.run_eagerly)
     place(strategy, engine)
     return engine
 
 
+def replicated(strategy: Any, model: keras.Model, x: Any, rows: int, whole: Set[str]) -> tuple[Route, Route]:
+    """The ways through a model of which each replica has a copy: what needs the whole batch gets it."""
+    graphs = replica_graphs(model, x)
+    ways = []
+    for graph, training in zip(graphs, (True, False), strict=True):
+        names = whole | {graph.graph.ops[i].name for i in needs_whole(graph)}
+        if training and strategy.batch_norm == "global":
+            names |= hidden_normalizations(graph)
+            graph, shared = with_shared_statistics(graph, names)
+        else:
+            shared = frozenset()
+        if training:
+            warn_of(names)
+        micro_rows = -(-rows // strategy.parts.fit(rows).count)
+        buckets = strategy.buckets if training else 1
+        ways.append(Route(graph, *segments(graph.graph, names | shared, buckets, hardware(strategy), micro_rows)))
+    return ways[0], ways[1]
+
+
+def replica_graphs(model: keras.Model, x: Any) -> tuple[KerasGraph, KerasGraph]:
+    """The model's graphs in training and inference; a model that cannot be opened is one operation."""
+    if _keras.is_graph(model):
+        return (graph_from(_keras.graph_of(model)),) * 2
+    inputs = _keras.converted_inputs(model, tree.map_structure(few, x))
+    try:
+        with tf.device(HOST):
+            return opened(model, inputs, True), opened(model, inputs, False)
+    except ModelError:
+        return (one_call(model, inputs),) * 2
+
+
+def needs_whole(graph: KerasGraph) -> set[int]:
+    """Operations that mix the samples of a batch, or keep something for each of them."""
+    stateful = {i for i, call in enumerate(graph.calls) if any(map(is_stateful, _keras.layers_in(call.operation)))}
+    return stateful | set(mixing(graph, Probe(graph)))
+
+
+def hidden_normalizations(graph: KerasGraph) -> set[str]:
+    """Operations that normalise batches somewhere inside, where the statistics cannot be taken out."""
+    return {
+        op.name
+        for op, call in zip(graph.graph.ops, graph.calls, strict=True)
+        if _keras.batch_normalizations(call.operation) and not _keras.is_batch_normalization(call.operation)
+    }
+
+
+def warn_of(names: Set[str]):
+    """Say what will not be divided."""
+    if names:
+        warnings.warn(
+            f"{', '.join(sorted(names))}: computed for the whole batch on one device, because what comes of a batch is "
+            "not what comes of its parts. The numbers are right; this work is not divided",
+            stacklevel=2,
+        )
+
+
+def hardware(strategy: Any) -> Hardware:
+    """What the estimates of cost assume."""
+    return HARDWARE["GPU" if all("GPU" in d for d in strategy.mesh.devices) else "CPU"]
+
+
 def planned(strategy: Any, graph: KerasGraph, rows: int, before: Plan | None = None) -> Plan:
     """The plan for batches of so many rows; a model that had a plan keeps its cut, its variables are already there."""
-    hardware = HARDWARE["GPU" if all("GPU" in d for d in strategy.mesh.devices) else "CPU"]
-    schedule = strategy.schedule(min(strategy.micro_batches, rows))
+    schedule = strategy.schedule(strategy.parts.fit(rows).micro_batches)
     if before is not None and [op.name for op in before.partition.graph.ops] == [op.name for op in graph.graph.ops]:
         cut = Partition(graph.graph, before.partition.stage_of)
     else:
         micro_rows = -(-rows // schedule.micro_batches)
-        cut = partition(graph.graph, schedule.stages, strategy.placement, hardware, micro_rows)
-    return Plan(cut, strategy.mesh, schedule, hardware, rows)
+        cut = partition(graph.graph, schedule.stages, strategy.placement, hardware(strategy), micro_rows)
+    return Plan(cut, strategy.mesh, schedule, hardware(strategy), rows)
 
 
 def place(strategy: Any, engine: Engine):
@@ -68,6 +137,9 @@ def place(strategy: Any, engine: Engine):
             _keras.give_strategy(model.optimizer, strategy)
             if not model.optimizer.built:
                 model.optimizer.build(model.trainable_variables)
+            if strategy.mesh.data > 1:
+                for variable in model.optimizer.variables:
+                    replicate(strategy, variable)
 
 
 def build_losses(strategy: Any, engine: Engine, data: Any):
@@ -82,9 +154,16 @@ def build_losses(strategy: Any, engine: Engine, data: Any):
             _keras.build(model, data, tree.map_structure(lambda t: engine.graph.symbols[t], engine.graph.outputs))
 
 
+def replicate(strategy: Any, variable: keras.Variable):
+    """Give each replica a copy of a variable of an optimizer that was made outside of the scope."""
+    if not isinstance(variable.value, LogicalVariable):
+        with strategy.planning():
+            _keras.set_value(variable, tf.Variable(variable.value.read_value(), trainable=False, name=variable.name))
+
+
 def move(variable: keras.Variable, device: str):
     """Place a variable that is still waiting."""
-    if isinstance(variable.value, LogicalVariable):
+    if isinstance(variable.value, LogicalVariable) and len(variable.value.copies) == 1:
         variable.value.place(device)
 
 
@@ -113,7 +192,7 @@ def graphs_of(model: keras.Model, x: Any, stages: int) -> tuple[KerasGraph, Kera
     inputs = _keras.converted_inputs(model, tree.map_structure(few, x))
     if stages == 1:
         return one_call(model, inputs), None
-    with tf.device("CPU:0"):
+    with tf.device(HOST):
         graph, inference = opened(model, inputs, True), opened(model, inputs, False)
     if graph.graph != inference.graph:
         raise ModelError(
@@ -137,11 +216,16 @@ def check_stateless(model: keras.Model):
         ModelError: names the layer.
     """
     for layer in _keras.layers_in(model):
-        if isinstance(layer, keras.layers.RNN) and layer.stateful:
+        if is_stateful(layer):
             raise ModelError(
                 f"{layer.name} keeps a state for each sample of a batch (stateful=True), which micro-batches would mix "
                 "up; use micro_batches=1 (LayerPlacementStrategy)"
             )
+
+
+def is_stateful(layer: Any) -> bool:
+    """Whether a layer hands its state on from sample n of a batch to sample n of the next."""
+    return isinstance(layer, keras.layers.RNN) and layer.stateful
 
 
 def check_outputs(graph: KerasGraph):

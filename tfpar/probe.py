@@ -5,7 +5,7 @@ Asked of numbers, not of code: the function is run on some random samples, and o
 
 import enum
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -175,41 +175,53 @@ def is_told_random(graph: KerasGraph, index: int) -> bool:
     return seeds or bool(_keras.batch_normalizations(graph.calls[index].operation))
 
 
-def check_independence(graph: KerasGraph, probe: Probe):
-    """Check that no operation mixes the samples of a batch, which micro-batches would keep apart.
+def mixing(graph: KerasGraph, probe: Probe) -> Iterator[int]:
+    """The operations whose output for a sample depends on other samples of the batch.
 
     Warns where an operation cannot be run on random samples.
+    """
+    known: dict[Any, bool] = {}
+    for index, call in enumerate(graph.calls):
+        shapes = [graph.symbols[t].shape for t in graph.graph.ops[index].inputs]
+        layer = id(call.operation) if isinstance(call.operation, keras.layers.Layer) else type(call.operation)
+        key = (layer, getattr(call.operation, "function", None), str((shapes, call.args, call.kwargs)))
+        if key not in known and not is_known(call.operation, len(shapes[0]) if shapes else 0):
+            known[key] = mixes(graph, probe, index)
+        if known.get(key):
+            yield index
+
+
+def mixes(graph: KerasGraph, probe: Probe, index: int) -> bool:
+    """Whether an operation gives other results for some random samples than for parts of them."""
+    name, call = graph.graph.ops[index].name, graph.calls[index]
+    if any(isinstance(x, MIXING) for x in _keras.layers_in(call.operation)):
+        return True
+    try:
+        kinds = list(probe.of(index, False).outputs)
+        if not is_told_random(graph, index):
+            kinds += probe.of(index, True).outputs
+    except Exception as error:
+        warnings.warn(
+            f"could not check that {name} treats the samples of a batch one by one ({brief(error)}); if it does not, "
+            "its numbers depend on how the batch is divided",
+            stacklevel=2,
+        )
+        return False
+    return any(kind not in (Combine.ROWS, Combine.SAME) for kind in kinds)
+
+
+def check_independence(graph: KerasGraph, probe: Probe):
+    """Check that no operation mixes the samples of a batch, which micro-batches would keep apart.
 
     Raises:
         ModelError: an operation whose output for a sample depends on other samples.
     """
-    seen = set()
-    for index, call in enumerate(graph.calls):
-        op = graph.graph.ops[index]
-        shapes = [graph.symbols[t].shape for t in op.inputs]
-        layer = id(call.operation) if isinstance(call.operation, keras.layers.Layer) else type(call.operation)
-        key = (layer, getattr(call.operation, "function", None), str((shapes, call.args, call.kwargs)))
-        if key in seen or is_known(call.operation, len(shapes[0]) if shapes else 0):
-            continue
-        seen.add(key)
-        try:
-            mixed = [x for x in _keras.layers_in(call.operation) if isinstance(x, MIXING)]
-            kinds = [None] if mixed else list(probe.of(index, False).outputs)
-            if not mixed and not is_told_random(graph, index):
-                kinds += probe.of(index, True).outputs
-        except Exception as error:
-            warnings.warn(
-                f"could not check that {op.name} treats the samples of a batch one by one ({brief(error)}); if it "
-                "does not, its numbers depend on micro_batches",
-                stacklevel=2,
-            )
-            continue
-        if any(kind not in (Combine.ROWS, Combine.SAME) for kind in kinds):
-            raise ModelError(
-                f"{op.name} mixes the samples of a batch: what it computes for a whole batch is not what it computes "
-                "for its parts. Use micro_batches=1 (LayerPlacementStrategy), or keep to operations that leave "
-                "dimension 0 alone"
-            )
+    for index in mixing(graph, probe):
+        raise ModelError(
+            f"{graph.graph.ops[index].name} mixes the samples of a batch: what it computes for a whole batch is not "
+            "what it computes for its parts. Use micro_batches=1 (LayerPlacementStrategy), or keep to operations that "
+            "leave dimension 0 alone"
+        )
 
 
 def reads_variables(loss: keras.losses.Loss, y_true: Any, y_pred: Any) -> bool:

@@ -72,14 +72,18 @@ class Program:
         self.call = self.run if eager else tf.function(self.run, jit_compile=jit_compile, autograph=False)
 
     def __call__(self, variables: Sequence[tf.Tensor], edges: dict[int, Edge]) -> Result:
+        return self.call(list(variables), edges)
+
+    def run(self, variables: list[tf.Tensor], edges: dict[int, Edge]) -> Result:
+        """Run the operations; `variables` are the values of `self.variables`."""
         try:
-            return self.call(list(variables), edges)
+            return self.emit(variables, edges)
         except UnknownVariables as unknown:
             unknown.graph = self.graph
             raise
 
-    def run(self, variables: list[tf.Tensor], edges: dict[int, Edge]) -> Result:
-        """Run the operations; `variables` are the values of `self.variables`."""
+    def emit(self, variables: list[tf.Tensor], edges: dict[int, Edge]) -> Result:
+        """The operations, without the context of errors."""
         places = {id(self.graph.variables[v]): v for v in self.variables}
         values = [(self.graph.variables[v], value) for v, value in zip(self.variables, variables, strict=True)]
         tensors = {t: restored(t, edges, self.raw) for t in edges if t >= 0}
@@ -91,10 +95,10 @@ class Program:
             _keras.recorded_moments(self.normalizations, found),
         ):
             for scope.call in self.ops:
-                call, before = self.graph.calls[scope.call], len(scope.losses)
-                call(tensors, self.training)
-                if scope.losses[before:]:
-                    losses[scope.call] = scope.losses[before:]
+                scope.losses = []  # Keras takes a layer's losses out again when it is called once more
+                self.graph.calls[scope.call](tensors, self.training)
+                if scope.losses:
+                    losses[scope.call] = scope.losses
         for i in losses:
             _keras.clear_losses(self.graph.calls[i].operation)
         self.writers = {places[v]: i for v, i in scope.writers.items()}

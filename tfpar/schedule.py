@@ -165,6 +165,18 @@ def one_f_one_b(stages: int, micro_batches: int) -> Schedule:
     return Schedule(tuple(tuple(work(s)) for s in range(stages)))
 
 
+def in_turn(stages: int, micro_batches: int) -> Schedule:
+    """All stages on one device: each micro-batch forward through all of them, and all the way back.
+
+    Example:
+        >>> print(in_turn(2, 1))
+        0F0 1F0 1B0 0B0
+    """
+    there, back = range(stages), reversed(range(stages))
+    way = [*((s, Kind.FORWARD) for s in there), *((s, Kind.BACKWARD) for s in back)]
+    return Schedule((tuple(Action(s, kind, m) for m in range(micro_batches) for s, kind in way),))
+
+
 def only(kind: Kind, schedule: Schedule) -> tuple[tuple[Action, ...], ...]:
     """The lines of a schedule with one kind of action left."""
     return tuple(tuple(a for a in line if a.kind is kind) for line in schedule.devices)

@@ -10,7 +10,11 @@ from tfpar import _keras
 
 
 @_keras.passed_through
-class UnknownVariables(Exception):
+class Discovered(Exception):
+    """While a step was traced, something about the model came to light; with that known, it is traced again."""
+
+
+class UnknownVariables(Discovered):
     """A call used variables that do not belong to its layer, such as the global random seed."""
 
     graph: Any = None  # in which the call is
@@ -51,10 +55,25 @@ class RecordingScope(keras.StatelessScope):
         return super().get_current_value(variable)
 
 
-def whole_moments(parts: Sequence[_keras.Moments]) -> tuple[tf.Tensor, tf.Tensor]:
-    """Mean and variance of a batch from those of its parts (Chan et al., "Updating formulae …", 1979)."""
-    parts = [_keras.Moments(*(tf.math.multiply_no_nan(x, tf.cast(p.count > 0, x.dtype)) for x in p)) for p in parts]
-    count = tf.add_n([p.count for p in parts])
-    mean = tf.add_n([p.mean * p.count for p in parts]) / count
-    variance = tf.add_n([(p.variance + tf.square(p.mean - mean)) * p.count for p in parts]) / count
-    return mean, variance
+class NeedsWholeBatch(Discovered):
+    """What an operation adds to the loss, or keeps, does not follow from what it makes of the parts of a batch."""
+
+    def __init__(self, name: str, graph: Any):
+        super().__init__(name)
+        self.name, self.graph = name, graph
+
+
+class HasMask(Discovered):
+    """An output of the model has a mask, by which the loss depends on more than the sizes of the batch's parts."""
+
+
+def whole_moments(parts: _keras.Moments) -> tuple[tf.Tensor, tf.Tensor]:
+    """Mean and variance of a batch from those of its parts (Chan et al., "Updating formulae …", 1979).
+
+    Args:
+        parts: mean and variance of shape (parts, channels), count of shape (parts,).
+    """
+    count = parts.count[:, None]
+    mean, variance = (tf.math.multiply_no_nan(x, tf.cast(count > 0, x.dtype)) for x in parts[:2])
+    whole = tf.reduce_sum(mean * count, 0) / tf.reduce_sum(count)
+    return whole, tf.reduce_sum((variance + tf.square(mean - whole)) * count, 0) / tf.reduce_sum(count)

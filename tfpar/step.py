@@ -11,18 +11,21 @@ import keras
 import tensorflow as tf
 from keras import tree
 
-from tfpar import _keras, batch
-from tfpar._tf import following_inputs, record_gradient, tape_watches, unrecorded
-from tfpar.engine import Engine, Pass, add, device_of, read
+from tfpar import _keras, batch, outcome
+from tfpar._tf import following_inputs
+from tfpar.call import call
+from tfpar.engine import Engine
 from tfpar.errors import ModelError
 from tfpar.loss import Head, LossProgram, separable, structured
 from tfpar.model import graph_from
+from tfpar.passes import Pass
 from tfpar.plan import Plan
 from tfpar.prepare import build_losses, place, planned, prepared
 from tfpar.program import Edge
-from tfpar.schedule import Kind, gpipe
-from tfpar.state import UnknownVariables
+from tfpar.schedule import Kind
+from tfpar.state import Discovered, HasMask, NeedsWholeBatch
 from tfpar.traced import Traced
+from tfpar.update import Update
 from tfpar.variables import follower_bytes
 
 
@@ -34,7 +37,7 @@ class Steps:
     backward while others still go forward.
 
     Args:
-        strategy: gives `mesh`, `micro_batches`, `placement` and `schedule(micro_batches)`.
+        strategy: gives `mesh`, `parts`, `placement` and `schedule(micro_batches)`.
         model: the Keras model that was constructed in its scope.
     """
 
@@ -42,9 +45,11 @@ class Steps:
         self.strategy, self.model = strategy, model
         self.engine: Engine | None = None
         self.compiled_as: Any = None
+        self.whole: set[str] = set()  # operations that were found to need the whole batch
 
-    def adopt(self):
+    def adopt(self, strategy_for_keras: Any):
         """Make Keras call these functions, through the hooks that it offers, on this one model."""
+        _keras.set_strategy(self.model, strategy_for_keras)
         vars(self.model)["_tfpar_steps"] = self
         hooks = ("make_train_function", "make_test_function", "make_predict_function")
         vars(self.model).update({h: getattr(self, h) for h in hooks if not _keras.overrides(self.model, h)})
@@ -109,22 +114,30 @@ class Steps:
         if self.engine is None or self.compiled_as != self.compilation():
             with self.strategy.planning():
                 before = self.engine.plan if self.engine else None
-                self.use(prepared(self.strategy, self.model, data, rows, before))
+                self.use(prepared(self.strategy, self.model, data, rows, before, frozenset(self.whole)))
             self.compiled_as = self.compilation()
         build_losses(self.strategy, self.engine, data)
         return self.engine
 
     def use(self, engine: Engine):
         """From now on, steps run on this engine."""
-        self.engine, self.loss = engine, LossProgram(engine)
+        self.engine, self.loss, self.update = engine, LossProgram(engine), Update(self.strategy, engine)
 
-    def extend(self, unknown: UnknownVariables):
-        """Give a call the variables that it was found to use, in whichever model it is."""
+    def learn(self, discovered: Discovered):
+        """Take up what came to light while a step was traced, in whichever model it was."""
+        if isinstance(discovered, HasMask):
+            self.engine.has_masks = True
+            return
         for steps in family(self.model):
-            if steps.engine and unknown.graph in (steps.engine.graph, steps.engine.inference):
-                steps.use(steps.engine.extended(unknown))
-                with self.strategy.planning():
-                    place(self.strategy, steps.engine)
+            engine = steps.engine
+            if engine and discovered.graph in (engine.training.graph, engine.inference.graph):
+                if isinstance(discovered, NeedsWholeBatch):
+                    steps.whole.add(discovered.name)
+                    steps.compiled_as = None
+                else:
+                    steps.use(engine.extended(discovered))
+                    with self.strategy.planning():
+                        place(self.strategy, steps.engine)
 
     def compilation(self) -> tuple:
         """What changes when the model is compiled anew."""
@@ -151,29 +164,29 @@ class Steps:
 
     # ---- steps, run in the strategy's replica context
 
-    def train_step(self, data: Any, parts: int) -> Any:
+    def train_step(self, data: Any, parts: batch.Parts) -> Any:
         """Keras' `train_step`, scheduled where its loss allows, or the user's."""
         if self.is_scheduled(data, parts):
             return self.scheduled_step(data, parts)[0]
         with self.running(parts):
             return self.model.train_step(data)
 
-    def is_scheduled(self, data: Any, parts: int) -> bool:
+    def is_scheduled(self, data: Any, parts: batch.Parts) -> bool:
         """Whether training can follow the schedule."""
         own = _keras.overrides(self.model, "train_step", "compute_loss", "_compute_loss") is None
-        return own and separable(self.engine, data, parts)
+        return own and separable(self.engine, data, parts.count)
 
-    def test_step(self, data: Any, parts: int) -> Any:
+    def test_step(self, data: Any, parts: batch.Parts) -> Any:
         """Keras' `test_step`, or the user's."""
         with self.running(parts):
             return self.model.test_step(data)
 
-    def predict_step(self, data: Any, parts: int) -> Any:
+    def predict_step(self, data: Any, parts: batch.Parts) -> Any:
         """Keras' `predict_step`, or the user's."""
         with self.running(parts):
             return self.model.predict_step(data)
 
-    def scheduled_step(self, data: Any, parts: int, clock: bool = False) -> tuple[Any, Pass]:
+    def scheduled_step(self, data: Any, parts: batch.Parts, clock: bool = False) -> tuple[Any, Pass]:
         """One training step in the order of the schedule: its logs, and the pass that was run."""
         model = self.model
         x, y, sample_weight = _keras.unpack_x_y_sample_weight(data)
@@ -181,116 +194,35 @@ class Steps:
         with following_inputs():
             flat = [Edge(v) for v in _keras.graph_inputs(model, _keras.converted_inputs(model, x))]
             scale = model.optimizer.scale_loss(tf.ones(()))
-            head = Head(self.loss, flat, y, sample_weight, parts, scale, training)
+            head = Head(self.loss, flat, y, sample_weight, parts.count, scale, training)
             run = Pass(
-                self.engine, batch.split(flat, parts), batch.shares(batch.count(x), parts), training,
+                self.engine, parts, batch.split(flat, parts.count), batch.shares(batch.count(x), parts.count), training,
                 differentiate=True, head=head, loss_cotangent=scale, clock=clock,
             )  # fmt: skip
-            run.run(self.strategy.schedule(parts), Kind.FORWARD, Kind.BACKWARD)
-            penalties, gradients = self.gradients(run, scale)
-            losses = [head.total(), *run.added_losses().values(), *penalties]
+            run.run(self.engine.schedule(self.strategy, parts, training), Kind.FORWARD, Kind.BACKWARD)
+            losses = [head.total(), *outcome.added_losses(run).values(), *self.update.penalties()]
             loss = tf.add_n([tf.cast(tf.reduce_sum(part), _keras.loss_dtype(model)) for part in losses])
             _keras.track_loss(model, loss, batch.count(x))
-            outputs = run.outputs()
+            outputs = outcome.outputs(run)
             for tracker, value in zip(_keras.loss_trackers(model), head.each_loss(), strict=False):
                 tracker.update_state(value, sample_weight=next(iter(outputs.values())).value.shape[0])
-            if gradients:
-                model.optimizer.apply_gradients(zip(gradients, model.trainable_weights, strict=True))
+            if model.trainable_weights:
+                self.update(run, scale)
             else:
                 warnings.warn("The model does not have any trainable weights.", stacklevel=2)  # as Keras does
-            run.write_state()
+            outcome.write_state(run)
             y_pred = structured(self.engine, outputs)
             return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight), run
 
-    def gradients(self, run: Pass, scale: Any) -> tuple[list[tf.Tensor], list[Any]]:
-        """The regularization of each weight that has one, and the gradients of all weights, each where it lives."""
-        places = {id(variable): v for v, variable in enumerate(self.engine.graph.variables)}
-        penalties, gradients = [], []
-        for variable in self.model.trainable_weights:
-            gradient = run.gradient(places[id(variable)]) if id(variable) in places else None
-            if variable.regularizer is not None:
-                with tf.device(device_of(variable)):
-                    value = read(variable)
-                    with tf.GradientTape() as tape:
-                        tape.watch(value)
-                        penalties.append(variable.regularizer(value))
-                        scaled = penalties[-1] * tf.cast(scale, penalties[-1].dtype)
-                    of_penalty = tape.gradient(scaled, value)
-                    gradient = of_penalty if gradient is None else add(gradient, of_penalty)
-            gradients.append(gradient)
-        return penalties, gradients
-
     @contextlib.contextmanager
-    def running(self, parts: int) -> Iterator[None]:
-        """Inside, calls of the model and of the models in it are run by their engines, in this many micro-batches."""
+    def running(self, parts: batch.Parts) -> Iterator[None]:
+        """Inside, calls of the model and of the models in it are run by their engines, in parts."""
         with following_inputs(), contextlib.ExitStack() as stack:
             for steps in family(self.model):
                 losses: list[tf.Tensor] = []
-                stack.enter_context(_keras.running(steps.model, partial(steps.call, parts, losses), losses))
+                run = partial(call, steps, parts, losses)
+                stack.enter_context(_keras.running(steps.model, run, losses))
             yield
-
-    def call(
-        self, parts: int, losses: list[tf.Tensor], inputs: Any, training: bool | None = None, mask: Any = None
-    ) -> Any:
-        """The model's call: all micro-batches forward, and backward when a tape asks for the gradient.
-
-        Args:
-            losses: is set to what the step reads as `model.losses`.
-        """
-        if _keras.in_program():
-            return _keras.own_call(self.model, inputs, training)
-        engine = self.prepared((inputs,), parts)
-        graph = engine.graph.graph
-        flat = _keras.graph_inputs(self.model, inputs)
-        rows = batch.count(flat)
-        parts = max(1, min(parts, rows)) if isinstance(rows, int) else parts
-        masks = [None] * len(flat) if mask is None else tree.flatten(mask)
-        edges = [Edge(None if x is None else unrecorded(lambda: x), m) for x, m in zip(flat, masks, strict=True)]  # noqa: B023
-        weights = [(v, device_of(engine.graph.variables[v])) for v in sorted(engine.trainable)]
-        sources = []
-        for v, device in weights:
-            with tf.device(device):
-                sources.append(tf.convert_to_tensor(engine.graph.variables[v].value))
-        inside = [t for t, x in zip(graph.inputs, flat, strict=True) if x is not None and tape_watches([x])]
-        differentiate = bool(inside) or tape_watches(sources)
-        run = Pass(
-            engine, batch.split(edges, parts), batch.shares(rows, parts), training,
-            differentiate=differentiate, watch_inputs=bool(inside),
-        )  # fmt: skip
-        schedule = gpipe(engine.plan.partition.stages, parts)
-        run.run(schedule, Kind.FORWARD)
-        run.write_state()
-        outputs, added = run.outputs(), run.added_losses()
-        if differentiate:
-            sources += [x for t, x in zip(graph.inputs, flat, strict=True) if t in inside]
-            targets = [*(e.value for e in outputs.values()), *added.values()]
-
-            def backward(*cotangents: tf.Tensor | None) -> list[Any]:
-                back = run.again()
-                for t, cotangent in zip(outputs, cotangents[: len(outputs)], strict=True):
-                    for m, (piece,) in enumerate(batch.split([cotangent], parts)):
-                        back.cotangents[m][t] = [piece]
-                back.loss_cotangent = dict(zip(added, cotangents[len(outputs) :], strict=True))
-                back.run(schedule, Kind.BACKWARD)
-                found = [*(back.gradient(v) for v, _ in weights), *(back.input_gradient(t) for t in inside)]
-                dense = [n for n, g in enumerate(found) if isinstance(g, tf.Tensor)]
-                given = [*sources, *(c for c in cotangents if c is not None)]
-                for n, g in zip(dense, record_gradient([found[n] for n in dense], given, refused), strict=True):
-                    found[n] = g
-                return found
-
-            def refused(*_):
-                raise ModelError(
-                    f"a gradient of a gradient of {self.model.name}: stages are differentiated once. Build this model "
-                    "outside of the strategy's scope"
-                )
-
-            copies = record_gradient(targets, sources, backward)
-            outputs = {t: Edge(y, e.mask) for (t, e), y in zip(outputs.items(), copies, strict=False)}
-            added = dict(zip(added, copies[len(outputs) :], strict=True))
-        if added:
-            losses[:] = _keras.added_losses(self.model, list(added.values()))
-        return structured(engine, outputs)
 
 
 def steps_of(model: Any) -> Steps | None:

@@ -7,7 +7,7 @@ import tensorflow as tf
 from keras import tree
 
 from tfpar import _keras, batch
-from tfpar.state import UnknownVariables
+from tfpar.state import Discovered
 
 
 class Traced:
@@ -15,11 +15,11 @@ class Traced:
 
     Args:
         steps: whose.
-        step: `(data, parts) -> results`, run in the replica context of the strategy.
+        step: `(data, parts) -> results`, run in one replica that stands for all.
         lazy: whether the step's own code decides which models it calls: then nothing is planned before it does.
     """
 
-    def __init__(self, steps: Any, step: Callable[[Any, int], Any], lazy: bool = False):
+    def __init__(self, steps: Any, step: Callable[[Any, batch.Parts], Any], lazy: bool = False):
         self.steps, self.step, self.lazy = steps, step, lazy
         self.functions: dict[Any, list[tuple[list[tf.TensorSpec], Callable]]] = {}
 
@@ -33,18 +33,18 @@ class Traced:
         model, strategy = self.steps.model, self.steps.strategy
         data = tree.map_structure(tensor, _keras.without_optionals(model, data))
         rows = batch.rows(data)
-        if not self.lazy:
-            self.steps.prepared(data, rows)
-        parts = min(strategy.micro_batches, rows)
+        parts = strategy.parts.fit(rows)
         while True:
+            if not self.lazy:
+                self.steps.prepared(data, rows)
             try:
                 if model.run_eagerly:
-                    return strategy.run(self.step, args=(data, parts))
+                    return strategy.extended.run_as_one(self.step, data, parts)
                 return self.function(data, declared, parts)(*present(data))
-            except UnknownVariables as unknown:
-                self.steps.extend(unknown)
+            except Discovered as discovered:
+                self.steps.learn(discovered)
 
-    def function(self, data: Any, declared: Any, parts: int) -> Callable:
+    def function(self, data: Any, declared: Any, parts: batch.Parts) -> Callable:
         """The tf.function for this kind of batch, made if there is none."""
         specs = self.specs(data, declared)
         key = parts, str(tree.map_structure(lambda v: None if v is None else (v.dtype, v.shape.rank), data))
@@ -59,7 +59,7 @@ class Traced:
         def run(*arrays):
             left = iter(arrays)
             batch_of = tree.map_structure(lambda v: None if v is None else next(left), data)
-            return self.steps.strategy.run(self.step, args=(batch_of, parts))
+            return self.steps.strategy.extended.run_as_one(self.step, batch_of, parts)
 
         function = tf.function(run, input_signature=specs, autograph=False)
         known.insert(0, (specs, function))
@@ -78,7 +78,9 @@ class Traced:
 
 
 def tensor(value: Any) -> Any:
-    """A leaf of a batch as a tensor; ragged and sparse ones stay what they are."""
+    """A leaf of a batch as a tensor; ragged and sparse ones stay what they are, those of replicas are put together."""
+    if isinstance(value, tf.distribute.DistributedValues):
+        return batch.joined(list(value.values))
     return value if value is None or isinstance(value, tf.__internal__.CompositeTensor) else tf.convert_to_tensor(value)
 
 

@@ -6,37 +6,47 @@ import numpy as np
 import tensorflow as tf
 
 from tfpar import _keras
-from tfpar._tf import MirroredVariable, ResourceVariable
+from tfpar._tf import LogicalReplica, MirroredVariable, ResourceVariable, replica_of
 
 HOST = "CPU:0"
 
 
 class LogicalVariable(MirroredVariable):
-    """A variable that keeps its identity when its value moves to another device.
+    """A variable that keeps its identity wherever its value lives: on one device, or as a copy on each replica's.
 
-    It is created in host memory and waits there until a plan says where it belongs, so that a model larger than one
-    device never touches one. To `tf.distribute`, Keras, checkpoints and SavedModel it is a `MirroredVariable` with a
-    single piece; reading and writing it needs no scope and no replica context.
+    One that belongs to a stage is created in host memory and waits there until a plan says where it belongs, so that a
+    model larger than one device never touches one. To `tf.distribute`, Keras, checkpoints and SavedModel it is a
+    `MirroredVariable`. Outside of replicas, reading gives the first copy and writing writes all; it needs no scope.
 
     Args:
         strategy: the strategy in whose scope it was created.
-        values: the one `tf.Variable` that holds the value.
+        values: the `tf.Variable`s that hold the value, one for each replica or one for all.
+        aggregation: what becomes of the values that replicas assign in `strategy.run`.
     """
 
     def __init__(self, strategy, values, aggregation=tf.VariableAggregation.NONE, var_policy=None):
         super().__init__(strategy, values, aggregation, var_policy)
         self._key = self._primary._unique_id
         self._followers: list[weakref.ref[LogicalVariable]] = []
-        self._settled = False
+        self._settled = len(values) > 1
 
     @property
     def _unique_id(self):
         return self._key
 
+    @property
+    def copies(self) -> tuple:
+        """The variables that hold the value, by replica."""
+        return self._values
+
     def _get(self):
+        replica = replica_of(self._distribute_strategy)
+        bound = getattr(replica, "bound", None)
+        if bound:
+            return bound[id(self)]
         if not tf.executing_eagerly() and not _keras.in_program():
             self._settled = True  # a function holds on to the value where it is
-        return self._values[0]
+        return self._values[replica._replica_id if replica and len(self._values) > 1 else 0]
 
     _get_cross_replica = _get_on_device_or_primary = _get
 
@@ -66,7 +76,16 @@ class LogicalVariable(MirroredVariable):
         return bool(self.numpy())
 
     def _update(self, update_fn, value, **kwargs):
-        return update_fn(self._get(), value, **kwargs)
+        replica = replica_of(self._distribute_strategy)
+        if replica is not None and not isinstance(replica, LogicalReplica):
+            return super()._update(update_fn, value, **kwargs)
+        if len(self._values) == 1 or (replica is not None and replica.copy is not None):
+            return update_fn(self._get(), value, **kwargs)
+        updates = []
+        for copy in self._values:
+            with tf.device(copy.device):
+                updates.append(update_fn(copy, value, **kwargs))
+        return updates[0]
 
     def followed_by(self, other: "LogicalVariable"):
         """From now on `other`, an optimizer's slot for instance, moves along."""

@@ -1,0 +1,115 @@
+"""A model's call, run by the engine inside a step that is not scheduled: Keras' own, or the user's."""
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras import tree
+
+from tfpar import _keras, batch, outcome
+from tfpar._tf import record_gradient, tape_watches, unrecorded
+from tfpar.engine import copy_of, device_of, read
+from tfpar.errors import ModelError
+from tfpar.loss import structured
+from tfpar.passes import Pass
+from tfpar.program import Edge
+from tfpar.schedule import Kind
+
+
+def call(
+    steps: Any, parts: batch.Parts, losses: list[tf.Tensor], inputs: Any, training: bool | None = None, mask: Any = None
+) -> Any:
+    """What the model makes of a batch.
+
+    Args:
+        steps: of the model; gives `model`, `strategy` and `prepared(data, rows)`.
+        parts: how to divide the batch.
+        losses: is set to what the step reads as `model.losses`.
+    """
+    model = steps.model
+    if _keras.in_program():
+        return _keras.own_call(model, inputs, training)
+    engine = steps.prepared((inputs,), parts.count)
+    flat = _keras.graph_inputs(model, inputs)
+    rows = batch.count(flat)
+    parts = parts.fit(rows) if isinstance(rows, int) else parts
+    masks = [None] * len(flat) if mask is None else tree.flatten(mask)
+    edges = [Edge(x, m) for x, m in zip(flat, masks, strict=True)]
+    schedule = engine.schedule(steps.strategy, parts, training)
+    run = forward_on_tape if steps.strategy.mesh.stage == 1 else forward_with_pullback
+    finished, outputs, added = run(engine, schedule, parts, edges, batch.shares(rows, parts.count), training)
+    outcome.write_state(finished)
+    if added:
+        losses[:] = _keras.added_losses(model, list(added.values()))
+    return structured(engine, outputs)
+
+
+def forward_on_tape(engine: Any, schedule: Any, parts: batch.Parts, edges: list[Edge], weights: Any, training: Any):
+    """All parts forward, each operation recorded: every tape can go back, as often as it likes."""
+    sources: dict[int, tf.Tensor] = {}
+
+    def recorded(variable: keras.Variable, replica: int) -> tf.Tensor:
+        if id(variable) not in sources:
+            with tf.device(device_of(variable)):
+                sources[id(variable)] = tf.convert_to_tensor(copy_of(variable, 0))
+        if not replica:
+            return sources[id(variable)]
+        with tf.device(device_of(variable, replica)):  # the copies are one source: their gradients add up
+            return record_gradient([read(variable, replica)], [sources[id(variable)]], lambda gradient: [gradient])[0]
+
+    run = Pass(engine, parts, batch.split(edges, parts.count), weights, training, read=recorded)
+    run.run(schedule, Kind.FORWARD)
+    return run, outcome.outputs(run), outcome.added_losses(run)
+
+
+def forward_with_pullback(
+    engine: Any, schedule: Any, parts: batch.Parts, edges: list[Edge], weights: Any, training: Any
+):
+    """All parts forward; a tape that asks for the gradient gets it from the stages, each on its device."""
+    graph = engine.graph.graph
+    flat = [e.value for e in edges]
+    hidden = [e._replace(value=None if e.value is None else unrecorded(lambda: e.value)) for e in edges]  # noqa: B023
+    trainable = [(v, device_of(engine.graph.variables[v])) for v in sorted(engine.trainable)]
+    sources = []
+    for v, device in trainable:
+        with tf.device(device):
+            sources.append(tf.convert_to_tensor(engine.graph.variables[v].value))
+    inside = [t for t, x in zip(graph.inputs, flat, strict=True) if x is not None and tape_watches([x])]
+    differentiate = bool(inside) or tape_watches(sources)
+    run = Pass(
+        engine, parts, batch.split(hidden, parts.count), weights, training,
+        differentiate=differentiate, watch_inputs=bool(inside),
+    )  # fmt: skip
+    run.run(schedule, Kind.FORWARD)
+    outputs, added = outcome.outputs(run), outcome.added_losses(run)
+    if not differentiate:
+        return run, outputs, added
+    sources += [x for t, x in zip(graph.inputs, flat, strict=True) if t in inside]
+    targets = [*(e.value for e in outputs.values()), *added.values()]
+
+    def backward(*cotangents: tf.Tensor | None) -> list[Any]:
+        back = run.again()
+        for t, cotangent in zip(outputs, cotangents[: len(outputs)], strict=True):
+            for m, (piece,) in enumerate(batch.split([cotangent], parts.count)):
+                back.cotangents[m][t] = [piece]
+        back.loss_cotangent = dict(zip(added, cotangents[len(outputs) :], strict=True))
+        back.run(schedule, Kind.BACKWARD)
+        found = [
+            *(outcome.gradients(back, v)[0] for v, _ in trainable),
+            *(outcome.input_gradient(back, t) for t in inside),
+        ]
+        dense = [n for n, g in enumerate(found) if isinstance(g, tf.Tensor)]
+        given = [*sources, *(c for c in cotangents if c is not None)]
+        for n, g in zip(dense, record_gradient([found[n] for n in dense], given, refused), strict=True):
+            found[n] = g
+        return found
+
+    def refused(*_):
+        raise ModelError(
+            f"a gradient of a gradient of {engine.model.name}: stages are differentiated once. Build this model "
+            "outside of the strategy's scope"
+        )
+
+    copies = record_gradient(targets, sources, backward)
+    outputs = {t: Edge(y, e.mask) for (t, e), y in zip(outputs.items(), copies, strict=False)}
+    return run, outputs, dict(zip(added, copies[len(outputs) :], strict=True))

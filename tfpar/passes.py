@@ -1,0 +1,346 @@
+"""One batch on its way through the stages: emits each action on its device, in its order, into one tf.function."""
+
+# s: stage, r: replica, m: part of the batch, t: tensor of the graph, v: variable, i: operation, k: its k-th added loss
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tfpar import _keras, batch
+from tfpar._tf import awaited, independent
+from tfpar.engine import Engine, each, read, tensors_of
+from tfpar.errors import ModelError
+from tfpar.probe import Combine
+from tfpar.program import Edge, Program, Result, differentiable, tensor_of, with_logits
+from tfpar.schedule import Action, Kind, Schedule
+from tfpar.state import NeedsWholeBatch
+from tfpar.variables import HOST
+
+SEED_STRIDE = 0x9E3779B9  # between the random seeds of parts: 2**32 over the golden ratio
+
+
+@dataclass
+class Pass:
+    """One batch on its way through the stages.
+
+    Args:
+        engine: whose programs to run.
+        parts: how the batch is divided; part `m` belongs to replica `m // parts.micro_batches`.
+        inputs: for each part, the model's flat inputs.
+        weights: for each part, its share of the batch's samples.
+        training: what layers are told.
+        differentiate: whether there will be a backward pass; a tape may record the pass itself instead.
+        watch_inputs: whether the gradient of the inputs is wanted.
+        head: ends a training pass: from the model's outputs for a part to their cotangents.
+        loss_cotangent: the gradient of each added loss, one for all or one for each.
+        read: a variable's value for a replica, on the current device.
+        clock: whether to note when each action starts and stops.
+    """
+
+    engine: Engine
+    parts: batch.Parts
+    inputs: Sequence[Sequence[Edge]]
+    weights: Sequence[Any]
+    training: bool | None
+    differentiate: bool = False
+    watch_inputs: bool = False
+    head: Any = None
+    loss_cotangent: Any = 1.0
+    read: Callable[[keras.Variable, int], tf.Tensor] = read
+    clock: bool = False
+
+    def __post_init__(self):
+        self.route = self.engine.route(self.training)
+        self.graph, self.partition = self.route.graph.graph, self.route.partition
+        self.values: list[dict[int, Edge]] = [dict(zip(self.graph.inputs, x, strict=True)) for x in self.inputs]
+        self.state: list[dict[int, tf.Tensor]] = [{} for _ in self.inputs]
+        self.results: dict[tuple[int, int], Result] = {}
+        self.pullbacks: dict[tuple[int, int], Callable] = {}
+        self.cotangents: list[dict[int, list[tf.Tensor]]] = [{} for _ in self.inputs]
+        self.gradients: dict[tuple[int, int, int], Any] = {}  # by stage, replica and variable
+        self.known: dict[tuple[int, int, int], tf.Tensor] = {}  # by stage, replica and variable
+        self.last: dict[tuple[int, int], list[Any]] = {}  # by replica and device, what tells that it is free
+        self.starts: dict[Action, tf.Tensor] = {}
+        self.stops: dict[Action, tf.Tensor] = {}
+
+    def run(self, schedule: Schedule, *kinds: Kind) -> "Pass":
+        """Emit the schedule's actions of these kinds, each for every replica."""
+        self.schedule = schedule
+        for s, kind, m in schedule.order:
+            replicas = range(1 if s in self.route.whole else self.parts.replicas)
+            for r in replicas if kind in kinds else ():
+                scope = f"replica{r}/" if self.parts.replicas > 1 else ""
+                with (
+                    tf.device(self.engine.plan.mesh.device(data=r, stage=schedule.device_of[s])),
+                    tf.name_scope(f"{scope}stage{s}/mb{m}/{kind.name.lower()}"),
+                ):
+                    run = RUN_WHOLE if s in self.route.whole else RUN
+                    run[kind](self, Action(s, kind, r * self.parts.micro_batches + m))
+        return self
+
+    def again(self) -> "Pass":
+        """The same forward passes, for another way back."""
+        other = copy.copy(self)
+        other.cotangents, other.gradients, other.last = [{} for _ in self.inputs], {}, {}
+        other.pullbacks = dict(self.pullbacks)
+        return other
+
+    def replica(self, m: int) -> int:
+        """Whose part this is."""
+        return m // self.parts.micro_batches
+
+    # ---- actions, under the device of their stage
+
+    def forward(self, action: Action):
+        """Run a stage on a part."""
+        s, _, m = action
+        program = self.engine.program(s, self.training)
+        edges = self.started(action, with_logits(self.values[m], self.partition.needs(s)))
+        variables = [self.variable(s, m, v) for v in program.variables]
+        if self.turns(action):
+            result, gradients, cotangents = self.head.turn(self, m, program, variables, edges)
+            independent(tensors_of((result, gradients, cotangents)))
+            self.returned(action, gradients, cotangents)
+        else:
+            if self.differentiate:
+                result, self.pullbacks[s, m] = self.vjp(program, variables, edges)
+            else:
+                result = program(variables, edges)
+            independent(tensors_of(result))
+            self.stopped(action, result.edges)
+        self.values[m].update(result.edges)
+        self.state[m].update(result.state)
+        self.results[s, m] = result
+
+    def turns(self, action: Action) -> bool:
+        """Whether the way back begins at once, so that forward, loss and backward are one program."""
+        s, _, m = action
+        if self.head is None or not self.head.can_turn or self.clock or s < self.partition.stages - 1:
+            return False
+        line = self.schedule.devices[self.schedule.device_of[s]]
+        here = line.index(Action(s, Kind.FORWARD, m % self.parts.micro_batches))
+        return line[here + 1] == line[here]._replace(kind=Kind.BACKWARD)
+
+    def backward(self, action: Action):
+        """Take a part back through a stage: gradients of variables are added up, those of edges passed on."""
+        s, _, m = action
+        if self.turns(action):
+            return
+        if self.head and s == self.partition.stages - 1:
+            outputs = self.started(action, with_logits(self.values[m], self.graph.outputs))
+            for t, cotangent in self.head(self, m, outputs).items():
+                self.cotangents[m].setdefault(t, []).append(cotangent)
+            cotangents = self.arrived(s, m)
+        else:
+            cotangents = self.started(action, self.arrived(s, m))
+        variables, edges = self.pullbacks.pop((s, m))(cotangents, self.added_cotangents(self.results[s, m], m))
+        independent(tensors_of((variables, edges)))
+        self.returned(action, variables, edges)
+
+    def returned(self, action: Action, variables: dict[int, Any], edges: dict[int, tf.Tensor]):
+        """Keep what came back through a stage."""
+        s, _, m = action
+        for v, gradient in variables.items():
+            known = self.gradients.get((s, self.replica(m), v))
+            self.gradients[s, self.replica(m), v] = gradient if known is None else add(known, gradient)
+        self.stopped(action, (edges, [self.gradients[s, self.replica(m), v] for v in variables]))
+        for t, cotangent in edges.items():
+            self.cotangents[m].setdefault(t, []).append(cotangent)
+
+    def vjp(self, program: Program, variables: list[tf.Tensor], edges: dict[int, Edge]) -> tuple[Result, Callable]:
+        """A program's result, and a function from its cotangents to those of its variables and edges."""
+        inside, outside = self.sources(program, variables, edges)
+        sources = [*inside.values(), *outside.values()]
+        with tf.GradientTape(persistent=self.head is None) as tape:  # a user may ask more than once
+            tape.watch(sources)
+            result = program(variables, edges)
+
+        def pullback(cotangents: dict[int, tf.Tensor], added: dict[tuple[int, int], tf.Tensor]):
+            targets = [result.edges[t].value for t in cotangents] + [result.losses[i][k] for i, k in added]
+            if not targets:
+                return {}, {}
+            found = tape.gradient(targets, sources, [*cotangents.values(), *added.values()])
+            return present(inside, found), present(outside, found[len(inside) :])
+
+        return result, pullback
+
+    def sources(
+        self, program: Program, variables: list[tf.Tensor], edges: dict[int, Edge]
+    ) -> tuple[dict[int, tf.Tensor], dict[int, tf.Tensor]]:
+        """The variables and the edges of a program of which gradients are wanted."""
+        return {v: x for v, x in zip(program.variables, variables, strict=True) if v in self.engine.trainable}, {
+            t: e.value
+            for t, e in edges.items()
+            if differentiable(self.graph, t) and (self.watch_inputs or tensor_of(t) in self.graph.producer)
+        }
+
+    # ---- the same for a stage that takes the parts of all replicas at once
+
+    def forward_whole(self, action: Action):
+        """Run a stage on the whole batch, and divide what it makes."""
+        s = action.stage
+        program = self.engine.program(s, self.training)
+        needs = list(with_logits(self.values[0], self.partition.needs(s)))
+        edges = {t: self.whole(t) for t in needs}
+        variables = [self.variable(s, 0, v) for v in program.variables]
+        if self.differentiate:
+            result, self.pullbacks[s, 0] = self.vjp(program, variables, edges)
+        else:
+            result = program(variables, edges)
+        independent(tensors_of(result))
+        for t, (value, mask) in result.edges.items():
+            parts = zip(self.divided(s, t, value), self.divided(s, t, mask), strict=True)
+            for values, part in zip(self.values, parts, strict=True):
+                values[t] = Edge(*part)
+        self.state[0].update(result.state)
+        self.results[s, 0] = result
+
+    def backward_whole(self, action: Action):
+        """Take the whole batch back through a stage."""
+        s = action.stage
+        arrived = [self.arrived(s, m) for m in range(len(self.inputs))]
+        cotangents = {
+            t: batch.joined([a[t] for a in arrived]) if self.is_batched(t) else tf.add_n([a[t] for a in arrived])
+            for t in arrived[0]
+        }
+        variables, edges = self.pullbacks.pop((s, 0))(cotangents, self.added_cotangents(self.results[s, 0], 0))
+        independent(tensors_of((variables, edges)))
+        self.gradients.update({(s, 0, v): gradient for v, gradient in variables.items()})
+        for t, cotangent in edges.items():
+            pieces = self.divided(s, t, cotangent) if self.is_batched(t) else [cotangent]
+            for cotangents, piece in zip(self.cotangents, pieces, strict=False):
+                cotangents.setdefault(t, []).append(piece)
+
+    def is_batched(self, t: int) -> bool:
+        """Whether dimension 0 of a tensor, or of its logits, is the batch."""
+        return self.route.graph.is_batched(tensor_of(t))
+
+    def whole(self, t: int) -> Edge:
+        """A tensor for the whole batch."""
+        parts = [values[t] for values in self.values]
+        if not self.is_batched(t):
+            return parts[0]
+        return Edge(batch.joined([p.value for p in parts]), batch.joined([p.mask for p in parts]))
+
+    def divided(self, s: int, t: int, value: Any) -> list[Any]:
+        """A tensor of a stage for the whole batch as those of its parts, which have as many rows as what came in."""
+        if value is None or not self.is_batched(t):
+            return [value] * len(self.values)
+        like = next(filter(self.is_batched, [*self.partition.needs(s), *self.graph.inputs]))
+        return batch.split_like(value, [batch.count([values[like].value]) for values in self.values])
+
+    # ---- the order on a device
+
+    def started(self, action: Action, values: Any) -> Any:
+        """The values on this device, once its previous action is done; their transfer does not wait for that."""
+        values = each(tf.identity, values)
+        before = self.last.get(self.place(action), [])
+        if self.clock:
+            self.starts[action] = now([*before, *tensors_of(values)])
+            before = [self.starts[action]]
+        with tf.control_dependencies(before):
+            return each(tf.identity, values)
+
+    def stopped(self, action: Action, values: Any):
+        """The next action on this device will wait for all of these."""
+        done = tf.group(*map(awaited, tensors_of(values)))
+        if self.clock:
+            done = self.stops[action] = now([done])
+        self.last[self.place(action)] = [done]
+
+    def place(self, action: Action) -> tuple[int, int]:
+        """The replica and the device of an action."""
+        return self.replica(action.micro_batch), self.schedule.device_of[action.stage]
+
+    # ---- what flows
+
+    def variable(self, s: int, m: int, v: int) -> tf.Tensor:
+        """A variable's value for a part: as its replica left it, or as it was before the batch."""
+        r, variable = self.replica(m), self.engine.graph.variables[v]
+        if v in self.state[m]:
+            return tf.identity(self.state[m][v])
+        if (s, r, v) not in self.known:
+            self.known[s, r, v] = self.read(variable, r)
+        value = self.known[s, r, v]
+        if m and _keras.is_seed(variable):
+            return value + tf.constant([m * SEED_STRIDE, 0], value.dtype)
+        return value
+
+    def arrived(self, s: int, m: int) -> dict[int, tf.Tensor]:
+        """The cotangents of a stage's edges, summed over those that used them."""
+        parts = with_logits(self.cotangents[m], self.partition.edges(s))
+        return {t: tf.add_n(p) if len(p) > 1 else p[0] for t, p in parts.items()}
+
+    def added_cotangents(self, result: Result, m: int) -> dict[tuple[int, int], tf.Tensor]:
+        """The gradient of each loss that a stage added for a part."""
+        return {
+            (i, k): tf.cast(weight, (loss := result.losses[i][k]).dtype) * tf.cast(self.cotangent_of(i, k), loss.dtype)
+            for (i, k), weight in self.loss_weights(result, self.weights[m]).items()
+        }
+
+    def loss_weights(self, result: Result, share: Any) -> dict[tuple[int, int], Any]:
+        """The weight of each loss that a stage added for a part with this share of the batch."""
+        return {
+            (i, k): self.loss_weight(i, k, share) for i, losses in result.losses.items() for k in range(len(losses))
+        }
+
+    def cotangent_of(self, i: int, k: int) -> Any:
+        """The gradient of an added loss of the batch."""
+        return self.loss_cotangent[i, k] if isinstance(self.loss_cotangent, dict) else self.loss_cotangent
+
+    def loss_weight(self, i: int, k: int, share: Any) -> Any:
+        """By what to multiply an added loss of a part with this share of the batch, so that the sum is the batch's."""
+        if len(self.inputs) == 1 or self.partition.stage_of[i] in self.route.whole:
+            return 1.0
+        kind = self.found(i, "losses", k)
+        if kind in (Combine.MEAN, Combine.SAME):
+            return share
+        if kind is Combine.SUM:
+            return 1.0
+        raise self.needs_whole(
+            i,
+            f"the loss that {self.graph.ops[i].name} adds is neither a mean nor a sum over samples, or zero on random "
+            "ones, so the losses of micro-batches do not make up that of the batch",
+        )
+
+    def needs_whole(self, i: int, why: str) -> Exception:
+        """What to raise where an operation's results for a batch do not follow from those of its parts."""
+        if self.parts.micro_batches == 1:
+            return NeedsWholeBatch(self.graph.ops[i].name, self.route.graph)
+        return ModelError(f"{why}. Use micro_batches=1 (LayerPlacementStrategy)")
+
+    def found(self, i: int, what: str, key: int) -> Combine | None:
+        """How a loss or a state of an operation combines; `None` where the numbers do not tell."""
+        try:
+            return getattr(self.route.probe.of(i, self.training), what)[key]
+        except Exception:  # the operation does not run on random samples
+            return None
+
+
+RUN: dict[Kind, Callable[[Pass, Action], None]] = {Kind.FORWARD: Pass.forward, Kind.BACKWARD: Pass.backward}
+RUN_WHOLE = {Kind.FORWARD: Pass.forward_whole, Kind.BACKWARD: Pass.backward_whole}
+
+
+def present(keys: Iterable[int], values: Sequence[Any]) -> dict[int, Any]:
+    """The values that are not `None`, by their keys."""
+    return {key: value for key, value in zip(keys, values, strict=False) if value is not None}
+
+
+def now(after: list[tf.Tensor]) -> tf.Tensor:
+    """The host's time, in seconds, once these are there."""
+    with tf.device(HOST), tf.control_dependencies(after):
+        time = tf.timestamp()
+    independent([time])
+    return time
+
+
+def add(a: Any, b: Any) -> Any:
+    """The sum of two gradients; of two sparse ones, a sparse one."""
+    if isinstance(a, tf.IndexedSlices) and isinstance(b, tf.IndexedSlices):
+        values, indices = tf.concat([a.values, b.values], 0), tf.concat([a.indices, b.indices], 0)
+        return tf.IndexedSlices(values, indices, a.dense_shape)
+    return tf.convert_to_tensor(a) + tf.convert_to_tensor(b)

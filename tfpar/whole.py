@@ -1,0 +1,110 @@
+"""What needs the whole batch when replicas see parts of it: batch statistics, and operations that mix samples."""
+
+from collections.abc import Set
+from dataclasses import replace
+
+import keras
+import tensorflow as tf
+
+from tfpar import _keras
+from tfpar.cost import Hardware
+from tfpar.graph import Op, OpGraph, Tensor
+from tfpar.model import Call, KerasGraph, Ref
+from tfpar.partition import Partition, balanced
+from tfpar.state import whole_moments
+
+
+class TakeMoments:
+    """The statistics that a BatchNormalization takes of its input: mean and variance (1, channels), count (1,)."""
+
+    _call_context_args = ("training",)
+
+    def __init__(self, call: Call):
+        self.call, self.variables = call, call.operation.variables
+
+    def __call__(self, *args, training=None, **kwargs):
+        layer, found = self.call.operation, []
+        with _keras.recorded_moments([layer], found), _keras.discarded_writes():
+            _keras.call_operation(layer, args, kwargs, training, self.call.explicit)
+        if not found:  # it is not in training: it uses its moving statistics
+            nothing = tf.zeros_like(layer.moving_mean)[None]
+            return nothing, nothing, nothing[:, 0]
+        mean, variance, count = found[0][1]
+        return mean[None], variance[None], count[None]
+
+
+def share_moments(mean: tf.Tensor, variance: tf.Tensor, count: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """The statistics of the batch, once for each of its parts."""
+    whole = whole_moments(_keras.Moments(mean, variance, count))
+    return tuple(tf.broadcast_to(x, tf.shape(mean)) for x in whole)
+
+
+class NormalizeWith:
+    """A BatchNormalization's call with statistics that it is given."""
+
+    _call_context_args = ("training",)
+
+    def __init__(self, call: Call):
+        self.call, self.variables = call, call.operation.variables
+
+    def __call__(self, mean, variance, *args, training=None, **kwargs):
+        layer = self.call.operation
+        with _keras.given_moments(layer, mean[0], variance[0]):
+            return _keras.call_operation(layer, args, kwargs, training, self.call.explicit)
+
+
+def with_shared_statistics(graph: KerasGraph, whole: Set[str]) -> tuple[KerasGraph, frozenset[str]]:
+    """The graph with each BatchNormalization outside of `whole` in three operations, and the names of the second ones.
+
+    What a replica computes goes through XLA in one piece; so the statistics leave it, are put together, and come back.
+    """
+    ops: list[Op] = []
+    calls: list[Call] = []
+    tensors, symbols = list(graph.graph.tensors), list(graph.symbols)
+    names = set()
+    batch = graph.symbols[graph.graph.inputs[0]].shape[0]
+
+    def tensor(dtype: str, *shape: int) -> int:
+        tensors.append(Tensor(shape, tf.as_dtype(dtype).size))
+        symbols.append(keras.KerasTensor((batch, *shape), dtype))
+        return len(tensors) - 1
+
+    for op, call in zip(graph.graph.ops, graph.calls, strict=True):
+        if not _keras.is_batch_normalization(call.operation) or op.name in whole:
+            ops.append(op)
+            calls.append(call)
+            continue
+        statistic = call.operation.moving_mean.dtype, call.operation.moving_mean.shape[0]
+        taken = (tensor(*statistic), tensor(*statistic), tensor(statistic[0]))
+        shared = (tensor(*statistic), tensor(*statistic))
+        ops += [
+            Op(f"{op.name}/moments", op.inputs, taken, op.variables, op.flops / 2),
+            Op(f"{op.name}/all_replicas", taken, shared),
+            replace(op, inputs=(*shared, *op.inputs), flops=op.flops / 2),
+        ]
+        names.add(f"{op.name}/all_replicas")
+        calls += [
+            Call(TakeMoments(call), call.args, call.kwargs, taken),
+            Call(share_moments, tuple(map(Ref, taken)), {}, shared),
+            Call(NormalizeWith(call), (*map(Ref, shared), *call.args), call.kwargs, call.outputs),
+        ]
+    described = OpGraph(tuple(ops), tuple(tensors), graph.graph.variables, graph.graph.inputs, graph.graph.outputs)
+    return replace(graph, graph=described, calls=tuple(calls), symbols=tuple(symbols)), frozenset(names)
+
+
+def segments(
+    graph: OpGraph, whole: Set[str], buckets: int, hardware: Hardware, rows: int
+) -> tuple[Partition, Set[int]]:
+    """The cut into stages of one device: around each operation that needs the whole batch, else as many as asked.
+
+    Returns:
+        The partition, and which of its stages take the batches of all replicas at once.
+    """
+    if not any(op.name in whole for op in graph.ops):
+        return balanced(graph, min(buckets, len(graph.ops)), hardware, rows), frozenset()
+    stage_of: list[int] = []
+    for i, op in enumerate(graph.ops):
+        begins = i and (op.name in whole or graph.ops[i - 1].name in whole)
+        stage_of.append((stage_of[-1] if i else 0) + bool(begins))
+    stages = frozenset(s for op, s in zip(graph.ops, stage_of, strict=True) if op.name in whole)
+    return Partition(graph, tuple(stage_of)), stages
