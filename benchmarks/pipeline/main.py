@@ -6,13 +6,11 @@ Without GPUs, each device is one core: intra_op=1, and as many threads for opera
 
 import argparse
 import json
-import os
-import subprocess
+import pathlib
 import sys
-import time
-from unittest import mock
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+import harness
 
 RUNS = ("keras", "keras, all cores", "tfpar, one device", "layers", "gpipe", "1f1b")
 
@@ -21,46 +19,16 @@ def main():
     options = parser().parse_args()
     if options.run:
         print(json.dumps(measure(options)))
-        return
-    results = {}
-    for _ in range(options.rounds):
-        for run in options.runs:
-            command = [sys.executable, __file__, *sys.argv[1:], "--run", run]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            results.setdefault(run, []).append(json.loads(output.splitlines()[-1]))
-    best = {run: {key: min(r[key] for r in found) for key in found[0]} for run, found in results.items()}
-    report(options, best)
+    else:
+        report(options, harness.best_of_rounds(__file__, options))
 
 
 def parser():
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("--blocks", type=int, default=8)
-    p.add_argument("--width", type=int, default=256)
-    p.add_argument("--tokens", type=int, default=64)
-    p.add_argument("--batch", type=int, default=32)
+    harness.add_options(p, RUNS)
     p.add_argument("--stages", type=int, default=2)
     p.add_argument("--micro-batches", type=int, default=8)
-    p.add_argument("--policy", default="float32", help="the dtype policy")
-    p.add_argument("--steps", type=int, default=8, help="timed steps in each process")
-    p.add_argument("--rounds", type=int, default=3)
-    p.add_argument("--runs", nargs="+", choices=RUNS, default=RUNS)
-    p.add_argument("--run", choices=RUNS, help="one run in this process, its numbers as JSON")
     return p
-
-
-def encoder(options):
-    """Transformer encoder blocks, after Vaswani et al., normalised after each part."""
-    import keras
-    from keras import layers
-
-    keras.utils.set_random_seed(0)
-    x = h = layers.Input((options.tokens, options.width))
-    for _ in range(options.blocks):
-        attention = layers.MultiHeadAttention(16, options.width // 16)
-        h = layers.LayerNormalization()(layers.add([h, attention(h, h)]))
-        f = layers.Dense(options.width)(layers.Dense(4 * options.width, activation="gelu")(h))
-        h = layers.LayerNormalization()(layers.add([h, f]))
-    return keras.Model(x, layers.Dense(options.width, dtype="float32")(h))
 
 
 def strategy_of(options, gpus):
@@ -79,13 +47,10 @@ def strategy_of(options, gpus):
 
 
 def measure(options):
-    """Seconds of tracing, of the first step, of the fastest, CPU seconds, the loss, the largest memory of any GPU."""
-    import contextlib
-
+    """The numbers of one run."""
     import keras
     import numpy as np
     import tensorflow as tf
-    from tensorflow.python.eager import context
 
     from tfpar.testing import logical_cpus
 
@@ -94,43 +59,9 @@ def measure(options):
         one = options.run in ("keras", "tfpar, one device")
         logical_cpus(options.stages, threads=1 if one else options.stages)
     keras.config.set_dtype_policy(options.policy)
-    strategy = strategy_of(options, gpus)
     rng = np.random.default_rng(0)
-    shape = options.batch, options.tokens, options.width
-    x, y = (tf.constant(rng.normal(size=shape), "float32") for _ in range(2))
-    data = tf.data.Dataset.from_tensors((x, y)).cache().repeat()
-    with strategy.scope() if strategy else contextlib.nullcontext():
-        model = encoder(options)
-        model.compile(keras.optimizers.SGD(0.01), "mse")
-    calls = []  # of TensorFlow functions; the longest is the first step itself, with the optimisation of its graph
-
-    def timed(context, *args, call=context.Context.call_function):
-        begin = time.perf_counter()
-        try:
-            return call(context, *args)
-        finally:
-            calls.append(time.perf_counter() - begin)
-
-    begin = time.perf_counter()
-    with mock.patch.object(context.Context, "call_function", timed):
-        model.fit(data, steps_per_epoch=1, verbose=0)
-    first = time.perf_counter() - begin
-
-    class Clock(keras.callbacks.Callback):
-        steps = ()
-
-        def on_train_batch_begin(self, batch, logs=None):
-            self.began = time.perf_counter(), time.process_time()
-
-        def on_train_batch_end(self, batch, logs=None):
-            self.loss = float(logs["loss"])  # waits for the step
-            self.steps += ((time.perf_counter() - self.began[0], time.process_time() - self.began[1]),)
-
-    clock = Clock()
-    model.fit(data, steps_per_epoch=options.steps + 2, verbose=0, callbacks=[clock])
-    step, cpu = min(clock.steps[2:])
-    memory = max([tf.config.experimental.get_memory_info(f"GPU:{n}")["peak"] for n in range(len(gpus))], default=0)
-    return {"trace": first - max(calls), "first": first, "step": step, "cpu": cpu, "loss": clock.loss, "memory": memory}
+    x, y = (rng.normal(size=(options.batch, options.tokens, options.width)).astype("float32") for _ in range(2))
+    return harness.measured_fit(options, strategy_of(options, gpus), harness.encoder, x, y, gpus)
 
 
 def report(options, best):

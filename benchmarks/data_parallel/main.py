@@ -1,0 +1,96 @@
+"""How much faster is data parallelism than one device, and than tf.distribute's own?
+
+Each run is a process of its own; rounds of all runs alternate, so that a noisy machine is noisy for all of them.
+Without GPUs, each device is one core: intra_op=1, and as many threads for operations as devices.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+import harness
+
+RUNS = ("keras", "keras, all cores", "stock", "tfpar, one device", "tfpar")
+
+
+def main():
+    options = parser().parse_args()
+    if options.run:
+        print(json.dumps(measure(options)))
+    else:
+        report(options, harness.best_of_rounds(__file__, options))
+
+
+def parser():
+    p = argparse.ArgumentParser(description=__doc__)
+    harness.add_options(p, RUNS)
+    p.add_argument("--model", choices=("encoder", "mlp"), default="encoder")
+    p.add_argument("--devices", type=int, default=2)
+    p.add_argument("--buckets", type=int, help="into how many parts tfpar divides the gradients")
+    p.add_argument("--split", action="store_true", help="make the devices of one GPU")
+    p.add_argument("--memory", type=int, default=36000, help="MiB of each device of a GPU that is split")
+    return p
+
+
+def mlp(options):
+    """Four layers, small enough for overhead to show."""
+    import keras
+    from keras import layers
+
+    inner = [layers.Dense(options.width, activation="relu") for _ in range(3)]
+    return keras.Sequential([layers.Input((options.width,)), *inner, layers.Dense(options.width)])
+
+
+def measure(options):
+    """The numbers of one run."""
+    import keras
+    import numpy as np
+    import tensorflow as tf
+
+    import tfpar
+    from tfpar.testing import logical_cpus
+
+    gpus = tf.config.list_physical_devices("GPU")
+    one = options.run in ("keras", "tfpar, one device")
+    if not gpus:
+        logical_cpus(options.devices, threads=1 if one else options.devices)
+    elif options.split:
+        parts = [tf.config.LogicalDeviceConfiguration(memory_limit=options.memory)] * options.devices
+        tf.config.set_logical_device_configuration(gpus[0], parts)
+    devices = [f"{'GPU' if gpus else 'CPU'}:{n}" for n in range(options.devices)]
+    keras.config.set_dtype_policy(options.policy)
+    strategy = {
+        "stock": lambda: tf.distribute.MirroredStrategy(devices),
+        "tfpar, one device": lambda: tfpar.DataParallelStrategy(devices[:1]),
+        "tfpar": lambda: tfpar.DataParallelStrategy(devices, buckets=options.buckets),
+    }.get(options.run, lambda: None)()
+    rng = np.random.default_rng(0)
+    shape = (options.batch, options.tokens, options.width) if options.model == "encoder" else (options.batch, options.width)
+    x, y = (rng.normal(size=shape).astype("float32") for _ in range(2))
+    build = {"encoder": harness.encoder, "mlp": mlp}[options.model]
+    return harness.measured_fit(options, strategy, build, x, y, devices if gpus else ())
+
+
+def report(options, best):
+    """A table of ratios to plain Keras."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{options.model}, width {options.width}, batch {options.batch}, {options.devices} devices")
+    for heading in ("", "step", "of Keras", "CPU", "of Keras", "first step", "of Keras", "loss", "GPU memory"):
+        table.add_column(heading, justify="right" if heading else "left")
+    keras = best["keras"]
+    for run, found in best.items():
+        table.add_row(
+            run, f"{found['step'] * 1e3:.2f} ms", f"{found['step'] / keras['step']:.3f}",
+            f"{found['cpu'] * 1e3:.2f} ms", f"{found['cpu'] / keras['cpu']:.3f}",
+            f"{found['first']:.1f} s", f"{found['first'] / keras['first']:.2f}",
+            f"{found['loss']:.6f}", f"{found['memory'] / 2**30:.2f} GiB" if found["memory"] else "",
+        )  # fmt: skip
+    Console(width=130).print(table)
+
+
+if __name__ == "__main__":
+    main()
