@@ -7,15 +7,17 @@ from typing import Any
 import tensorflow as tf
 
 from tfpar import _keras
+from tfpar._keras_run import Replicas, as_in_this_thread
 from tfpar._tf import LogicalReplica, MirroredExtended, outside_replica, replica_of, select_replica, update_regroup
 from tfpar.batch import Parts
-from tfpar.errors import DeviceError, ScheduleError, ScopeError
+from tfpar.errors import DeviceError, ModelError, ScheduleError, ScopeError
 from tfpar.mesh import Mesh
 from tfpar.plan import Plan
 from tfpar.schedule import SCHEDULES, Schedule
 from tfpar.step import Steps, steps_of
 from tfpar.variables import HOST, LogicalVariable
 
+MirroredStrategy = tf.distribute.MirroredStrategy
 Placement = str | Sequence[str] | Mapping[str, int]
 
 
@@ -24,7 +26,8 @@ class Extended(MirroredExtended):
 
     def __init__(self, strategy: "Strategy", mesh: Mesh, cross_device_ops: Any = None):
         self.replicas = tuple(mesh.device(data=r) for r in range(mesh.data))
-        super().__init__(strategy, devices=list(self.replicas), cross_device_ops=cross_device_ops)
+        ops = cross_device_ops or tf.distribute.ReductionToOneDevice()
+        super().__init__(strategy, devices=list(self.replicas), cross_device_ops=ops)
         # a stage's variables wait in host memory until a plan says where it is
         self.new_variables_on = self.replicas if mesh.stage == 1 else (HOST,)
 
@@ -39,7 +42,7 @@ class Extended(MirroredExtended):
 
     def run_as_one(self, fn: Callable, *args: Any) -> Any:
         """`fn` in one replica that stands for all."""
-        with LogicalReplica(self._container_strategy()):
+        with self._container_strategy().scope(), LogicalReplica(self._container_strategy()):
             return fn(*args)
 
     @property
@@ -57,6 +60,8 @@ class Extended(MirroredExtended):
     def _create_variable(self, next_creator, **kwargs):
         if len(self.replicas) > 1 and kwargs.get("synchronization") == tf.VariableSynchronization.ON_READ:
             return super()._create_variable(next_creator, **kwargs)
+        if kwargs.get("synchronization") in (None, tf.VariableSynchronization.AUTO):
+            kwargs["synchronization"] = tf.VariableSynchronization.ON_WRITE
         reference = kwargs.pop("colocate_with", None)
         follows = isinstance(reference, LogicalVariable)
         devices = [copy.device for copy in reference.copies] if follows else self.new_variables_on
@@ -85,7 +90,8 @@ class Extended(MirroredExtended):
 
     def _call_for_each_replica(self, fn, args, kwargs):
         if not self.is_one:
-            return super()._call_for_each_replica(fn, args, kwargs)
+            with Replicas.run():
+                return super()._call_for_each_replica(fn, args, kwargs)
         with LogicalReplica(self._container_strategy()):
             return fn(*args, **kwargs)
 
@@ -99,6 +105,9 @@ class Extended(MirroredExtended):
         if self.is_one:
             return [value for value, _ in value_destination_pairs]
         return super()._batch_reduce_to(reduce_op, value_destination_pairs, options)
+
+    def _broadcast_to(self, tensor, destinations):
+        return tensor  # an update on a device fetches it there
 
     def _gather_to_implementation(self, value, destinations, axis, options):
         return value if self.is_one else super()._gather_to_implementation(value, destinations, axis, options)
@@ -128,7 +137,7 @@ class Extended(MirroredExtended):
         return (value,) if self.is_one else super()._local_results(value)
 
 
-class Strategy(tf.distribute.MirroredStrategy):
+class Strategy(MirroredStrategy):
     """The base of tfpar's strategies.
 
     Args:
@@ -163,9 +172,18 @@ class Strategy(tf.distribute.MirroredStrategy):
                 f"Schedule; received {schedule!r}"
             )
         self.mesh, self.parts, self.placement = mesh, Parts(mesh.data, micro_batches), placement
+        if batch_norm not in ("global", "local"):
+            raise ModelError(f'batch_norm is "global" or "local"; received {batch_norm!r}')
+        if mesh.data > 1 and cross_device_ops is None and are_physical_gpus(mesh.devices):
+            cross_device_ops = tf.distribute.NcclAllReduce()
         self.batch_norm, self.buckets, self.cross_device_ops = batch_norm, buckets, cross_device_ops
         self._schedule = schedule if callable(schedule) else SCHEDULES[schedule]
-        super(tf.distribute.MirroredStrategy, self).__init__(Extended(self, mesh, cross_device_ops))
+        super(MirroredStrategy, self).__init__(Extended(self, mesh, cross_device_ops))
+
+    @property
+    def micro_batches(self) -> int:
+        """Into how many parts a replica divides its share of a batch."""
+        return self.parts.micro_batches
 
     @contextlib.contextmanager
     def scope(self) -> Iterator["Strategy"]:
@@ -179,6 +197,12 @@ class Strategy(tf.distribute.MirroredStrategy):
         in_replica = tf.distribute.has_strategy() and not tf.distribute.in_cross_replica_context()
         with tf.init_scope(), outside_replica(self) if in_replica else self.scope():
             yield
+
+    def run(self, fn: Callable, args: tuple = (), kwargs: dict | None = None, options: Any = None) -> Any:
+        """Run `fn` once for each replica, as `tf.distribute.Strategy.run`, with what Keras keeps for this thread."""
+        if isinstance(fn, tf.types.experimental.PolymorphicFunction) or self.extended.is_one:
+            return super().run(fn, args, kwargs, options)
+        return super().run(as_in_this_thread(fn), args, kwargs, options)
 
     def _adopt(self, model):
         Steps(self, model).adopt(ForKeras(self))
@@ -235,6 +259,12 @@ class ForKeras(Strategy):
     def experimental_distribute_dataset(self, dataset: Any, options: Any = None) -> Any:
         """The dataset as it is."""
         return dataset
+
+
+def are_physical_gpus(devices: Sequence[str]) -> bool:
+    """Whether each of these devices is a GPU of its own, as NCCL demands."""
+    physical, logical = (f("GPU") for f in (tf.config.list_physical_devices, tf.config.list_logical_devices))
+    return all("GPU" in d for d in devices) and len(physical) == len(logical)
 
 
 def local_devices(devices: Sequence[str] | None) -> tuple[str, ...]:

@@ -13,11 +13,11 @@ from keras import layers
 from training import check, compiled, data, history
 
 import tfpar
-from tfpar._keras import Moments
-from tfpar.engine import RUN, Pass, whole_moments
+from tfpar._moments import Moments
 from tfpar.loss import LossProgram
+from tfpar.passes import RUN, RUN_WHOLE, Pass
 from tfpar.schedule import Action, Kind, gpipe, one_f_one_b
-from tfpar.state import UnknownVariables
+from tfpar.state import UnknownVariables, whole_moments
 from tfpar.step import steps_of
 from tfpar.testing import difference
 from tfpar.traced import Traced
@@ -60,7 +60,8 @@ def calls(g):
         parts = op.name.split("/")
         if "PartitionedCall" in op.type and len(parts) > 3:
             stage, micro_batch, kind = parts[0][5:], parts[1][2:], parts[2]
-            found.setdefault(Action(int(stage), Kind[kind.upper()], int(micro_batch)), op)
+            for each in kind.split("_"):  # the last stage may turn: forward, loss and backward in one program
+                found.setdefault(Action(int(stage), Kind[each.upper()], int(micro_batch)), op)
     return found
 
 
@@ -99,7 +100,7 @@ def test_every_action_runs_on_its_device_in_its_order(name):
         assert {device(found[a]) for a in line} == {d}
         for before, after in zip(line[:-1], line[1:], strict=True):
             assert comes_before(found[before], found[after]), f"{after} does not wait for {before}"
-            assert not comes_before(found[after], found[before])
+            assert found[after] is found[before] or not comes_before(found[after], found[before])
     pairs = itertools.combinations(found.values(), 2)
     assert any(not comes_before(a, b) and not comes_before(b, a) for a, b in pairs if device(a) != device(b))
 
@@ -179,17 +180,15 @@ def test_several_stages_on_a_device():
 
 
 def test_the_table_of_actions_is_total():
-    assert set(RUN) == set(Kind)
+    assert set(RUN) == set(RUN_WHOLE) == set(Kind)
 
 
 def test_whole_moments():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(20, 3)).astype("float32") * [1, 10, 0.1] + [0, 5, -3]
-    parts = [
-        Moments(tf.constant(p.mean(0)), tf.constant(p.var(0)), tf.constant(float(len(p)), tf.float64))
-        for p in (x[:3], x[3:4], x[4:])
-    ]
-    mean, variance = whole_moments(parts)
+    parts = x[:3], x[3:4], x[4:]
+    means, variances = (tf.stack([f(p, axis=0) for p in parts]) for f in (np.mean, np.var))
+    mean, variance = whole_moments(Moments(means, variances, tf.constant([3, 1, 16], means.dtype)))
     assert difference(x.mean(0), mean) < 1e-6
     assert difference(x.var(0), variance) < 1e-6
 
@@ -218,12 +217,12 @@ def lost_skip(patch):
 
 
 def equal_shares(patch):
-    patch.setattr(LossProgram, "run", wrong_share(LossProgram.run))
+    patch.setattr(LossProgram, "values", wrong_share(LossProgram.values))
 
 
-def wrong_share(run):
-    def wrapped(self, outputs, y, sample_weight, totals, scale):
-        return run(self, outputs, y, sample_weight, [t * 0 + 4 * 2.0 for t in totals] if totals else totals, scale)
+def wrong_share(values):
+    def wrapped(self, outputs, y, sample_weight, totals):
+        return values(self, outputs, y, sample_weight, [t * 0 + 4 * 2.0 for t in totals] if totals else totals)
 
     return wrapped
 
@@ -271,7 +270,7 @@ def test_without_a_bug_nothing_is_caught():
 
 def test_a_placement_on_one_device_is_caught():
     with pytest.MonkeyPatch.context() as patch, pytest.raises(AssertionError):
-        patch.setattr("tfpar.plan.Plan.device", lambda self, stage: "CPU:0")
+        patch.setattr(Pass, "device", lambda self, s, r=0: "CPU:0")
         test_every_action_runs_on_its_device_in_its_order("1f1b")
 
 

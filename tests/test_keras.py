@@ -10,7 +10,8 @@ import tensorflow as tf
 from keras import layers, ops
 from training import STRATEGIES, build, compiled, data
 
-from tfpar import _keras
+import tfpar
+from tfpar import _keras, _keras_run, _moments
 from tfpar.state import RecordingScope
 
 X, Y = data(8)
@@ -18,7 +19,8 @@ X, Y = data(8)
 
 def test_every_name_is_tested():
     mine = pathlib.Path(__file__).read_text()
-    names = re.findall(r"^(?:def|class) (\w+)", pathlib.Path(_keras.__file__).read_text(), re.MULTILINE)
+    code = "".join(pathlib.Path(bridge.__file__).read_text() for bridge in (_keras, _keras_run, _moments))
+    names = re.findall(r"^(?:def|class) (\w+)", code, re.MULTILINE)
     assert [n for n in [*names, *_keras.__all__] if n not in mine] == []
 
 
@@ -193,17 +195,91 @@ def test_moments(renorm):
         layer.build((None, 4))
     own(x, training=True)
     found = []
-    with keras.StatelessScope(), _keras.recorded_moments([moved], found):
+    with keras.StatelessScope(), _moments.recorded([moved], found):
         moved(x, training=True)
     ((index, moments),) = found
-    assert index == 0 and isinstance(moments, _keras.Moments) and float(moments.count) == 6
-    _keras.move_statistics(moved, moments.mean, moments.variance)
-    pairs = zip(_keras.moving_statistics(own), _keras.moving_statistics(moved), strict=True)
+    assert index == 0 and isinstance(moments, _moments.Moments) and float(moments.count) == 6
+    _moments.move_statistics(moved, moments.mean, moments.variance)
+    pairs = zip(_moments.moving_statistics(own), _moments.moving_statistics(moved), strict=True)
     assert all(np.allclose(a, b, rtol=1e-6) for a, b in pairs)
     assert "_moments" not in vars(moved)
-    assert _keras.batch_normalizations(keras.Sequential([own, layers.Dense(1)])) == [own]
-    assert _keras.batch_normalizations(ops.add) == []
+    assert _moments.batch_normalizations(keras.Sequential([own, layers.Dense(1)])) == [own]
+    assert _moments.batch_normalizations(ops.add) == []
     assert _keras.layers_in(own) == [own] and _keras.layers_in(ops.add) == []
+    assert _moments.is_batch_normalization(own) and not _moments.is_batch_normalization(layers.Dense(1))
+    mask = tf.constant([True, False, True, True, False, True])
+    assert float(_moments.values_in_batch(own, x, mask, tf.float32)) == 4
+
+
+def test_given_moments():
+    """A layer normalises with them, and moves by them."""
+    layer = layers.BatchNormalization(momentum=0.5, epsilon=0.0)
+    layer.build((None, 2))
+    with _moments.given(layer, tf.constant([1.0, 2.0]), tf.constant([4.0, 4.0])):
+        y = layer(tf.constant([[3.0, 2.0]]), training=True)
+    assert np.allclose(y, [[1.0, 0.0]]) and np.allclose(layer.moving_mean, [0.5, 1.0])
+    assert "_moments" not in vars(layer)
+
+
+def test_discarded_writes():
+    """They reach neither the layer nor the scope around, whose values are read."""
+    layer = layers.BatchNormalization()
+    layer.build((None, 2))
+    with RecordingScope([(layer.gamma, tf.constant([2.0, 2.0]))]) as scope, _keras.discarded_writes():
+        layer(tf.ones((3, 2)), training=True)
+        assert np.allclose(layer.gamma.value, 2.0)
+    assert not scope.written and np.allclose(layer.moving_mean, 0.0)
+
+
+def test_set_value_and_strategy():
+    variable, model = keras.Variable(1.0), build()
+    _keras.set_value(variable, tf.Variable(2.0))
+    assert float(variable) == 2.0
+    strategy = tfpar.DataParallelStrategy(["CPU:0"])
+    _keras.set_strategy(model, strategy)
+    assert model.distribute_strategy is strategy
+
+
+def test_replicas_touch_keras_only_while_they_run():
+    names = list(_keras_run.METHODS)
+    before = [vars(owner)[name] for owner, name in names]
+    strategy = tfpar.DataParallelStrategy(["CPU:0", "CPU:1"])
+
+    def inside():
+        assert all(vars(owner)[name] is not b for (owner, name), b in zip(names, before, strict=True))
+        assert _keras_run.one_of_several() is tf.distribute.get_replica_context()
+        assert keras.config.dtype_policy().name == "mixed_bfloat16"
+
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    strategy.run(inside)  # `as_in_this_thread`: threads of replicas see this thread's policy
+    assert [vars(owner)[name] for owner, name in names] == before
+    assert _keras_run.one_of_several() is None and _keras_run.Replicas.running == 0
+    assert _keras_run.replaced(layers.Dense, "call", None)[0] is layers.Dense.call
+
+
+def test_methods_in_replicas():
+    """`apply` adds up before it clips; `moments` are those of all; `next_seed` differs."""
+    strategy = tfpar.DataParallelStrategy(["CPU:0", "CPU:1"])
+    with strategy.scope():
+        weight = keras.Variable([1.0])
+        optimizer = keras.optimizers.SGD(1.0, clipvalue=1.0)
+        seeds = keras.random.SeedGenerator(1)
+        layer = layers.BatchNormalization()
+        layer.build((None, 1))
+
+    def step(x):
+        optimizer.apply([tf.reduce_sum(x)[None]], [weight])
+        return seeds.next(), layer._moments(x, None)
+
+    def part(context):
+        return tf.constant([[-3.0], [2.0]] if context.replica_id_in_sync_group else [[0.4], [0.2]])
+
+    drawn, moments = strategy.run(step, args=(strategy.experimental_distribute_values_from_function(part),))
+    assert np.allclose(weight, 1.0 - (0.6 - 1.0))  # each replica's own, clipped: 0.6 and -1, and the sum: -0.4
+    assert not np.array_equal(*drawn.values)
+    x = np.array([-3.0, 2.0, 0.4, 0.2])
+    assert all(np.allclose(v, [x.mean()]) for v in moments[0].values)
+    assert all(np.allclose(v, [x.var()]) for v in moments[1].values)
 
 
 # ---- steps

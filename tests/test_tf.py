@@ -25,16 +25,48 @@ def test_classes():
         variable = tf.Variable(1.0)
     assert isinstance(variable, _tf.MirroredVariable) and isinstance(variable.values[0], _tf.ResourceVariable)
     seen = strategy.run(tf.distribute.get_replica_context)
-    assert isinstance(seen, _tf.ReplicaContext)
+    assert isinstance(seen, _tf.LogicalReplica)
 
-    def update(v):
-        assert tf.distribute.in_cross_replica_context()
-        v.assign(2.0)
 
-    strategy.extended.update(variable, update)
-    assert float(variable) == 2.0
-    with strategy.scope(), _tf.UpdateContext(0):
-        assert tf.distribute.get_replica_context() is None
+def test_logical_replica():
+    strategy = tfpar.DataParallelStrategy(["CPU:0", "CPU:1"])
+    with strategy.scope():
+        variable = tf.Variable(1.0)
+    with strategy.scope(), _tf.LogicalReplica(strategy, 1):
+        assert _tf.replica_of(strategy).copy == 1 and strategy.num_replicas_in_sync == 1
+        variable.assign(2.0)
+        assert float(variable) == 2.0
+    assert [float(copy) for copy in variable.copies] == [1.0, 2.0] and strategy.num_replicas_in_sync == 2
+    assert _tf.replica_of(strategy) is None
+    with strategy.scope(), _tf.LogicalReplica(strategy):
+        variable.assign(3.0)
+    assert [float(copy) for copy in variable.copies] == [3.0, 3.0]
+    other = tf.Variable(5.0)
+    with strategy.scope(), _tf.LogicalReplica(strategy, 0, {id(variable): other}):
+        variable.assign_add(1.0)
+    assert float(other) == 6.0 and float(variable) == 3.0
+
+
+def test_updates_of_copies():
+    strategy = tfpar.DataParallelStrategy(["CPU:0", "CPU:1"])
+    with strategy.scope():
+        variable = tf.Variable(0.0)
+    make = strategy.experimental_distribute_values_from_function
+    values = make(lambda context: tf.constant(1.0 + context.replica_id_in_sync_group))
+    assert float(_tf.select_replica(1, values)) == 2.0
+    result = strategy.extended.update(variable, lambda copy, value: copy.assign(value), args=(values,))
+    assert [float(copy) for copy in variable.copies] == [1.0, 2.0]
+    assert result is not None and _tf.update_regroup is not None
+
+
+def test_batch_reduce():
+    parts = []
+    for n in range(2):
+        with tf.device(f"CPU:{n}"):
+            parts.append(tf.constant([1.0 + n]))
+    (total,) = _tf.batch_reduce(tf.distribute.ReductionToOneDevice(), [parts])
+    assert [t.numpy().tolist() for t in total] == [[3.0], [3.0]]
+    assert [tf.DeviceSpec.from_string(t.device).device_index for t in total] == [0, 1]
 
 
 def test_outside_replica():
@@ -157,3 +189,16 @@ def test_awaited():
     assert kinds == [("Identity", "AddV2")]
     x = tf.constant(1.0)
     assert _tf.awaited(x) is x
+
+
+def test_without_device():
+    @tf.function
+    def function(x):
+        with tf.device("CPU:1"), _tf.following_inputs():
+            with _tf.without_device():
+                free = x + 1.0
+            return free, x * 2.0
+
+    free, placed = function.get_concrete_function(tf.constant(1.0)).outputs
+    ops = {op.type: op.device for op in free.graph.get_operations()}
+    assert placed is not None and not ops["AddV2"] and "CPU:1" in ops["Mul"]

@@ -127,7 +127,7 @@ class Subclassed(keras.Model):
 
 
 def normalized():
-    """Batch statistics of images and of vectors, behind branches; nothing is added just before, that has no gradient."""
+    """Batch statistics of images and of vectors, behind branches; no bias just before: it would have no gradient."""
     x = h = layers.Input((6, 6, 3))
     h = layers.Conv2D(4, 3, use_bias=False)(h)
     h = r = layers.Activation("relu")(layers.BatchNormalization(momentum=0.7)(h))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
-from keras import ops, tree
+from keras import tree
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
 from keras.src.backend.common.variables import AutocastScope
@@ -197,47 +197,6 @@ def is_seed(variable: keras.Variable) -> bool:
     return variable.name == "seed_generator_state"
 
 
-class Moments(NamedTuple):
-    """Batch statistics of a BatchNormalization call: per channel, and over how many values."""
-
-    mean: tf.Tensor
-    variance: tf.Tensor
-    count: tf.Tensor
-
-
-@contextlib.contextmanager
-def recorded_moments(layers: Sequence[Any], found: list[tuple[int, Moments]]) -> Iterator[None]:
-    """Inside, the statistics that each of these BatchNormalization layers takes are appended to `found`."""
-
-    def recording(index, layer):
-        def moments(inputs, mask):
-            mean, variance = type(layer)._moments(layer, inputs, mask)
-            channels = inputs.shape[layer.axis]
-            count = tf.size(inputs) / channels if mask is None else tf.reduce_sum(tf.cast(mask, mean.dtype))
-            found.append((index, Moments(mean, variance, tf.cast(count, mean.dtype))))
-            return mean, variance
-
-        return moments
-
-    for index, layer in enumerate(layers):
-        vars(layer)["_moments"] = recording(index, layer)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del vars(layer)["_moments"]
-
-
-@contextlib.contextmanager
-def given_moments(layer: Any, mean: tf.Tensor, variance: tf.Tensor) -> Iterator[None]:
-    """Inside, a BatchNormalization layer takes these for the statistics of its input."""
-    vars(layer)["_moments"] = lambda inputs, mask: (mean, variance)
-    try:
-        yield
-    finally:
-        del vars(layer)["_moments"]
-
-
 @contextlib.contextmanager
 def discarded_writes() -> Iterator[None]:
     """Inside, layers read what they would, and what they write and add to the loss is forgotten."""
@@ -248,35 +207,9 @@ def discarded_writes() -> Iterator[None]:
         yield
 
 
-def is_batch_normalization(operation: Any) -> bool:
-    """Whether this is a BatchNormalization that computes as Keras' own."""
-    return type(operation) is keras.layers.BatchNormalization
-
-
 def layers_in(operation: Any) -> list[keras.layers.Layer]:
     """A layer and all layers in it; none for an operation that is no layer."""
     return list(operation._flatten_layers()) if isinstance(operation, keras.layers.Layer) else []
-
-
-def batch_normalizations(operation: Any) -> list[Any]:
-    """The BatchNormalization layers in an operation."""
-    return [x for x in layers_in(operation) if isinstance(x, keras.layers.BatchNormalization)]
-
-
-def moving_statistics(layer: Any) -> list[keras.Variable]:
-    """The variables that `move_statistics` changes."""
-    names = ["moving_mean", "moving_variance", "moving_stddev", "renorm_mean", "renorm_stddev"]
-    return [v for n in names if isinstance(v := getattr(layer, n, None), keras.Variable)]
-
-
-def move_statistics(layer: Any, mean: tf.Tensor, variance: tf.Tensor):
-    """Move a BatchNormalization's statistics by those of one batch, as its `call` does."""
-    if layer.renorm:
-        layer._update_renorm_statistics(mean, variance)
-        return
-    for moving, value in ((layer.moving_mean, mean), (layer.moving_variance, variance)):
-        old = ops.cast(moving, value.dtype)
-        moving.assign(old * layer.momentum + value * (1.0 - layer.momentum))
 
 
 # ---- steps: the parts of Keras' train_step

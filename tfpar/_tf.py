@@ -17,7 +17,7 @@ from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 __all__ = [
     "LogicalReplica", "MirroredExtended", "MirroredVariable", "ResourceVariable", "awaited", "batch_reduce",
     "following_inputs", "independent", "outside_replica", "record_gradient", "replica_of", "select_replica",
-    "tape_watches", "unrecorded", "update_regroup",
+    "tape_watches", "unrecorded", "update_regroup", "without_device",
 ]  # fmt: skip
 
 
@@ -138,3 +138,8 @@ def batch_reduce(ops: tf.distribute.CrossDeviceOps, values: Sequence[Sequence[An
     """The sums over replicas of several values, each on the devices of its parts, by `tf.distribute`'s own means."""
     pairs = [(per_replica, per_replica) for per_replica in map(PerReplica, map(tuple, values))]
     return [list(total.values) for total in ops.batch_reduce(tf.distribute.ReduceOp.SUM, pairs)]
+
+
+def without_device() -> contextlib.AbstractContextManager:
+    """Inside, no `tf.device` counts: a function that is traced there belongs to none."""
+    return ops.colocate_with(None, ignore_existing=True)

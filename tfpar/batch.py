@@ -25,6 +25,13 @@ class Parts(NamedTuple):
         return Parts(replicas, max(1, min(self.micro_batches, rows // replicas)))
 
 
+def tensor(value: Any) -> Any:
+    """A leaf of a batch as a tensor; ragged and sparse ones stay what they are, those of replicas are put together."""
+    if isinstance(value, tf.distribute.DistributedValues):
+        return joined(list(value.values))
+    return value if value is None or isinstance(value, tf.__internal__.CompositeTensor) else tf.convert_to_tensor(value)
+
+
 def rows(batch: Any) -> int:
     """The number of samples in a structure of arrays, all of which have them along dimension 0.
 
@@ -70,21 +77,22 @@ def shares(count: Any, parts: int) -> list[tf.Tensor]:
     return [tf.cast((b - a) / count, tf.float64) for a, b in zip(edges[:-1], edges[1:], strict=True)]
 
 
+def sliced(x: Any, start: Any, stop: Any) -> Any:
+    """Some rows of a tensor."""
+    if not isinstance(x, tf.SparseTensor):
+        return None if x is None else x[start:stop]
+    columns = tf.shape(x, out_type=tf.int64)[1:]
+    start, stop = (tf.cast(bound, tf.int64) for bound in (start, stop))
+    return tf.sparse.slice(x, tf.concat([[start], columns * 0], 0), tf.concat([[stop - start], columns], 0))
+
+
 def split(batch: Any, parts: int) -> list[Any]:
     """A structure of tensors as `parts` structures of nearly equal numbers of rows; `None` stays `None`."""
     if parts == 1:
         return [batch]
     edges = bounds(count(batch), parts)
-
-    def piece(x, start, stop):
-        if isinstance(x, tf.SparseTensor):
-            columns = tf.shape(x, out_type=tf.int64)[1:]
-            at, size = tf.cast(start, tf.int64), tf.cast(stop - start, tf.int64)
-            return tf.sparse.slice(x, tf.concat([[at], columns * 0], 0), tf.concat([[size], columns], 0))
-        return None if x is None else x[start:stop]
-
     return [
-        tree.map_structure(lambda x: piece(x, start, stop), batch)  # noqa: B023
+        tree.map_structure(lambda x: sliced(x, start, stop), batch)  # noqa: B023
         for start, stop in zip(edges[:-1], edges[1:], strict=True)
     ]
 

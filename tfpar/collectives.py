@@ -15,20 +15,21 @@ def all_reduce(values: Sequence[Sequence[Any]], devices: Sequence[str], ops: Any
     """The sum over replicas of each value, on every replica's device.
 
     Args:
-        values: for each value, what each replica has of it, `None` if all of them have nothing. A batch with fewer rows
-            than there are replicas leaves the last ones without a part.
+        values: for each value, what each replica has of it; `None` for nothing. A batch with fewer rows than there are
+            replicas leaves the last ones without a part, and what was computed for all is on the first alone.
         devices: of all replicas.
         ops: the `tf.distribute.CrossDeviceOps` that reduce; tensors are copied and added if not given.
     """
     if len(devices) == 1:
         return [list(parts) for parts in values]
-    complete = [n for n, parts in enumerate(values) if parts[0] is not None and len(parts) == len(devices)]
-    result = [[None] * len(devices) if parts[0] is None else None for parts in values]
+    found = [[part for part in parts if part is not None] for parts in values]
+    result: list[Any] = [None if parts else [None] * len(devices) for parts in found]
+    complete = [n for n, parts in enumerate(found) if len(parts) == len(devices)]
     if ops is not None and complete:
-        for n, reduced in zip(complete, batch_reduce(ops, [values[n] for n in complete]), strict=True):
+        for n, reduced in zip(complete, batch_reduce(ops, [found[n] for n in complete]), strict=True):
             result[n] = reduced
     load = [0] * len(devices)
-    for n, parts in enumerate(values):
+    for n, parts in enumerate(found):
         if result[n] is None:
             at = load.index(min(load))
             load[at] += size(parts[0])

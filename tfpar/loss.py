@@ -12,7 +12,7 @@ from tfpar._tf import independent
 from tfpar.engine import Engine, each, tensors_of
 from tfpar.passes import Pass, present
 from tfpar.probe import Combine, loss_combination, reads_variables
-from tfpar.program import Edge, Program, differentiable, restored
+from tfpar.program import Edge, Function, Program, differentiable, restored
 from tfpar.state import HasMask
 from tfpar.variables import HOST
 
@@ -51,8 +51,7 @@ class LossProgram:
 
     def traced(self, function: Callable) -> Callable:
         """A function as the engine runs its programs."""
-        engine = self.engine
-        return function if engine.eager else tf.function(function, jit_compile=engine.jit_compile, autograph=False)
+        return function if self.engine.eager else Function(function, self.engine.jit_compile)
 
     def values(self, outputs: dict[int, Edge], y: Any, sample_weight: Any, totals: list[tf.Tensor] | None):
         """Each loss's share of the batch's, and their weighted sum.

@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfpar import _keras, batch
+from tfpar import _keras, _moments, batch
 from tfpar.engine import device_of, read
 from tfpar.passes import Pass, add
 from tfpar.probe import Combine
@@ -21,7 +21,7 @@ def outputs(run: Pass) -> dict[int, Edge]:
     found = {}
     for t in with_logits(run.values[0], run.graph.outputs):
         source = run.graph.producer.get(tensor_of(t))
-        with tf.device(HOST if source is None else run.engine.plan.device(run.partition.stage_of[source])):
+        with tf.device(HOST if source is None else run.device(run.partition.stage_of[source])):
             found[t] = run.whole(t)
     return found
 
@@ -98,7 +98,7 @@ def move_statistics(run: Pass) -> set[int]:
             calls = zip(*(run.results[s, m].moments.get(number, []) for m in range(len(run.inputs))), strict=True)
             for parts in calls:
                 with tf.device(device_of(layer.moving_mean)):
-                    stacked = _keras.Moments(*(tf.stack(values) for values in zip(*parts, strict=True)))
-                    _keras.move_statistics(layer, *whole_moments(stacked))
-                moved |= {id(v) for v in _keras.moving_statistics(layer)}
+                    stacked = _moments.Moments(*(tf.stack(values) for values in zip(*parts, strict=True)))
+                    _moments.move_statistics(layer, *whole_moments(stacked))
+                moved |= {id(v) for v in _moments.moving_statistics(layer)}
     return moved

@@ -73,14 +73,21 @@ class Pass:
         for s, kind, m in schedule.order:
             replicas = range(1 if s in self.route.whole else self.parts.replicas)
             for r in replicas if kind in kinds else ():
-                scope = f"replica{r}/" if self.parts.replicas > 1 else ""
-                with (
-                    tf.device(self.engine.plan.mesh.device(data=r, stage=schedule.device_of[s])),
-                    tf.name_scope(f"{scope}stage{s}/mb{m}/{kind.name.lower()}"),
-                ):
-                    run = RUN_WHOLE if s in self.route.whole else RUN
-                    run[kind](self, Action(s, kind, r * self.parts.micro_batches + m))
+                action = Action(s, kind, r * self.parts.micro_batches + m)
+                with tf.device(self.device(s, r)), tf.name_scope(self.scope(action)):
+                    (RUN_WHOLE if s in self.route.whole else RUN)[kind](self, action)
         return self
+
+    def device(self, s: int, r: int = 0) -> str:
+        """The device of a stage of a replica."""
+        return self.engine.plan.mesh.device(data=r, stage=self.schedule.device_of[s])
+
+    def scope(self, action: Action) -> str:
+        """The name of an action, as profiles show it."""
+        s, kind, m = action
+        replica = f"replica{self.replica(m)}/" if self.parts.replicas > 1 else ""
+        what = "forward_backward" if self.turns(action) else kind.name.lower()
+        return f"{replica}stage{s}/mb{m % self.parts.micro_batches}/{what}"
 
     def again(self) -> "Pass":
         """The same forward passes, for another way back."""
@@ -202,6 +209,11 @@ class Pass:
     def backward_whole(self, action: Action):
         """Take the whole batch back through a stage."""
         s = action.stage
+        if self.head and s == self.partition.stages - 1:
+            for m, values in enumerate(self.values):
+                with tf.device(self.device(s, self.replica(m))):
+                    for t, cotangent in self.head(self, m, with_logits(values, self.graph.outputs)).items():
+                        self.cotangents[m].setdefault(t, []).append(cotangent)
         arrived = [self.arrived(s, m) for m in range(len(self.inputs))]
         cotangents = {
             t: batch.joined([a[t] for a in arrived]) if self.is_batched(t) else tf.add_n([a[t] for a in arrived])

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 from keras import tree
 
-from tfpar import _keras
+from tfpar import _keras, _moments, batch
 from tfpar.cost import HARDWARE, Hardware
 from tfpar.engine import Engine, Route
 from tfpar.errors import ModelError, ScopeError
@@ -94,7 +94,7 @@ def hidden_normalizations(graph: KerasGraph) -> set[str]:
     return {
         op.name
         for op, call in zip(graph.graph.ops, graph.calls, strict=True)
-        if _keras.batch_normalizations(call.operation) and not _keras.is_batch_normalization(call.operation)
+        if _moments.batch_normalizations(call.operation) and not _moments.is_batch_normalization(call.operation)
     }
 
 
@@ -206,7 +206,7 @@ def few(array: Any) -> tf.Tensor:
     """The first samples of an array; random ones for a tensor that is only a symbol yet."""
     if isinstance(array, tf.Tensor) and not hasattr(array, "numpy"):
         return sample((None, *array.shape[1:]), array.dtype.name, np.random.default_rng(0))
-    return tf.convert_to_tensor(array[:SAMPLES])
+    return batch.sliced(batch.tensor(array), 0, SAMPLES)
 
 
 def check_stateless(model: keras.Model):

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 from keras import tree
 
-from tfpar import _keras
+from tfpar import _keras, _moments
 from tfpar.errors import ModelError, brief
 from tfpar.model import Call, KerasGraph
 from tfpar.state import RecordingScope
@@ -172,7 +172,7 @@ def is_known(operation: Any, rank: int) -> bool:
 def is_told_random(graph: KerasGraph, index: int) -> bool:
     """Whether what a call does in training is not that of its parts by design: random, or batch statistics."""
     seeds = any(_keras.is_seed(graph.variables[v]) for v in graph.graph.ops[index].variables)
-    return seeds or bool(_keras.batch_normalizations(graph.calls[index].operation))
+    return seeds or bool(_moments.batch_normalizations(graph.calls[index].operation))
 
 
 def mixing(graph: KerasGraph, probe: Probe) -> Iterator[int]:

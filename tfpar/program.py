@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from tfpar import _keras
+from tfpar import _keras, _moments
+from tfpar._tf import without_device
 from tfpar.graph import OpGraph
 from tfpar.model import KerasGraph
 from tfpar.state import RecordingScope, UnknownVariables
@@ -31,8 +32,39 @@ class Result(NamedTuple):
 
     edges: dict[int, Edge]
     losses: dict[int, list[tf.Tensor]]
-    moments: dict[int, list[_keras.Moments]]
+    moments: dict[int, list[_moments.Moments]]
     state: dict[int, tf.Tensor]
+
+
+class Function:
+    """A function that is traced once for each kind of arguments, wherever it is called.
+
+    A `tf.function` is traced again for each device from whose scope it is called.
+
+    Args:
+        function: of structures of tensors and variables; the variables that it uses are among them.
+        jit_compile: whether to compile with XLA.
+    """
+
+    def __init__(self, function: Callable, jit_compile: bool):
+        self.function = tf.function(function, jit_compile=jit_compile, autograph=False)
+        self.traces: dict[str, Callable] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        kind = str(tf.nest.map_structure(kind_of, args))
+        if kind not in self.traces:
+            examples = tf.nest.map_structure(lambda x: x if isinstance(x, tf.Variable) else kind_of(x), args)
+            with without_device():
+                self.traces[kind] = self.function.get_concrete_function(*examples)
+        return self.traces[kind](*args)
+
+
+def kind_of(value: Any) -> Any:
+    """The type of an argument."""
+    if value is None:
+        return None
+    variable = isinstance(value, tf.Variable)
+    return tf.TensorSpec(value.shape, value.dtype) if variable else tf.type_spec_from_value(value)
 
 
 class Program:
@@ -66,10 +98,10 @@ class Program:
         self.graph, self.ops, self.gives = graph, ops, gives
         self.model, self.training, self.raw = model, training, raw
         self.variables = tuple(sorted({v for i in ops for v in graph.graph.ops[i].variables}))
-        layers = {id(x): x for i in ops for x in _keras.batch_normalizations(graph.calls[i].operation)}
+        layers = {id(x): x for i in ops for x in _moments.batch_normalizations(graph.calls[i].operation)}
         self.normalizations = list(layers.values()) if training else []
         self.writers: dict[int, int] = {}  # of each variable that changes, the operation that wrote it last
-        self.call = self.run if eager else tf.function(self.run, jit_compile=jit_compile, autograph=False)
+        self.call = self.run if eager else Function(self.run, jit_compile)
 
     def __call__(self, variables: Sequence[tf.Tensor], edges: dict[int, Edge]) -> Result:
         return self.call(list(variables), edges)
@@ -87,12 +119,12 @@ class Program:
         places = {id(self.graph.variables[v]): v for v in self.variables}
         values = [(self.graph.variables[v], value) for v, value in zip(self.variables, variables, strict=True)]
         tensors = {t: restored(t, edges, self.raw) for t in edges if t >= 0}
-        found: list[tuple[int, _keras.Moments]] = []
+        found: list[tuple[int, _moments.Moments]] = []
         losses = {}
         with (
             RecordingScope(values, strict=True) as scope,
             _keras.autocast_of(self.model),
-            _keras.recorded_moments(self.normalizations, found),
+            _moments.recorded(self.normalizations, found),
         ):
             for scope.call in self.ops:
                 scope.losses = []  # Keras takes a layer's losses out again when it is called once more
@@ -102,7 +134,7 @@ class Program:
         for i in losses:
             _keras.clear_losses(self.graph.calls[i].operation)
         self.writers = {places[v]: i for v, i in scope.writers.items()}
-        moments: dict[int, list[_keras.Moments]] = {}
+        moments: dict[int, list[_moments.Moments]] = {}
         for layer, value in found:
             moments.setdefault(layer, []).append(value)
         given = {t: Edge(tensors[t], _keras.get_keras_mask(tensors[t])) for t in self.gives}

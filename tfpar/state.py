@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfpar import _keras
+from tfpar import _keras, _moments
 
 
 @_keras.passed_through
@@ -67,7 +67,7 @@ class HasMask(Discovered):
     """An output of the model has a mask, by which the loss depends on more than the sizes of the batch's parts."""
 
 
-def whole_moments(parts: _keras.Moments) -> tuple[tf.Tensor, tf.Tensor]:
+def whole_moments(parts: _moments.Moments) -> tuple[tf.Tensor, tf.Tensor]:
     """Mean and variance of a batch from those of its parts (Chan et al., "Updating formulae …", 1979).
 
     Args:

@@ -31,7 +31,7 @@ class Traced:
             declared: the specs under which an iterator gives them; a batch size that it leaves open stays open.
         """
         model, strategy = self.steps.model, self.steps.strategy
-        data = tree.map_structure(tensor, _keras.without_optionals(model, data))
+        data = tree.map_structure(batch.tensor, _keras.without_optionals(model, data))
         rows = batch.rows(data)
         parts = strategy.parts.fit(rows)
         while True:
@@ -75,13 +75,6 @@ class Traced:
             type(g) is type(e) and g.is_compatible_with(v) for g, e, v in zip(given, exact, present(data), strict=True)
         )
         return given if fits else exact
-
-
-def tensor(value: Any) -> Any:
-    """A leaf of a batch as a tensor; ragged and sparse ones stay what they are, those of replicas are put together."""
-    if isinstance(value, tf.distribute.DistributedValues):
-        return batch.joined(list(value.values))
-    return value if value is None or isinstance(value, tf.__internal__.CompositeTensor) else tf.convert_to_tensor(value)
 
 
 def present(data: Any) -> list[Any]:

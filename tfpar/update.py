@@ -14,6 +14,7 @@ from tfpar._tf import LogicalReplica
 from tfpar.collectives import all_reduce
 from tfpar.engine import Engine, copy_of, device_of, read
 from tfpar.passes import Pass, add
+from tfpar.program import Function
 from tfpar.variables import LogicalVariable
 
 
@@ -28,7 +29,7 @@ class Update:
     def __init__(self, strategy: Any, engine: Engine):
         self.strategy, self.engine, self.model = strategy, engine, engine.model
         self.replicas = [strategy.mesh.device(data=r) for r in range(strategy.mesh.data)]
-        self.program = tf.function(self.bound, jit_compile=engine.jit_compile, autograph=False)
+        self.program = Function(self.bound, engine.jit_compile)
 
     def penalties(self) -> list[tf.Tensor]:
         """What regularizers make of the weights."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 import keras
 import tensorflow as tf
 
-from tfpar import _keras
+from tfpar import _keras, _moments
 from tfpar.cost import Hardware
 from tfpar.graph import Op, OpGraph, Tensor
 from tfpar.model import Call, KerasGraph, Ref
@@ -24,7 +24,7 @@ class TakeMoments:
 
     def __call__(self, *args, training=None, **kwargs):
         layer, found = self.call.operation, []
-        with _keras.recorded_moments([layer], found), _keras.discarded_writes():
+        with _moments.recorded([layer], found), _keras.discarded_writes():
             _keras.call_operation(layer, args, kwargs, training, self.call.explicit)
         if not found:  # it is not in training: it uses its moving statistics
             nothing = tf.zeros_like(layer.moving_mean)[None]
@@ -35,7 +35,7 @@ class TakeMoments:
 
 def share_moments(mean: tf.Tensor, variance: tf.Tensor, count: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """The statistics of the batch, once for each of its parts."""
-    whole = whole_moments(_keras.Moments(mean, variance, count))
+    whole = whole_moments(_moments.Moments(mean, variance, count))
     return tuple(tf.broadcast_to(x, tf.shape(mean)) for x in whole)
 
 
@@ -49,7 +49,7 @@ class NormalizeWith:
 
     def __call__(self, mean, variance, *args, training=None, **kwargs):
         layer = self.call.operation
-        with _keras.given_moments(layer, mean[0], variance[0]):
+        with _moments.given(layer, mean[0], variance[0]):
             return _keras.call_operation(layer, args, kwargs, training, self.call.explicit)
 
 
@@ -70,7 +70,7 @@ def with_shared_statistics(graph: KerasGraph, whole: Set[str]) -> tuple[KerasGra
         return len(tensors) - 1
 
     for op, call in zip(graph.graph.ops, graph.calls, strict=True):
-        if not _keras.is_batch_normalization(call.operation) or op.name in whole:
+        if not _moments.is_batch_normalization(call.operation) or op.name in whole:
             ops.append(op)
             calls.append(call)
             continue

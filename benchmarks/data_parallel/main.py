@@ -67,7 +67,9 @@ def measure(options):
         "tfpar": lambda: tfpar.DataParallelStrategy(devices, buckets=options.buckets),
     }.get(options.run, lambda: None)()
     rng = np.random.default_rng(0)
-    shape = (options.batch, options.tokens, options.width) if options.model == "encoder" else (options.batch, options.width)
+    shape = (
+        (options.batch, options.tokens, options.width) if options.model == "encoder" else (options.batch, options.width)
+    )
     x, y = (rng.normal(size=shape).astype("float32") for _ in range(2))
     build = {"encoder": harness.encoder, "mlp": mlp}[options.model]
     return harness.measured_fit(options, strategy, build, x, y, devices if gpus else ())
