@@ -22,9 +22,9 @@ DISTRIBUTION = ("backend/tensorflow/distribute_test.py", "backend/tensorflow/opt
 TRAINER = "trainers/trainer_test.py"
 EXPECTED = {
     "test_variable_creation": "asks for MirroredVariable in the name of the class; ours is LogicalVariable, a subclass",
-    "test_gradient_accumulation": "asks accumulators for what one replica saw; ours hold the sum over replicas, so that "
-    "clipping and accumulation are those of one device. (It hands one tensor to both replicas, which tf.distribute takes "
-    "for a value that is not distributed, as test_ema expects.)",
+    "test_gradient_accumulation": "asks accumulators for what one replica saw; ours hold the sum over replicas, so "
+    "that clipping and accumulation are those of one device. (It hands one tensor to both replicas, which "
+    "tf.distribute takes for a value that is not distributed, as test_ema expects.)",
 }
 NEEDED = {"torch": "torch_dataloader", "grain": "grain_data"}  # packages, and the tests that need them
 

@@ -44,19 +44,31 @@ class Function:
     Args:
         function: of structures of tensors and variables; the variables that it uses are among them.
         jit_compile: whether to compile with XLA.
+        differentiated: whether gradients of it are taken from outside.
     """
 
-    def __init__(self, function: Callable, jit_compile: bool):
-        self.function = tf.function(function, jit_compile=jit_compile, autograph=False)
+    def __init__(self, function: Callable, jit_compile: bool, differentiated: bool = False):
+        self.plain = tf.function(function, autograph=False)
+        self.compiled = tf.function(function, autograph=False, jit_compile=True) if jit_compile else None
+        self.differentiated = differentiated
         self.traces: dict[str, Callable] = {}
 
     def __call__(self, *args: Any) -> Any:
         kind = str(tf.nest.map_structure(kind_of, args))
         if kind not in self.traces:
-            examples = tf.nest.map_structure(lambda x: x if isinstance(x, tf.Variable) else kind_of(x), args)
-            with without_device():
-                self.traces[kind] = self.function.get_concrete_function(*examples)
+            self.traces[kind] = self.trace(args)
         return self.traces[kind](*args)
+
+    def trace(self, args: Any) -> Callable:
+        """The function for this kind of arguments, compiled if it can be."""
+        examples = tf.nest.map_structure(lambda x: x if isinstance(x, tf.Variable) else kind_of(x), args)
+        with without_device():
+            if self.compiled is None:
+                return self.plain.get_concrete_function(*examples)
+            compiled = self.compiled.get_concrete_function(*examples)
+            loops = any(op.type in ("While", "StatelessWhile") for op in compiled.graph.get_operations())
+            # what a loop keeps for its gradient cannot leave a compiled program
+            return self.plain.get_concrete_function(*examples) if loops and self.differentiated else compiled
 
 
 def kind_of(value: Any) -> Any:
@@ -101,7 +113,7 @@ class Program:
         layers = {id(x): x for i in ops for x in _moments.batch_normalizations(graph.calls[i].operation)}
         self.normalizations = list(layers.values()) if training else []
         self.writers: dict[int, int] = {}  # of each variable that changes, the operation that wrote it last
-        self.call = self.run if eager else Function(self.run, jit_compile)
+        self.call = self.run if eager else Function(self.run, jit_compile, differentiated=True)
 
     def __call__(self, variables: Sequence[tf.Tensor], edges: dict[int, Edge]) -> Result:
         return self.call(list(variables), edges)

@@ -22,6 +22,7 @@ class Traced:
     def __init__(self, steps: Any, step: Callable[[Any, batch.Parts], Any], lazy: bool = False):
         self.steps, self.step, self.lazy = steps, step, lazy
         self.functions: dict[Any, list[tuple[list[tf.TensorSpec], Callable]]] = {}
+        self.known: dict[Any, Callable] = {}  # for plain batches that came before, what to call
 
     def __call__(self, data: Any, declared: Any = None) -> Any:
         """Run the step.
@@ -30,6 +31,9 @@ class Traced:
             data: `(x, y, sample_weight)` of arrays.
             declared: the specs under which an iterator gives them; a batch size that it leaves open stays open.
         """
+        key = self.key(data)
+        if key in self.known:
+            return self.known[key](*(v for v in data if v is not None))
         model, strategy = self.steps.model, self.steps.strategy
         data = tree.map_structure(batch.tensor, _keras.without_optionals(model, data))
         rows = batch.rows(data)
@@ -40,9 +44,19 @@ class Traced:
             try:
                 if model.run_eagerly:
                     return strategy.extended.run_as_one(self.step, data, parts)
-                return self.function(data, declared, parts)(*present(data))
+                function = self.function(data, declared, parts).get_concrete_function()
+                break
             except Discovered as discovered:
                 self.steps.learn(discovered)
+        if key is not None:
+            self.known[key] = function
+        return function(*present(data))
+
+    def key(self, data: Any) -> Any:
+        """What tells batches of a few tensors apart, at little cost; `None` for others."""
+        if not isinstance(data, tuple) or not all(v is None or type(v) is tf.__internal__.EagerTensor for v in data):
+            return None
+        return self.steps.compilation(), tuple(v if v is None else (v.dtype, *v.shape) for v in data)
 
     def function(self, data: Any, declared: Any, parts: batch.Parts) -> Callable:
         """The tf.function for this kind of batch, made if there is none."""
