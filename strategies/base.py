@@ -11,6 +11,7 @@ from tfpar._keras_run import Replicas, as_in_this_thread
 from tfpar._tf import LogicalReplica, MirroredExtended, outside_replica, replica_of, select_replica, update_regroup
 from tfpar.batch import Parts
 from tfpar.errors import DeviceError, ModelError, ScheduleError, ScopeError
+from tfpar.feed import Feed, can_be_fed
 from tfpar.mesh import Mesh
 from tfpar.plan import Plan
 from tfpar.schedule import SCHEDULES, Schedule
@@ -257,8 +258,9 @@ class ForKeras(Strategy):
         return self.extended._container_strategy().scope()
 
     def experimental_distribute_dataset(self, dataset: Any, options: Any = None) -> Any:
-        """The dataset as it is."""
-        return dataset
+        """The dataset as it is, or on its way to replicas on GPUs."""
+        feeds = self.mesh.stage == 1 and all("GPU" in d for d in self.mesh.devices) and can_be_fed(dataset)
+        return Feed(dataset, self.extended.replicas) if feeds else dataset
 
 
 def are_physical_gpus(devices: Sequence[str]) -> bool:

@@ -11,9 +11,9 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PLANNING = ["errors", "mesh", "graph", "schedule", "cost", "partition", "timeline", "simulate", "plan"]
 RUNNING = [
-    "_tf", "_keras", "_moments", "variables", "batch", "flops", "state", "_keras_run", "model", "program", "probe",
-    "whole", "engine", "passes", "outcome", "collectives", "update", "loss", "call", "prepare", "traced", "step",
-    "measure", "testing",
+    "_tf", "_keras", "_moments", "variables", "batch", "feed", "flops", "state", "_keras_run", "model", "program",
+    "probe", "whole", "engine", "passes", "outcome", "collectives", "update", "loss", "call", "prepare", "traced",
+    "step", "measure", "testing",
 ]  # fmt: skip
 ORDER = [*PLANNING, *RUNNING, "strategies"]
 FILES = sorted(f for d in ("tfpar", "strategies") for f in (ROOT / d).rglob("*.py"))

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.python.data.ops.multi_device_iterator_ops import OwnedMultiDeviceIterator
 from tensorflow.python.distribute import distribute_lib
 from tensorflow.python.distribute.distribute_lib import ReplicaContext
 from tensorflow.python.distribute.distribute_utils import select_replica, update_regroup
@@ -15,9 +16,9 @@ from tensorflow.python.framework import ops
 from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
 __all__ = [
-    "LogicalReplica", "MirroredExtended", "MirroredVariable", "ResourceVariable", "awaited", "batch_reduce",
-    "following_inputs", "independent", "outside_replica", "record_gradient", "replica_of", "select_replica",
-    "tape_watches", "unrecorded", "update_regroup", "without_device",
+    "LogicalReplica", "MirroredExtended", "MirroredVariable", "OwnedMultiDeviceIterator", "ResourceVariable", "awaited",
+    "batch_reduce", "following_inputs", "independent", "outside_replica", "record_gradient", "replica_of",
+    "select_replica", "tape_watches", "unrecorded", "update_regroup", "without_device",
 ]  # fmt: skip
 
 

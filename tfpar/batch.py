@@ -1,5 +1,6 @@
 """Dividing a batch into micro-batches, and putting results together: the one place that does."""
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -23,6 +24,22 @@ class Parts(NamedTuple):
         """Fewer parts, where there are fewer rows."""
         replicas = max(1, min(self.replicas, rows))
         return Parts(replicas, max(1, min(self.micro_batches, rows // replicas)))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The samples of a step, in one piece or in those that were sent to the replicas ahead of time."""
+
+    pieces: tuple[Any, ...]
+
+    @property
+    def whole(self) -> Any:
+        """All samples."""
+        return tree.map_structure(lambda *values: joined(list(values)), *self.pieces)
+
+    def parts(self, count: int) -> list[Any]:
+        """The samples in so many parts."""
+        return list(self.pieces) if len(self.pieces) == count else split(self.whole, count)
 
 
 def tensor(value: Any) -> Any:
@@ -71,10 +88,9 @@ def bounds(count: Any, parts: int) -> list[Any]:
     return [count * part // parts for part in range(parts + 1)]
 
 
-def shares(count: Any, parts: int) -> list[tf.Tensor]:
-    """The share of each part in `count` rows, as float64 scalars."""
-    edges = bounds(count, parts)
-    return [tf.cast((b - a) / count, tf.float64) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+def shares(counts: list[Any]) -> list[tf.Tensor]:
+    """The share of each part in the rows of all, as float64 scalars."""
+    return [tf.cast(rows / sum(counts), tf.float64) for rows in counts]
 
 
 def sliced(x: Any, start: Any, stop: Any) -> Any:

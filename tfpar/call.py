@@ -37,7 +37,9 @@ def call(
     edges = [Edge(x, m) for x, m in zip(flat, masks, strict=True)]
     schedule = engine.schedule(steps.strategy, parts, training)
     run = forward_on_tape if steps.strategy.mesh.stage == 1 else forward_with_pullback
-    finished, outputs, added = run(engine, schedule, parts, edges, batch.shares(rows, parts.count), training)
+    pieces = batch.split(edges, parts.count)
+    weights = batch.shares([batch.count([e.value for e in piece]) for piece in pieces])
+    finished, outputs, added = run(engine, schedule, parts, edges, weights, training)
     outcome.write_state(finished)
     if added:
         losses[:] = _keras.added_losses(model, list(added.values()))

@@ -41,6 +41,12 @@ def structured(engine: Engine, outputs: dict[int, Edge]) -> Any:
     return tree.map_structure(lambda t: restored(t, outputs, engine.raw), engine.graph.outputs)
 
 
+def whole_inputs(run: Pass) -> list[Edge]:
+    """The model's flat inputs for the whole batch."""
+    parts = zip(*run.inputs, strict=True)
+    return [Edge(batch.joined([e.value for e in edges]), batch.joined([e.mask for e in edges])) for edges in parts]
+
+
 class LossProgram:
     """The compiled losses of a part and their gradient, as pure functions, traced or compiled once."""
 
@@ -113,26 +119,26 @@ class Head:
 
     Args:
         program: the losses.
-        inputs: the model's flat inputs for the whole batch.
         y, sample_weight: for the whole batch.
-        parts: how many parts.
+        targets: the same for each part.
         scale: what the optimizer multiplies the loss with.
         training: what the layers are told.
     """
 
     program: LossProgram
-    inputs: list[Edge]
     y: Any
     sample_weight: Any
-    parts: int
+    targets: list[Any]
     scale: Any
     training: bool | None
     values_of: list[list[tf.Tensor]] = field(default_factory=list)
     losses: list[tf.Tensor] = field(default_factory=list)
     totals: list[tf.Tensor] | None = None
 
-    def __post_init__(self):
-        self.targets = batch.split((self.y, self.sample_weight), self.parts)
+    @property
+    def parts(self) -> int:
+        """How many there are."""
+        return len(self.targets)
 
     @property
     def can_turn(self) -> bool:
@@ -146,7 +152,7 @@ class Head:
         """The cotangents of the model's outputs for part `m`."""
         if self.parts > 1 and self.totals is None:
             masked = any(e.mask is not None for e in outputs.values())
-            masks = self.program.engine.masks(self.inputs, self.training) if masked else {}
+            masks = self.program.engine.masks(whole_inputs(run), self.training) if masked else {}
             self.totals = self.whole_counts({t: (e.value.shape, e.value.dtype) for t, e in outputs.items()}, masks)
         y, sample_weight = each(tf.identity, self.targets[m])
         values, loss, cotangents = self.program.call(outputs, y, sample_weight, self.totals, self.scale)

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfpar.batch import Parts
+from tfpar.batch import Batch, Parts
 from tfpar.errors import ModelError
 from tfpar.schedule import Action
 from tfpar.step import Steps, steps_of
@@ -42,7 +42,7 @@ def measured(model: keras.Model, *batch: Any, repeat: int = 1) -> Timeline:
     return min((timeline(steps, run) for run in runs), key=lambda t: t.makespan)
 
 
-def clocked_step(steps: Steps, data: Any, parts: Parts) -> dict[str, tuple[tf.Tensor, tf.Tensor]]:
+def clocked_step(steps: Steps, data: Batch, parts: Parts) -> dict[str, tuple[tf.Tensor, tf.Tensor]]:
     """A scheduled step that returns the times of its actions."""
     if not steps.is_scheduled(data, parts):
         raise ModelError(

@@ -164,45 +164,50 @@ class Steps:
 
     # ---- steps, run in the strategy's replica context
 
-    def train_step(self, data: Any, parts: batch.Parts) -> Any:
+    def train_step(self, data: batch.Batch, parts: batch.Parts) -> Any:
         """Keras' `train_step`, scheduled where its loss allows, or the user's."""
         if self.is_scheduled(data, parts):
             return self.scheduled_step(data, parts)[0]
         with self.running(parts):
-            return self.model.train_step(data)
+            return self.model.train_step(data.whole)
 
-    def is_scheduled(self, data: Any, parts: batch.Parts) -> bool:
+    def is_scheduled(self, data: batch.Batch, parts: batch.Parts) -> bool:
         """Whether training can follow the schedule."""
         own = _keras.overrides(self.model, "train_step", "compute_loss", "_compute_loss") is None
-        return own and separable(self.engine, data, parts.count)
+        return own and separable(self.engine, data.pieces[0], parts.count)
 
-    def test_step(self, data: Any, parts: batch.Parts) -> Any:
+    def test_step(self, data: batch.Batch, parts: batch.Parts) -> Any:
         """Keras' `test_step`, or the user's."""
         with self.running(parts):
-            return self.model.test_step(data)
+            return self.model.test_step(data.whole)
 
-    def predict_step(self, data: Any, parts: batch.Parts) -> Any:
+    def predict_step(self, data: batch.Batch, parts: batch.Parts) -> Any:
         """Keras' `predict_step`, or the user's."""
         with self.running(parts):
-            return self.model.predict_step(data)
+            return self.model.predict_step(data.whole)
 
-    def scheduled_step(self, data: Any, parts: batch.Parts, clock: bool = False) -> tuple[Any, Pass]:
+    def scheduled_step(self, data: batch.Batch, parts: batch.Parts, clock: bool = False) -> tuple[Any, Pass]:
         """One training step in the order of the schedule: its logs, and the pass that was run."""
         model = self.model
-        x, y, sample_weight = _keras.unpack_x_y_sample_weight(data)
+        x, y, sample_weight = _keras.unpack_x_y_sample_weight(data.whole)
         training = _keras.training_argument(model, True).get("training")
         with following_inputs():
-            flat = [Edge(v) for v in _keras.graph_inputs(model, _keras.converted_inputs(model, x))]
+            pieces = [_keras.unpack_x_y_sample_weight(part) for part in data.parts(parts.count)]
+            inputs = [
+                [Edge(v) for v in _keras.graph_inputs(model, _keras.converted_inputs(model, part))]
+                for part, *_ in pieces
+            ]
             scale = model.optimizer.scale_loss(tf.ones(()))
-            head = Head(self.loss, flat, y, sample_weight, parts.count, scale, training)
+            head = Head(self.loss, y, sample_weight, [targets for _, *targets in pieces], scale, training)
+            counts = [batch.count(part) for part, *_ in pieces]
             run = Pass(
-                self.engine, parts, batch.split(flat, parts.count), batch.shares(batch.count(x), parts.count), training,
+                self.engine, parts, inputs, batch.shares(counts), training,
                 differentiate=True, head=head, loss_cotangent=scale, clock=clock,
             )  # fmt: skip
             run.run(self.engine.schedule(self.strategy, parts, training), Kind.FORWARD, Kind.BACKWARD)
             losses = [head.total(), *outcome.added_losses(run).values(), *self.update.penalties()]
             loss = tf.add_n([tf.cast(tf.reduce_sum(part), _keras.loss_dtype(model)) for part in losses])
-            _keras.track_loss(model, loss, batch.count(x))
+            _keras.track_loss(model, loss, sum(counts))
             outputs = outcome.outputs(run)
             for tracker, value in zip(_keras.loss_trackers(model), head.each_loss(), strict=False):
                 tracker.update_state(value, sample_weight=next(iter(outputs.values())).value.shape[0])

@@ -1,6 +1,6 @@
 """A step as tf.functions, traced once for each kind of batch instead of once for each size."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -15,11 +15,11 @@ class Traced:
 
     Args:
         steps: whose.
-        step: `(data, parts) -> results`, run in one replica that stands for all.
+        step: `(batch, parts) -> results`, run in one replica that stands for all.
         lazy: whether the step's own code decides which models it calls: then nothing is planned before it does.
     """
 
-    def __init__(self, steps: Any, step: Callable[[Any, batch.Parts], Any], lazy: bool = False):
+    def __init__(self, steps: Any, step: Callable[[batch.Batch, batch.Parts], Any], lazy: bool = False):
         self.steps, self.step, self.lazy = steps, step, lazy
         self.functions: dict[Any, list[tuple[list[tf.TensorSpec], Callable]]] = {}
         self.known: dict[Any, Callable] = {}  # for plain batches that came before, what to call
@@ -28,43 +28,47 @@ class Traced:
         """Run the step.
 
         Args:
-            data: `(x, y, sample_weight)` of arrays.
+            data: `(x, y, sample_weight)` of arrays, or a `Batch` of such pieces.
             declared: the specs under which an iterator gives them; a batch size that it leaves open stays open.
         """
-        key = self.key(data)
+        pieces = data.pieces if isinstance(data, batch.Batch) else (data,)
+        key = self.key(pieces)
         if key in self.known:
-            return self.known[key](*(v for v in data if v is not None))
+            return self.known[key](*(v for piece in pieces for v in piece if v is not None))
         model, strategy = self.steps.model, self.steps.strategy
-        data = tree.map_structure(batch.tensor, _keras.without_optionals(model, data))
-        rows = batch.rows(data)
+        pieces = tuple(tree.map_structure(batch.tensor, _keras.without_optionals(model, p)) for p in pieces)
+        rows = sum(map(batch.rows, pieces))
         parts = strategy.parts.fit(rows)
         while True:
             if not self.lazy:
-                self.steps.prepared(data, rows)
+                self.steps.prepared(pieces[0], rows)
             try:
                 if model.run_eagerly:
-                    return strategy.extended.run_as_one(self.step, data, parts)
-                function = self.function(data, declared, parts).get_concrete_function()
+                    return strategy.extended.run_as_one(self.step, batch.Batch(pieces), parts)
+                function = self.function(pieces, declared, parts).get_concrete_function()
                 break
             except Discovered as discovered:
                 self.steps.learn(discovered)
         if key is not None:
             self.known[key] = function
-        return function(*present(data))
+        return function(*present(pieces))
 
-    def key(self, data: Any) -> Any:
+    def key(self, pieces: Sequence[Any]) -> Any:
         """What tells batches of a few tensors apart, at little cost; `None` for others."""
-        if not isinstance(data, tuple) or not all(v is None or type(v) is tf.__internal__.EagerTensor for v in data):
+        if not all(isinstance(piece, tuple) for piece in pieces):
             return None
-        return self.steps.compilation(), tuple(v if v is None else (v.dtype, *v.shape) for v in data)
+        if not all(v is None or type(v) is tf.__internal__.EagerTensor for piece in pieces for v in piece):
+            return None
+        kinds = tuple(v if v is None else (v.dtype, *v.shape) for piece in pieces for v in piece)
+        return self.steps.compilation(), len(pieces), kinds
 
-    def function(self, data: Any, declared: Any, parts: batch.Parts) -> Callable:
+    def function(self, pieces: Sequence[Any], declared: Any, parts: batch.Parts) -> Callable:
         """The tf.function for this kind of batch, made if there is none."""
-        specs = self.specs(data, declared)
-        key = parts, str(tree.map_structure(lambda v: None if v is None else (v.dtype, v.shape.rank), data))
+        specs = self.specs(pieces, declared)
+        key = parts, str(tree.map_structure(lambda v: None if v is None else (v.dtype, v.shape.rank), pieces))
         known = self.functions.setdefault(key, [])
         for signature, function in known:
-            if all(s.is_compatible_with(v) for s, v in zip(signature, present(data), strict=True)):
+            if all(s.is_compatible_with(v) for s, v in zip(signature, present(pieces), strict=True)):
                 return function
         if not self.steps.model.jit_compile:
             for signature, _ in known:
@@ -72,21 +76,22 @@ class Traced:
 
         def run(*arrays):
             left = iter(arrays)
-            batch_of = tree.map_structure(lambda v: None if v is None else next(left), data)
-            return self.steps.strategy.extended.run_as_one(self.step, batch_of, parts)
+            given = tree.map_structure(lambda v: None if v is None else next(left), pieces)
+            return self.steps.strategy.extended.run_as_one(self.step, batch.Batch(given), parts)
 
         function = tf.function(run, input_signature=specs, autograph=False)
         known.insert(0, (specs, function))
         return function
 
-    def specs(self, data: Any, declared: Any) -> list[Any]:
+    def specs(self, pieces: Any, declared: Any) -> list[Any]:
         """The shapes to trace for: XLA knows all sizes, a plain function leaves open what the iterator does."""
-        exact = [tf.type_spec_from_value(v) for v in present(data)]
+        exact = [tf.type_spec_from_value(v) for v in present(pieces)]
         if self.steps.model.jit_compile or declared is None:
             return exact
         given = [s for s in tf.nest.flatten(declared) if isinstance(s, tf.TypeSpec)]
         fits = len(given) == len(exact) and all(
-            type(g) is type(e) and g.is_compatible_with(v) for g, e, v in zip(given, exact, present(data), strict=True)
+            type(g) is type(e) and g.is_compatible_with(v)
+            for g, e, v in zip(given, exact, present(pieces), strict=True)
         )
         return given if fits else exact
 

@@ -12,7 +12,7 @@ import tensorflow as tf
 from tfpar import outcome
 from tfpar._tf import LogicalReplica
 from tfpar.collectives import all_reduce
-from tfpar.engine import Engine, copy_of, device_of, read
+from tfpar.engine import Engine, device_of, read
 from tfpar.passes import Pass, add
 from tfpar.program import Function
 from tfpar.variables import LogicalVariable
@@ -58,7 +58,7 @@ class Update:
                     with LogicalReplica(self.strategy, r):
                         self.apply([parts[r] for parts in reduced], scale)
                 else:
-                    copies = [copy_of(v, r) for v in self.variables]
+                    copies = [v.value.copies[r] for v in self.variables]
                     self.program(copies, [parts[r] for parts in reduced], tf.identity(scale))
 
     @property

@@ -1,0 +1,54 @@
+"""Batches on their way to the replicas before they are needed."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from tfpar import batch
+from tfpar._tf import OwnedMultiDeviceIterator
+
+
+class Feed:
+    """A dataset whose next batch goes to the devices of the replicas, divided, while the present one is computed.
+
+    The dataset is read once, whatever the number of replicas.
+
+    Args:
+        dataset: of batches.
+        devices: of the replicas.
+    """
+
+    def __init__(self, dataset: tf.data.Dataset, devices: Sequence[str]):
+        self.devices = devices
+        self.pieces = dataset.flat_map(self.divided)
+
+    def divided(self, *data: Any) -> tf.data.Dataset:
+        """The pieces of a batch, one for each replica; the last ones are empty where there are too few rows."""
+        rows = tf.cast(tf.shape(tf.nest.flatten(data)[0])[0], tf.int64)
+        used = tf.minimum(rows, len(self.devices))
+
+        def piece(number):
+            start, stop = (tf.minimum(n, used) * rows // tf.maximum(used, 1) for n in (number, number + 1))
+            pieces = tf.nest.map_structure(lambda x: x[start:stop], data)
+            return pieces if len(data) > 1 else pieces[0]
+
+        return tf.data.Dataset.range(len(self.devices)).map(piece)
+
+    def __iter__(self) -> Iterator[batch.Batch]:
+        iterator = OwnedMultiDeviceIterator(dataset=self.pieces, devices=list(self.devices), source_device="CPU:0")
+        while True:
+            try:
+                pieces = iterator.get_next()
+            except tf.errors.OutOfRangeError:
+                return
+            full = [p for p in pieces if tf.nest.flatten(p)[0].shape[0]]
+            yield batch.Batch(tuple(full or pieces[:1]))
+
+
+def can_be_fed(dataset: Any) -> bool:
+    """Whether all arrays of a dataset's batches can be sent to other devices, and divided."""
+    return isinstance(dataset, tf.data.Dataset) and all(
+        isinstance(spec, tf.TensorSpec) and spec.shape.rank and spec.dtype not in (tf.string, tf.variant)
+        for spec in tf.nest.flatten(dataset.element_spec)
+    )
