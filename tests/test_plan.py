@@ -66,5 +66,27 @@ def test_explain_needs_to_know_the_layers():
     assert "dense" in str(strategy.explain(model))
 
 
+def test_explain_replicas():
+    """What each holds, before and after training; what is computed for all of them at once."""
+
+    def build():
+        x = layers.Input((6,))
+        h = layers.BatchNormalization(name="normalize")(layers.Dense(50)(x))
+        return keras.Model(x, layers.Dense(3, activation="softmax")(h))
+
+    strategy = tfpar.DataParallelStrategy(FOUR[:3])
+    model = compiled(strategy, build=build, optimizer="adam")
+    plan = strategy.explain(model, batch_size=64)
+    weights = sum(np.asarray(w).nbytes for w in model.weights)
+    assert sum(map(plan.parameter_bytes, range(plan.partition.stages))) == weights and plan.micro_rows == 22
+    text = str(plan)
+    rows = [line.split()[:3] for line in text.splitlines() if "CPU:" in line]
+    assert rows == [["0", "CPU:0", "21"], ["1", "CPU:1", "21"], ["2", "CPU:2", "22"]]
+    assert "computed for all replicas at once: normalize/all_replicas" in text and "?" in text
+    history(*data(64), batch_size=64)(model)
+    after = strategy.explain(model)
+    assert after.rows == 64 and sum(after.slot_bytes) == 2 * sum(np.asarray(w).nbytes for w in model.trainable_weights)
+
+
 def test_size():
     assert [size(n) for n in (0, 999, 1500, 2.5e6, 3e9, 4e12)] == ["0 B", "999 B", "1.5 kB", "2.5 MB", "3 GB", "4 TB"]

@@ -25,6 +25,7 @@ class Plan:
         hardware: what the estimates assume.
         rows: samples in a full batch.
         slot_bytes: for each variable of the graph, the bytes that the optimizer keeps for it.
+        whole: stages that take the parts of all replicas at once.
     """
 
     partition: Partition
@@ -33,6 +34,7 @@ class Plan:
     hardware: Hardware
     rows: int
     slot_bytes: tuple[int, ...] = ()
+    whole: frozenset[int] = frozenset()
 
     def device(self, stage: int, replica: int = 0) -> str:
         """The device of a stage."""
@@ -45,7 +47,7 @@ class Plan:
     @property
     def micro_rows(self) -> int:
         """Samples in the largest micro-batch."""
-        return -(-self.rows // self.schedule.micro_batches)
+        return -(-self.rows // (self.mesh.data * self.schedule.micro_batches))
 
     @property
     def cost(self) -> StageCost:
@@ -84,6 +86,10 @@ class Plan:
         return made * self.micro_rows * self.schedule.in_flight(stage)
 
     def __rich__(self) -> Table:
+        return self.of_replicas() if self.mesh.data > 1 else self.of_stages()
+
+    def of_stages(self) -> Table:
+        """What is on each stage."""
         title = f"{self.partition.stages} stages, {self.schedule.micro_batches} micro-batches"
         table = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0))
         for name in ("stage", "device", "first layer"):
@@ -103,10 +109,32 @@ class Plan:
         table.caption = f"predicted bubble {self.timeline.bubble:.0%} (idle share of all devices)"
         return table
 
+    def of_replicas(self) -> Table:
+        """What is on each replica."""
+        graph, stages = self.partition.graph, range(self.partition.stages)
+        table = Table(title=f"{self.mesh.data} replicas", box=SIMPLE, padding=(0, 1, 0, 0))
+        for name in ("replica", "device"):
+            table.add_column(name)
+        for name in ("samples", "parameters", "optimizer", f"activations\nof {self.rows} samples"):
+            table.add_column(name, justify="right")
+        edges = [self.rows * r // self.mesh.data for r in range(self.mesh.data + 1)]
+        parameters, activations = (size(sum(map(of, stages))) for of in (self.parameter_bytes, self.activation_bytes))
+        slots = size(sum(self.slot_bytes)) if any(self.slot_bytes) else "?"
+        for r in range(self.mesh.data):
+            samples = str(edges[r + 1] - edges[r])
+            table.add_row(str(r), self.device(0, r), samples, parameters, slots, activations)
+        reduced = size(sum(v.bytes for v in graph.variables if v.trainable))
+        together = [graph.ops[i].name for s in sorted(self.whole) for i in self.partition.ops(s)]
+        table.caption = (
+            f"{reduced} of gradients added up over replicas, from {len(stages) - len(together)} programs"
+            + (f"\ncomputed for all replicas at once: {', '.join(together)}" if together else "")
+        )
+        return table
+
     def __str__(self) -> str:
         console = Console(width=120)
         with console.capture() as capture:
-            console.print(self, self.timeline)
+            console.print(self, *([self.timeline] if self.mesh.data == 1 else []))
         return capture.get()
 
 

@@ -37,8 +37,7 @@ def prepared(strategy: Any, model: keras.Model, data: Any, rows: int, before: Pl
     x, _, _ = _keras.unpack_x_y_sample_weight(data)
     _keras.build(model, data)
     if strategy.mesh.data > 1:
-        training, inference = replicated(strategy, model, x, rows, whole)
-        plan = Plan(training.partition, strategy.mesh, in_turn(training.partition.stages, 1), hardware(strategy), rows)
+        plan, training, inference = replicated(strategy, model, x, rows, whole)
     else:
         graph, in_inference = graphs_of(model, x, strategy.schedule(strategy.parts.fit(rows).micro_batches).stages)
         plan = planned(strategy, graph, rows, before)
@@ -52,8 +51,8 @@ def prepared(strategy: Any, model: keras.Model, data: Any, rows: int, before: Pl
     return engine
 
 
-def replicated(strategy: Any, model: keras.Model, x: Any, rows: int, whole: Set[str]) -> tuple[Route, Route]:
-    """The ways through a model of which each replica has a copy: what needs the whole batch gets it."""
+def replicated(strategy: Any, model: keras.Model, x: Any, rows: int, whole: Set[str]) -> tuple[Plan, Route, Route]:
+    """The plan and the ways through a model of which each replica has a copy: what needs the whole batch gets it."""
     graphs = replica_graphs(model, x)
     ways = []
     for graph, training in zip(graphs, (True, False), strict=True):
@@ -68,7 +67,9 @@ def replicated(strategy: Any, model: keras.Model, x: Any, rows: int, whole: Set[
         micro_rows = -(-rows // strategy.parts.fit(rows).count)
         buckets = strategy.buckets if training else 1
         ways.append(Route(graph, *segments(graph.graph, names | shared, buckets, hardware(strategy), micro_rows)))
-    return ways[0], ways[1]
+    cut, stages = ways[0].partition, ways[0].whole
+    plan = Plan(cut, strategy.mesh, in_turn(cut.stages, 1), hardware(strategy), rows, whole=frozenset(stages))
+    return plan, *ways
 
 
 def replica_graphs(model: keras.Model, x: Any) -> tuple[KerasGraph, KerasGraph]:

@@ -20,7 +20,7 @@ from tfpar.loss import Head, LossProgram, separable, structured
 from tfpar.model import graph_from
 from tfpar.passes import Pass
 from tfpar.plan import Plan
-from tfpar.prepare import build_losses, place, planned, prepared
+from tfpar.prepare import build_losses, place, planned, prepared, replicated
 from tfpar.program import Edge
 from tfpar.schedule import Kind
 from tfpar.state import Discovered, HasMask, NeedsWholeBatch
@@ -159,7 +159,11 @@ class Steps:
                     f"the layers of {self.model.name} are known when it has seen data: call fit, evaluate or predict"
                 )
             graph = graph_from(_keras.graph_of(self.model))
-        plan = planned(self.strategy, graph, rows, self.engine.plan if self.engine else None)
+        if self.strategy.mesh.data == 1:
+            plan = planned(self.strategy, graph, rows, self.engine.plan if self.engine else None)
+        else:
+            plan = self.engine.plan if self.engine else replicated(self.strategy, self.model, None, rows, self.whole)[0]
+            plan = replace(plan, rows=rows)
         return replace(plan, slot_bytes=tuple(follower_bytes(v.value) for v in graph.variables))
 
     # ---- steps, run in the strategy's replica context

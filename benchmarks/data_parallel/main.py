@@ -26,7 +26,9 @@ def main():
 def parser():
     p = argparse.ArgumentParser(description=__doc__)
     harness.add_options(p, RUNS)
-    p.add_argument("--model", choices=("encoder", "mlp"), default="encoder")
+    p.add_argument("--model", choices=tuple(MODELS), default="encoder")
+    p.add_argument("--weak", action="store_true", help="one device gets its share of the batch, not all of it")
+    p.add_argument("--reduce", choices=("default", "nccl", "copies"), default="default", help="how tfpar adds up")
     p.add_argument("--devices", type=int, default=2)
     p.add_argument("--buckets", type=int, help="into how many parts tfpar divides the gradients")
     p.add_argument("--split", action="store_true", help="make the devices of one GPU")
@@ -41,6 +43,31 @@ def mlp(options):
 
     inner = [layers.Dense(options.width, activation="relu") for _ in range(3)]
     return keras.Sequential([layers.Input((options.width,)), *inner, layers.Dense(options.width)])
+
+
+def tokens(options):
+    """The encoder between an embedding and a classifier: little data for much work."""
+    import keras
+    from keras import layers
+
+    x = layers.Input((options.tokens,), dtype="int32")
+    h = harness.encoder(options)(layers.Embedding(1000, options.width)(x))
+    return keras.Model(x, layers.Dense(1000, dtype="float32")(layers.GlobalAveragePooling1D()(h)))
+
+
+def floats(rng, *shape):
+    return tuple(rng.normal(size=shape).astype("float32") for _ in range(2))
+
+
+MODELS = {  # how to build it, its loss, its data for so many rows
+    "encoder": (harness.encoder, "mse", lambda rng, o, rows: floats(rng, rows, o.tokens, o.width)),
+    "mlp": (mlp, "mse", lambda rng, o, rows: floats(rng, rows, o.width)),
+    "tokens": (
+        tokens,
+        "sparse_categorical_crossentropy",
+        lambda rng, o, rows: (rng.integers(0, 1000, (rows, o.tokens), "int32"), rng.integers(0, 1000, rows)),
+    ),
+}
 
 
 def measure(options):
@@ -61,18 +88,27 @@ def measure(options):
         tf.config.set_logical_device_configuration(gpus[0], parts)
     devices = [f"{'GPU' if gpus else 'CPU'}:{n}" for n in range(options.devices)]
     keras.config.set_dtype_policy(options.policy)
+    ops = {"default": None, "nccl": tf.distribute.NcclAllReduce(), "copies": tf.distribute.ReductionToOneDevice()}
+    tfpar_options = {"buckets": options.buckets, "cross_device_ops": ops[options.reduce]}
     strategy = {
         "stock": lambda: tf.distribute.MirroredStrategy(devices),
         "tfpar, one device": lambda: tfpar.DataParallelStrategy(devices[:1]),
-        "tfpar": lambda: tfpar.DataParallelStrategy(devices, buckets=options.buckets),
+        "tfpar": lambda: tfpar.DataParallelStrategy(devices, **tfpar_options),
     }.get(options.run, lambda: None)()
-    rng = np.random.default_rng(0)
-    shape = (
-        (options.batch, options.tokens, options.width) if options.model == "encoder" else (options.batch, options.width)
+    alone = options.run in ("keras", "keras, all cores", "tfpar, one device")
+    rows = options.batch // options.devices if options.weak and alone else options.batch
+    build, loss, data = MODELS[options.model]
+    jit_compile = False if options.run == "stock" else "auto"  # it cannot be compiled
+    found = harness.measured_fit(
+        options,
+        strategy,
+        build,
+        *data(np.random.default_rng(0), options, rows),
+        devices if gpus else (),
+        loss,
+        jit_compile,
     )
-    x, y = (rng.normal(size=shape).astype("float32") for _ in range(2))
-    build = {"encoder": harness.encoder, "mlp": mlp}[options.model]
-    return harness.measured_fit(options, strategy, build, x, y, devices if gpus else ())
+    return {**found, "sample": found["step"] / rows}
 
 
 def report(options, best):
@@ -81,12 +117,14 @@ def report(options, best):
     from rich.table import Table
 
     table = Table(title=f"{options.model}, width {options.width}, batch {options.batch}, {options.devices} devices")
-    for heading in ("", "step", "of Keras", "CPU", "of Keras", "first step", "of Keras", "loss", "GPU memory"):
+    headings = "", "step", "of Keras", "speed", "CPU", "of Keras", "first step", "of Keras", "loss", "GPU memory"
+    for heading in headings:
         table.add_column(heading, justify="right" if heading else "left")
     keras = best["keras"]
     for run, found in best.items():
         table.add_row(
             run, f"{found['step'] * 1e3:.2f} ms", f"{found['step'] / keras['step']:.3f}",
+            f"{keras['sample'] / found['sample']:.2f}",
             f"{found['cpu'] * 1e3:.2f} ms", f"{found['cpu'] / keras['cpu']:.3f}",
             f"{found['first']:.1f} s", f"{found['first'] / keras['first']:.2f}",
             f"{found['loss']:.6f}", f"{found['memory'] / 2**30:.2f} GiB" if found["memory"] else "",
