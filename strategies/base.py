@@ -60,7 +60,8 @@ class Extended(MirroredExtended):
 
     def _create_variable(self, next_creator, **kwargs):
         if len(self.replicas) > 1 and kwargs.get("synchronization") == tf.VariableSynchronization.ON_READ:
-            return super()._create_variable(next_creator, **kwargs)
+            with tf.init_scope():
+                return super()._create_variable(next_creator, **kwargs)
         if kwargs.get("synchronization") in (None, tf.VariableSynchronization.AUTO):
             kwargs["synchronization"] = tf.VariableSynchronization.ON_WRITE
         reference = kwargs.pop("colocate_with", None)
@@ -69,11 +70,12 @@ class Extended(MirroredExtended):
         aggregation = kwargs.get("aggregation") or tf.VariableAggregation.NONE
         copies = []
         with tf.init_scope():
+            if len(devices) > 1 and callable(kwargs["initial_value"]):
+                kwargs["initial_value"] = kwargs["initial_value"]()  # once: the copies begin alike
             for number, device in enumerate(devices):
                 with tf.device(device):
                     if copies:
-                        name = f"{copies[0].name.split(':')[0]}/replica_{number}/"
-                        kwargs.update(name=name, initial_value=lambda: tf.identity(copies[0].read_value()))
+                        kwargs["name"] = f"{copies[0].name.split(':')[0]}/replica_{number}/"
                     copies.append(next_creator(**kwargs))
             variable = LogicalVariable(self._container_strategy(), copies, aggregation)
         if follows:

@@ -17,13 +17,14 @@ def test_parts_are_nearly_equal_and_whole(count, parts):
     assert max(sizes) - min(sizes) <= 1 and sum(sizes) == count
     assert np.array_equal(batch.joined([p["b"][0] for p in pieces]), x["b"][0])
     assert batch.joined([p["b"][1] for p in pieces]) is None
-    assert np.allclose(batch.shares(count, parts), np.array(sizes) / count)
+    assert np.allclose(batch.shares(sizes), np.array(sizes) / count)
 
 
 def test_sizes_known_only_when_run():
     @tf.function(input_signature=[tf.TensorSpec([None, 3])])
     def sizes(x):
-        return [tf.shape(p)[0] for p in batch.split([x], 3) for p in p], batch.shares(batch.count([x]), 3)
+        counts = [batch.count(piece) for piece in batch.split([x], 3)]
+        return counts, batch.shares(counts)
 
     for count in (3, 7):
         found, shares = sizes(tf.ones((count, 3)))
@@ -57,3 +58,25 @@ def test_refused(arrays, message):
 def test_structures_are_kept():
     pieces = batch.split(((tf.ones(4), [tf.zeros(4)]), None), 2)
     tree.assert_same_structure(pieces[0], ((0, [0]), None))
+
+
+@pytest.mark.parametrize("rows, fits", [(1, (1, 1)), (3, (3, 1)), (7, (4, 1)), (8, (4, 2)), (99, (4, 2))])
+def test_parts_fit_the_rows(rows, fits):
+    parts = batch.Parts(4, 2).fit(rows)
+    assert parts == fits and parts.count == fits[0] * fits[1]
+
+
+def test_sparse():
+    x = tf.sparse.from_dense([[1, 0], [0, 2], [3, 4]])
+    pieces = batch.split(x, 2)
+    assert [tf.sparse.to_dense(p).numpy().tolist() for p in pieces] == [[[1, 0]], [[0, 2], [3, 4]]]
+    assert np.array_equal(tf.sparse.to_dense(batch.joined(pieces)), tf.sparse.to_dense(x))
+    sizes = batch.split_like(tf.range(5), [2, 3])
+    assert [p.numpy().tolist() for p in sizes] == [[0, 1], [2, 3, 4]]
+
+
+def test_batch_of_pieces():
+    pieces = ((tf.constant([1, 2]), None), (tf.constant([3]), None))
+    given = batch.Batch(pieces)
+    assert given.parts(2) == list(pieces) and given.whole[0].numpy().tolist() == [1, 2, 3] and given.whole[1] is None
+    assert [p[0].numpy().tolist() for p in given.parts(3)] == [[1], [2], [3]]

@@ -202,3 +202,12 @@ def test_without_device():
     free, placed = function.get_concrete_function(tf.constant(1.0)).outputs
     ops = {op.type: op.device for op in free.graph.get_operations()}
     assert placed is not None and not ops["AddV2"] and "CPU:1" in ops["Mul"]
+
+
+def test_owned_multi_device_iterator():
+    """Elements go to the devices in turn, and it tells when there are no more."""
+    dataset = tf.data.Dataset.range(4)
+    iterator = _tf.OwnedMultiDeviceIterator(dataset=dataset, devices=["CPU:0", "CPU:1"], source_device="CPU:0")
+    assert [[int(x) for x in iterator.get_next()] for _ in range(2)] == [[0, 1], [2, 3]]
+    with pytest.raises(tf.errors.OutOfRangeError):
+        iterator.get_next()
