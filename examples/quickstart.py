@@ -1,4 +1,4 @@
-"""Two models, each trained on one device, by layers and as a pipeline: the same numbers each time.
+"""Two models, each trained on one device, data-parallel, by layers and as a pipeline: the same numbers each time.
 
 Images are scikit-learn's handwritten digits, text is the source of Python's standard library. Where there is no GPU,
 four logical devices share the CPU: that shows that the numbers stay, not how fast it can be.
@@ -67,6 +67,7 @@ def gpt():
 TASKS = {"digits": (digits, cnn, 8), "text": (text, gpt, 4)}  # data, model, epochs
 STRATEGIES = {
     "one device": None,
+    "data parallel": tfpar.DataParallelStrategy,
     "by layers": tfpar.LayerPlacementStrategy,
     "pipeline": lambda: tfpar.PipelineStrategy(micro_batches=8, schedule="1f1b"),
 }
@@ -106,8 +107,9 @@ def device_bytes(model):
     """Kilobytes of weights and optimizer slots on each device, in the order of the devices."""
     found = {}
     for variable in [*model.variables, *model.optimizer.variables]:
-        device = tf.DeviceSpec.from_string(variable.value.device).device_index
-        found[device] = found.get(device, 0) + np.asarray(variable).nbytes
+        for copy in getattr(variable.value, "copies", [variable.value]):
+            device = tf.DeviceSpec.from_string(copy.device).device_index
+            found[device] = found.get(device, 0) + np.asarray(variable).nbytes
     return " ".join(f"{found[device] / 1e3:.0f}" for device in sorted(found))
 
 
