@@ -58,7 +58,7 @@ def test_example(example):
     if example.name == "quickstart.py":
         assert "predicted bubble" in output
         rows = [line.split() for line in output.splitlines() if line.lstrip().startswith(("digits  ", "text  "))]
-        assert len(rows) == 6
+        assert len(rows) == 8
         for row in rows:
             if "one" not in row:
                 difference = next(float(cell) for cell in row if re.fullmatch(r"\de[-+]\d\d", cell))

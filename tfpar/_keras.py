@@ -278,13 +278,14 @@ def loss_calls(model: keras.Model, y: Any, y_pred: Any, sample_weight: Any) -> l
 
         return record
 
-    flat = compiled._flat_losses
+    flat, metrics = compiled._flat_losses, compiled._metrics
     compiled._flat_losses = [f._replace(loss=recording(f.loss, f.loss_weights)) for f in flat]
+    compiled._metrics = [None] * len(metrics)  # they are updated once, with the loss of the whole batch
     try:
         with keras.StatelessScope():
             compiled(y, y_pred, sample_weight)
     finally:
-        compiled._flat_losses = flat
+        compiled._flat_losses, compiled._metrics = flat, metrics
     return found
 
 

@@ -28,9 +28,15 @@ class Parts(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """The samples of a step, in one piece or in those that were sent to the replicas ahead of time."""
+    """The samples of a step, in one piece or in those that were sent to the replicas ahead of time.
+
+    Args:
+        pieces: structures of tensors.
+        rows: the number of samples as Keras would know it while tracing; `None` where the data leaves it open.
+    """
 
     pieces: tuple[Any, ...]
+    rows: int | None = None
 
     @property
     def whole(self) -> Any:

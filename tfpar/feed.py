@@ -1,6 +1,6 @@
 """Batches on their way to the replicas before they are needed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -20,7 +20,7 @@ class Feed:
     """
 
     def __init__(self, dataset: tf.data.Dataset, devices: Sequence[str]):
-        self.devices = devices
+        self.devices, self.element_spec = devices, dataset.element_spec
         self.pieces = dataset.flat_map(self.divided)
 
     def divided(self, *data: Any) -> tf.data.Dataset:
@@ -35,15 +35,32 @@ class Feed:
 
         return tf.data.Dataset.range(len(self.devices)).map(piece)
 
-    def __iter__(self) -> Iterator[batch.Batch]:
-        iterator = OwnedMultiDeviceIterator(dataset=self.pieces, devices=list(self.devices), source_device="CPU:0")
-        while True:
-            try:
-                pieces = iterator.get_next()
-            except tf.errors.OutOfRangeError:
-                return
-            full = [p for p in pieces if tf.nest.flatten(p)[0].shape[0]]
-            yield batch.Batch(tuple(full or pieces[:1]))
+    def __iter__(self) -> "Iterator":
+        pieces = OwnedMultiDeviceIterator(dataset=self.pieces, devices=list(self.devices), source_device="CPU:0")
+        return Iterator(pieces, self.element_spec)
+
+
+class Iterator:
+    """What `iter(feed)` returns.
+
+    Args:
+        pieces: gives those of a batch, for all devices.
+        element_spec: of whole batches.
+    """
+
+    def __init__(self, pieces: OwnedMultiDeviceIterator, element_spec: Any):
+        self.pieces, self.element_spec = pieces, element_spec
+
+    def __iter__(self) -> "Iterator":
+        return self
+
+    def __next__(self) -> batch.Batch:
+        try:
+            pieces = self.pieces.get_next()
+        except tf.errors.OutOfRangeError:
+            raise StopIteration from None
+        full = [piece for piece in pieces if tf.nest.flatten(piece)[0].shape[0]]
+        return batch.Batch(tuple(full or pieces[:1]))
 
 
 def can_be_fed(dataset: Any) -> bool:

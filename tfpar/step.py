@@ -214,7 +214,7 @@ class Steps:
             _keras.track_loss(model, loss, sum(counts))
             outputs = outcome.outputs(run)
             for tracker, value in zip(_keras.loss_trackers(model), head.each_loss(), strict=False):
-                tracker.update_state(value, sample_weight=next(iter(outputs.values())).value.shape[0])
+                tracker.update_state(value, sample_weight=data.rows)  # as Keras: the static size, if there is one
             if model.trainable_weights:
                 self.update(run, scale)
             else:

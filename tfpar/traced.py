@@ -32,7 +32,8 @@ class Traced:
             declared: the specs under which an iterator gives them; a batch size that it leaves open stays open.
         """
         pieces = data.pieces if isinstance(data, batch.Batch) else (data,)
-        key = self.key(pieces)
+        seen = rows_of(declared)
+        key = self.key(pieces, seen)
         if key in self.known:
             return self.known[key](*(v for piece in pieces for v in piece if v is not None))
         model, strategy = self.steps.model, self.steps.strategy
@@ -44,8 +45,8 @@ class Traced:
                 self.steps.prepared(pieces[0], rows)
             try:
                 if model.run_eagerly:
-                    return strategy.extended.run_as_one(self.step, batch.Batch(pieces), parts)
-                function = self.function(pieces, declared, parts).get_concrete_function()
+                    return strategy.extended.run_as_one(self.step, batch.Batch(pieces, rows), parts)
+                function = self.function(pieces, declared, parts, seen).get_concrete_function()
                 break
             except Discovered as discovered:
                 self.steps.learn(discovered)
@@ -53,19 +54,19 @@ class Traced:
             self.known[key] = function
         return function(*present(pieces))
 
-    def key(self, pieces: Sequence[Any]) -> Any:
+    def key(self, pieces: Sequence[Any], seen: int | None) -> Any:
         """What tells batches of a few tensors apart, at little cost; `None` for others."""
         if not all(isinstance(piece, tuple) for piece in pieces):
             return None
         if not all(v is None or type(v) is tf.__internal__.EagerTensor for piece in pieces for v in piece):
             return None
         kinds = tuple(v if v is None else (v.dtype, *v.shape) for piece in pieces for v in piece)
-        return self.steps.compilation(), len(pieces), kinds
+        return self.steps.compilation(), len(pieces), seen, kinds
 
-    def function(self, pieces: Sequence[Any], declared: Any, parts: batch.Parts) -> Callable:
+    def function(self, pieces: Sequence[Any], declared: Any, parts: batch.Parts, seen: int | None) -> Callable:
         """The tf.function for this kind of batch, made if there is none."""
         specs = self.specs(pieces, declared)
-        key = parts, str(tree.map_structure(lambda v: None if v is None else (v.dtype, v.shape.rank), pieces))
+        key = parts, seen, str(tree.map_structure(lambda v: None if v is None else (v.dtype, v.shape.rank), pieces))
         known = self.functions.setdefault(key, [])
         for signature, function in known:
             if all(s.is_compatible_with(v) for s, v in zip(signature, present(pieces), strict=True)):
@@ -77,7 +78,7 @@ class Traced:
         def run(*arrays):
             left = iter(arrays)
             given = tree.map_structure(lambda v: None if v is None else next(left), pieces)
-            return self.steps.strategy.extended.run_as_one(self.step, batch.Batch(given), parts)
+            return self.steps.strategy.extended.run_as_one(self.step, batch.Batch(given, seen), parts)
 
         function = tf.function(run, input_signature=specs, autograph=False)
         known.insert(0, (specs, function))
@@ -88,12 +89,20 @@ class Traced:
         exact = [tf.type_spec_from_value(v) for v in present(pieces)]
         if self.steps.model.jit_compile or declared is None:
             return exact
-        given = [s for s in tf.nest.flatten(declared) if isinstance(s, tf.TypeSpec)]
+        given = [s for s in tf.nest.flatten(declared) if isinstance(s, tf.TypeSpec)] * len(pieces)
+        if len(pieces) > 1:
+            given = [tf.TensorSpec([None, *s.shape[1:]], s.dtype) for s in given]
         fits = len(given) == len(exact) and all(
             type(g) is type(e) and g.is_compatible_with(v)
             for g, e, v in zip(given, exact, present(pieces), strict=True)
         )
         return given if fits else exact
+
+
+def rows_of(declared: Any) -> int | None:
+    """The number of samples that an iterator declares for each batch; `None` if it leaves that open."""
+    shapes = [s.shape for s in tf.nest.flatten(declared) if isinstance(s, tf.TensorSpec)]
+    return shapes[0][0] if shapes and shapes[0].rank else None
 
 
 def present(data: Any) -> list[Any]:
