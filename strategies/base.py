@@ -8,7 +8,15 @@ import tensorflow as tf
 
 from tfpar import _keras
 from tfpar._keras_run import Replicas, as_in_this_thread
-from tfpar._tf import LogicalReplica, MirroredExtended, outside_replica, replica_of, select_replica, update_regroup
+from tfpar._tf import (
+    LogicalReplica,
+    MirroredExtended,
+    PerReplica,
+    outside_replica,
+    replica_of,
+    select_replica,
+    update_regroup,
+)
 from tfpar.batch import Parts
 from tfpar.errors import DeviceError, ModelError, ScheduleError, ScopeError
 from tfpar.feed import Feed, can_be_fed
@@ -102,12 +110,13 @@ class Extended(MirroredExtended):
         return value if self.is_one else super()._replica_ctx_all_reduce(reduce_op, value, options)
 
     def _reduce_to(self, reduce_op, value, destinations, options):
-        return value if self.is_one else super()._reduce_to(reduce_op, value, destinations, options)
+        return value if self.is_one else super()._reduce_to(reduce_op, value, places(destinations), options)
 
     def _batch_reduce_to(self, reduce_op, value_destination_pairs, options):
         if self.is_one:
             return [value for value, _ in value_destination_pairs]
-        return super()._batch_reduce_to(reduce_op, value_destination_pairs, options)
+        pairs = [(value, places(destinations)) for value, destinations in value_destination_pairs]
+        return super()._batch_reduce_to(reduce_op, pairs, options)
 
     def _broadcast_to(self, tensor, destinations):
         return tensor  # an update on a device fetches it there
@@ -138,6 +147,11 @@ class Extended(MirroredExtended):
 
     def _local_results(self, value):
         return (value,) if self.is_one else super()._local_results(value)
+
+
+def places(destinations: Any) -> Any:
+    """Where a sum should go; of a variable, where its copies are, for TensorFlow would ask for its value."""
+    return PerReplica(destinations.copies) if isinstance(destinations, LogicalVariable) else destinations
 
 
 class Strategy(MirroredStrategy):

@@ -1,5 +1,6 @@
 """`DataParallelStrategy` where tf.distribute's own is wrong or raises: through `fit`, each equals one device."""
 
+import concurrent.futures
 import contextlib
 
 import keras
@@ -381,6 +382,122 @@ def test_operations_that_need_the_whole_batch(make, name, jit):
     batch_size = 6 if make is recurrent else 8
     with pytest.warns(UserWarning, match=f"{name}: computed for the whole batch"):
         check(replicas(3), history(x, y, batch_size=batch_size, epochs=2), build=make, optimizer=sgd(), jit_compile=jit)
+
+
+def called_twice():
+    x, layer = layers.Input((WIDTH,)), Quantile(name="quantile")
+    return keras.Model(x, layers.Dense(3, activation="softmax")(layer(layers.Dense(4)(layer(x)))))
+
+
+class RandomlyCentred(layers.Layer):
+    """Mixes samples in training only, and is random there."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.noise = layers.GaussianNoise(1e-9, seed=1)
+
+    def call(self, x, training=None):
+        x = self.noise(x, training=training)
+        return x - ops.mean(x, axis=0) if training else x
+
+
+def randomly_centred():
+    x = layers.Input((WIDTH,))
+    return keras.Model(x, layers.Dense(3, activation="softmax")(RandomlyCentred(name="centred")(layers.Dense(4)(x))))
+
+
+def more_rows_inside():
+    x = layers.Input((WIDTH,))
+    h = layers.Lambda(lambda v: ops.reshape(v, (-1, 2)) - ops.mean(v), output_shape=(2,), name="pairs")(x)
+    h = layers.Lambda(lambda v: ops.reshape(v, (-1, WIDTH)), output_shape=(WIDTH,))(layers.Dense(2)(h))
+    return keras.Model(x, layers.Dense(3, activation="softmax")(h))
+
+
+@pytest.mark.parametrize("make", [called_twice, randomly_centred, more_rows_inside])
+def test_more_that_needs_the_whole_batch(make):
+    with pytest.warns(UserWarning, match="computed for the whole batch"):
+        check(replicas(3), history(X, Y, batch_size=8, epochs=2), build=make, optimizer=sgd())
+
+
+# ---- unusual models and batches
+
+
+def test_an_input_as_output():
+    def both():
+        x = layers.Input((WIDTH,))
+        return keras.Model(x, [layers.Dense(3, activation="softmax")(x), x])
+
+    losses = ["sparse_categorical_crossentropy", "mse"]
+    for count in (1, 3):
+        use = history(X, [Y, X], batch_size=8, epochs=2)
+        check(replicas(count), use, build=both, loss=losses, metrics=lambda: None)
+
+
+def test_targets_with_more_rows_than_inputs():
+    def tokens():
+        x = layers.Input((4, 2))
+        h = layers.Lambda(lambda v: ops.reshape(v, (-1, 2)), output_shape=(2,))(x)
+        return keras.Model(x, layers.Dense(3, activation="softmax")(h))
+
+    x, y = np.random.default_rng(0).normal(size=(6, 4, 2)).astype("float32"), np.arange(24) % 3
+    check(replicas(3), lambda model: model.train_on_batch(x, y), build=tokens, optimizer=sgd())
+
+
+def test_a_scalar_in_the_batch():
+    class Scaled(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(3)
+
+        def call(self, x):
+            return self.dense(x)
+
+        def train_step(self, given):
+            batch = given[0]
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean(tf.square(self(batch["x"], training=True))) * batch["scale"]
+            gradients = tape.gradient(loss, self.trainable_variables)
+            self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
+            return {"loss": loss}
+
+    batch = {"x": tf.constant(X[:7]), "scale": tf.constant(0.5)}
+    use = lambda model: model.train_on_batch(batch, return_dict=True)  # noqa: E731
+    check(replicas(2), use, build=Scaled, loss=None, metrics=lambda: None)
+
+
+def test_dense_then_sparse():
+    dense = np.eye(WIDTH, dtype="float32")
+    sparse = tf.data.Dataset.from_tensor_slices((tf.sparse.from_dense(dense), Y[:WIDTH])).batch(3)
+
+    def use(model):
+        return history(dense, Y[:WIDTH], batch_size=3)(model), model.fit(sparse, verbose=0).history
+
+    check(replicas(2), use)
+
+
+def test_threads():
+    """Each with batches of its own size, so that they all trace."""
+    model = compiled(replicas(2))
+    expected = model.predict(X, verbose=0)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda n: model.predict_on_batch(X[:n]), range(3, 11)))
+    assert all(difference(expected[:n], found) < 1e-5 for n, found in enumerate(results, 3))
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("aggregation, total", [("SUM", 18.0), ("MEAN", 6.0), ("ONLY_FIRST_REPLICA", 5.0)])
+def test_variables_that_replicas_assign(aggregation, total, eager):
+    """As with MirroredStrategy."""
+    strategy = replicas(3)
+    with strategy.scope():
+        variable = tf.Variable(0.0, aggregation=tf.VariableAggregation[aggregation])
+
+    def step():
+        variable.assign_add(tf.cast(tf.distribute.get_replica_context().replica_id_in_sync_group, "float32") + 5.0)
+
+    run = lambda: strategy.run(step)  # noqa: E731
+    (run if eager else tf.function(run))()
+    assert [float(copy) for copy in variable.copies] == [total] * 3
 
 
 # ---- own steps and loops

@@ -16,7 +16,8 @@ from tensorflow.python.framework import ops
 from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
 __all__ = [
-    "LogicalReplica", "MirroredExtended", "MirroredVariable", "OwnedMultiDeviceIterator", "ResourceVariable", "awaited",
+    "LogicalReplica", "MirroredExtended", "MirroredVariable", "OwnedMultiDeviceIterator", "PerReplica",
+    "ResourceVariable", "awaited",
     "batch_reduce", "following_inputs", "independent", "outside_replica", "record_gradient", "replica_of",
     "select_replica", "tape_watches", "unrecorded", "update_regroup", "without_device",
 ]  # fmt: skip

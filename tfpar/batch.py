@@ -33,10 +33,12 @@ class Batch:
     Args:
         pieces: structures of tensors.
         rows: the number of samples as Keras would know it while tracing; `None` where the data leaves it open.
+        uniform: whether all arrays have as many rows.
     """
 
     pieces: tuple[Any, ...]
     rows: int | None = None
+    uniform: bool = True
 
     @property
     def whole(self) -> Any:
@@ -56,26 +58,34 @@ def tensor(value: Any) -> Any:
 
 
 def rows(batch: Any) -> int:
-    """The number of samples in a structure of arrays, all of which have them along dimension 0.
+    """The number of samples in a structure of arrays: the rows of the first, of which others may have a multiple.
 
     Raises:
-        BatchError: no arrays, no samples, or arrays of unequal length.
+        BatchError: no arrays, no samples, or lengths that do not go together.
     """
-    lengths = {}
+    found = lengths(batch)
+    for name, length in found.items():
+        if length is None:
+            raise BatchError(f"{name} has no batch dimension: every array of a batch needs one, as dimension 0")
+    if not found:
+        raise BatchError("the batch holds no arrays")
+    if not min(found.values()):
+        raise BatchError("the batch has no samples: an empty batch has no loss; drop it from the data")
+    if max(found.values()) % min(found.values()):
+        raise BatchError(f"the arrays of a batch must be equally long; received {found}")
+    return next(iter(found.values()))
+
+
+def lengths(batch: Any) -> dict[str, int | None]:
+    """The rows of each array by its name; `None` for a scalar."""
+    found = {}
     for path, leaf in tree.flatten_with_path(batch):
         if leaf is not None:
-            name = "batch" + "".join(f"[{part!r}]" for part in path)
-            if not leaf.shape.rank:
-                raise BatchError(f"{name} has no batch dimension: every array of a batch needs one, as dimension 0")
-            lengths[name] = leaf.shape[0] if leaf.shape[0] is not None else int(tf.shape(leaf)[0])
-    if not lengths:
-        raise BatchError("the batch holds no arrays")
-    if len(set(lengths.values())) > 1:
-        raise BatchError(f"the arrays of a batch must be equally long; received {lengths}")
-    count = next(iter(lengths.values()))
-    if not count:
-        raise BatchError("the batch has no samples: an empty batch has no loss; drop it from the data")
-    return count
+            known = leaf.shape[0] if leaf.shape.rank else None
+            if leaf.shape.rank and known is None:
+                known = int(tf.shape(leaf)[0])
+            found["batch" + "".join(f"[{part!r}]" for part in path)] = known
+    return found
 
 
 def count(batch: Any) -> Any:
@@ -120,7 +130,10 @@ def split(batch: Any, parts: int) -> list[Any]:
 
 
 def split_like(value: tf.Tensor, sizes: list[Any]) -> list[tf.Tensor]:
-    """The rows of a tensor as parts of these sizes."""
+    """The rows of a tensor as parts in proportion to these sizes."""
+    rows = value.shape[0] if value.shape[0] is not None else tf.shape(value)[0]
+    if rows is not sum(sizes):
+        sizes = [n * rows // sum(sizes) for n in sizes]
     return tf.split(value, tf.stack(sizes) if any(isinstance(n, tf.Tensor) for n in sizes) else sizes, num=len(sizes))
 
 

@@ -25,12 +25,16 @@ class Feed:
 
     def divided(self, *data: Any) -> tf.data.Dataset:
         """The pieces of a batch, one for each replica; the last ones are empty where there are too few rows."""
-        rows = tf.cast(tf.shape(tf.nest.flatten(data)[0])[0], tf.int64)
-        used = tf.minimum(rows, len(self.devices))
+        first = tf.shape(tf.nest.flatten(data)[0], tf.int64)[0]
+        used = tf.minimum(first, len(self.devices))
 
         def piece(number):
-            start, stop = (tf.minimum(n, used) * rows // tf.maximum(used, 1) for n in (number, number + 1))
-            pieces = tf.nest.map_structure(lambda x: x[start:stop], data)
+            def sliced(x):
+                rows = tf.shape(x, tf.int64)[0]
+                start, stop = (tf.minimum(n, used) * rows // tf.maximum(used, 1) for n in (number, number + 1))
+                return x[start:stop]
+
+            pieces = tf.nest.map_structure(sliced, data)
             return pieces if len(data) > 1 else pieces[0]
 
         return tf.data.Dataset.range(len(self.devices)).map(piece)

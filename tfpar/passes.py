@@ -128,6 +128,11 @@ class Pass:
         s, _, m = action
         if self.head is None or not self.head.can_turn or self.clock or s < self.partition.stages - 1:
             return False
+        makers = {
+            self.partition.stage_of[self.graph.producer[t]] for t in self.graph.outputs if t in self.graph.producer
+        }
+        if makers != {s} or not set(self.graph.outputs) <= set(self.graph.producer):
+            return False  # some outputs are made elsewhere
         line = self.schedule.devices[self.schedule.device_of[s]]
         here = line.index(Action(s, Kind.FORWARD, m % self.parts.micro_batches))
         return line[here + 1] == line[here]._replace(kind=Kind.BACKWARD)

@@ -59,6 +59,8 @@ def replicated(strategy: Any, model: keras.Model, x: Any, rows: int, whole: Set[
         names = whole | {graph.graph.ops[i].name for i in needs_whole(graph)}
         if training and strategy.batch_norm == "global":
             names |= hidden_normalizations(graph)
+        names = sharing_state(graph, names)
+        if training and strategy.batch_norm == "global":
             graph, shared = with_shared_statistics(graph, names)
         else:
             shared = frozenset()
@@ -88,6 +90,13 @@ def needs_whole(graph: KerasGraph) -> set[int]:
     """Operations that mix the samples of a batch, or keep something for each of them."""
     stateful = {i for i, call in enumerate(graph.calls) if any(map(is_stateful, _keras.layers_in(call.operation)))}
     return stateful | set(mixing(graph, Probe(graph)))
+
+
+def sharing_state(graph: KerasGraph, names: Set[str]) -> Set[str]:
+    """These operations, and those that change the same variables: a state is kept for the whole batch or for parts."""
+    ops = graph.graph.ops
+    state = {v for op in ops if op.name in names for v in op.variables if not graph.variables[v].trainable}
+    return {*names, *(op.name for op in ops if state.intersection(op.variables))}
 
 
 def hidden_normalizations(graph: KerasGraph) -> set[str]:

@@ -134,6 +134,24 @@ class Probe:
             {v: agreed(kinds) for v, kinds in state.items()},
         )  # fmt: skip
 
+    def sees_others(self, call: Call) -> bool:
+        """Whether the first samples' results in training depend on the others, with the same random numbers."""
+        op = self.graph.graph.ops[self.graph.calls.index(call)]
+        symbols = {t: self.graph.symbols[t] for t in op.inputs}
+        first = PARTS[0]
+        results = []
+        for others in (0, 1):
+            tensors = {}
+            for t, s in symbols.items():
+                batched = self.graph.is_batched(t)
+                one, other = (sample(s.shape, s.dtype, np.random.default_rng(n), batched) for n in (0, others))
+                tensors[t] = tf.concat([one[first], other[PARTS[1]]], 0) if batched else one
+            with tf.init_scope(), RecordingScope([]):
+                call(tensors, True)
+            _keras.clear_losses(call.operation)
+            results.append([tensors[t][first] for t in call.outputs if self.graph.is_batched(t)])
+        return not all(np.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*results, strict=True))
+
     def run_once(self, call: Call, training: bool, draw: Callable) -> list[Any]:
         """The state before, then outputs, losses and written state of all samples and of each part."""
         rng = np.random.default_rng(0)
@@ -200,6 +218,8 @@ def mixes(graph: KerasGraph, probe: Probe, index: int) -> bool:
         kinds = list(probe.of(index, False).outputs)
         if not is_told_random(graph, index):
             kinds += probe.of(index, True).outputs
+        elif not _moments.batch_normalizations(call.operation) and probe.sees_others(call):
+            return True
     except Exception as error:
         warnings.warn(
             f"could not check that {name} treats the samples of a batch one by one ({brief(error)}); if it does not, "

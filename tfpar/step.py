@@ -132,6 +132,8 @@ class Steps:
             engine = steps.engine
             if engine and discovered.graph in (engine.training.graph, engine.inference.graph):
                 if isinstance(discovered, NeedsWholeBatch):
+                    if discovered.name in steps.whole:
+                        raise ModelError(f"{discovered.name} could not be computed for the whole batch")
                     steps.whole.add(discovered.name)
                     steps.compiled_as = None
                 else:
@@ -143,7 +145,7 @@ class Steps:
         """What changes when the model is compiled anew."""
         model = self.model
         parts = (model.optimizer, model._compile_loss, model._compile_metrics) if model.compiled else ()
-        return *map(id, parts), bool(model.jit_compile), model.run_eagerly
+        return *parts, bool(model.jit_compile), model.run_eagerly
 
     def plan(self, batch_size: int | None = None) -> Plan:
         """The plan that the engine has, or would have.
@@ -178,7 +180,7 @@ class Steps:
     def is_scheduled(self, data: batch.Batch, parts: batch.Parts) -> bool:
         """Whether training can follow the schedule."""
         own = _keras.overrides(self.model, "train_step", "compute_loss", "_compute_loss") is None
-        return own and separable(self.engine, data.pieces[0], parts.count)
+        return own and data.uniform and separable(self.engine, data.pieces[0], parts.count)
 
     def test_step(self, data: batch.Batch, parts: batch.Parts) -> Any:
         """Keras' `test_step`, or the user's."""

@@ -1,5 +1,6 @@
 """A step as tf.functions, traced once for each kind of batch instead of once for each size."""
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,6 +9,8 @@ from keras import tree
 
 from tfpar import _keras, batch
 from tfpar.state import Discovered
+
+TRACING = threading.RLock()  # layers, losses and models are changed for a moment while they are traced
 
 
 class Traced:
@@ -36,23 +39,30 @@ class Traced:
         key = self.key(pieces, seen)
         if key in self.known:
             return self.known[key](*(v for piece in pieces for v in piece if v is not None))
+        with TRACING:
+            function, arrays = self.prepared(pieces, declared, seen)
+        if key is not None and function is not None:
+            self.known[key] = function
+        return function(*arrays) if function is not None else arrays
+
+    def prepared(self, pieces: Sequence[Any], declared: Any, seen: int | None) -> tuple[Callable | None, Any]:
+        """The function for a batch and its arguments; run eagerly, none and the results."""
         model, strategy = self.steps.model, self.steps.strategy
         pieces = tuple(tree.map_structure(batch.tensor, _keras.without_optionals(model, p)) for p in pieces)
-        rows = sum(map(batch.rows, pieces))
-        parts = strategy.parts.fit(rows)
+        lengths = [list(batch.lengths(piece).values()) for piece in pieces]
+        rows = sum(max(filter(None, n), default=1) for n in lengths) if self.lazy else sum(map(batch.rows, pieces))
+        parts, uniform = strategy.parts.fit(rows), all(len(set(n)) == 1 for n in lengths)
         while True:
             if not self.lazy:
                 self.steps.prepared(pieces[0], rows)
             try:
                 if model.run_eagerly:
-                    return strategy.extended.run_as_one(self.step, batch.Batch(pieces, rows), parts)
-                function = self.function(pieces, declared, parts, seen).get_concrete_function()
-                break
+                    given = batch.Batch(pieces, rows, uniform)
+                    return None, strategy.extended.run_as_one(self.step, given, parts)
+                function = self.function(pieces, declared, parts, (seen, uniform))
+                return function.get_concrete_function(), present(pieces)
             except Discovered as discovered:
                 self.steps.learn(discovered)
-        if key is not None:
-            self.known[key] = function
-        return function(*present(pieces))
 
     def key(self, pieces: Sequence[Any], seen: int | None) -> Any:
         """What tells batches of a few tensors apart, at little cost; `None` for others."""
@@ -63,10 +73,11 @@ class Traced:
         kinds = tuple(v if v is None else (v.dtype, *v.shape) for piece in pieces for v in piece)
         return self.steps.compilation(), len(pieces), seen, kinds
 
-    def function(self, pieces: Sequence[Any], declared: Any, parts: batch.Parts, seen: int | None) -> Callable:
+    def function(self, pieces: Sequence[Any], declared: Any, parts: batch.Parts, known_of: tuple) -> Callable:
         """The tf.function for this kind of batch, made if there is none."""
         specs = self.specs(pieces, declared)
-        key = parts, seen, str(tree.map_structure(lambda v: None if v is None else (v.dtype, v.shape.rank), pieces))
+        kinds = tree.map_structure(lambda v: None if v is None else (type(v).__name__, v.dtype, v.shape.rank), pieces)
+        key = parts, known_of, str(kinds)
         known = self.functions.setdefault(key, [])
         for signature, function in known:
             if all(s.is_compatible_with(v) for s, v in zip(signature, present(pieces), strict=True)):
@@ -78,7 +89,7 @@ class Traced:
         def run(*arrays):
             left = iter(arrays)
             given = tree.map_structure(lambda v: None if v is None else next(left), pieces)
-            return self.steps.strategy.extended.run_as_one(self.step, batch.Batch(given, seen), parts)
+            return self.steps.strategy.extended.run_as_one(self.step, batch.Batch(given, *known_of), parts)
 
         function = tf.function(run, input_signature=specs, autograph=False)
         known.insert(0, (specs, function))
