@@ -619,8 +619,11 @@ def test_cross_device_ops():
             used.append(len(pairs))
             return super().batch_reduce_implementation(reduce_op, pairs, options)
 
-    check(replicas(2, cross_device_ops=Recording()), history(X, Y, batch_size=8), optimizer=sgd())
-    assert used == [6] * len(used) and used
+    for buckets, calls in ((1, [6]), (2, [4, 2])):
+        used.clear()
+        strategy = replicas(2, cross_device_ops=Recording(), buckets=buckets)
+        check(strategy, history(X[:16], Y[:16], batch_size=8), optimizer=sgd())
+        assert sorted(used, reverse=True) == calls
 
 
 def test_sums_over_replicas():

@@ -37,8 +37,10 @@ def added_losses(run: Pass) -> dict[tuple[int, int], tf.Tensor]:
     return total
 
 
-def gradients(run: Pass, v: int) -> list[Any]:
-    """The gradient of a variable, for each replica on its device; `None` if nothing depends on it."""
+def gradients(run: Pass, v: int | None) -> list[Any]:
+    """The gradient of a variable, if there is one, for each replica on its device; `None` if nothing depends on it."""
+    if v is None:
+        return [None] * run.parts.replicas
     found = []
     for r in range(run.parts.replicas):
         parts = [g for (_, owner, of), g in run.gradients.items() if (owner, of) == (r, v)]

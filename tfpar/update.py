@@ -42,12 +42,7 @@ class Update:
 
     def __call__(self, run: Pass, scale: Any):
         """Reduce the gradients of a pass and apply them."""
-        places = {id(variable): v for v, variable in enumerate(self.engine.graph.variables)}
-        nothing = [None] * run.parts.replicas
-        gradients = [
-            outcome.gradients(run, places[id(w)]) if id(w) in places else nothing for w in self.model.trainable_weights
-        ]
-        reduced = all_reduce(gradients, self.replicas, self.strategy.cross_device_ops)
+        reduced = self.reduced(run)
         compiled = self.engine.jit_compile and self.strategy.mesh.stage == 1
         if len(self.replicas) == 1 and not compiled:
             self.apply([parts[0] for parts in reduced], scale)
@@ -60,6 +55,22 @@ class Update:
                 else:
                     copies = [v.value.copies[r] for v in self.variables]
                     self.program(copies, [parts[r] for parts in reduced], tf.identity(scale))
+
+    def reduced(self, run: Pass) -> list[list[Any]]:
+        """The gradient of each weight on each replica; those that come from one stage are added up together."""
+        places = {id(variable): v for v, variable in enumerate(self.engine.graph.variables)}
+        weights = [places.get(id(weight)) for weight in self.model.trainable_weights]
+        last = {v: min(s for s, _, of in run.gradients if of == v) for _, _, v in run.gradients}
+        buckets: dict[int, list[int]] = {}
+        for n, v in enumerate(weights):
+            buckets.setdefault(last.get(v, 0), []).append(n)
+        found: list[list[Any]] = [[] for _ in weights]
+        for members in buckets.values():
+            gradients = [outcome.gradients(run, weights[n]) for n in members]
+            totals = all_reduce(gradients, self.replicas, self.strategy.cross_device_ops)
+            for n, total in zip(members, totals, strict=True):
+                found[n] = total
+        return found
 
     @property
     def variables(self) -> list[keras.Variable]:

@@ -88,7 +88,11 @@ def measure(options):
         tf.config.set_logical_device_configuration(gpus[0], parts)
     devices = [f"{'GPU' if gpus else 'CPU'}:{n}" for n in range(options.devices)]
     keras.config.set_dtype_policy(options.policy)
-    ops = {"default": None, "nccl": tf.distribute.NcclAllReduce(), "copies": tf.distribute.ReductionToOneDevice()}
+    ops = {
+        "default": None,
+        "nccl": tf.distribute.NcclAllReduce(num_packs=0),
+        "copies": tf.distribute.ReductionToOneDevice(),
+    }
     tfpar_options = {"buckets": options.buckets, "cross_device_ops": ops[options.reduce]}
     strategy = {
         "stock": lambda: tf.distribute.MirroredStrategy(devices),
