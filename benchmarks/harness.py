@@ -11,6 +11,14 @@ from unittest import mock
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
+def main(file, options, measure, report):
+    """One run in this process, or all of them in processes of their own and a table."""
+    if options.run:
+        print(json.dumps(measure(options)))
+    else:
+        report(options, best_of_rounds(file, options))
+
+
 def best_of_rounds(file, options):
     """The smallest of each number over rounds; every run is a process, and runs alternate, as the machine is shared."""
     results = {}

@@ -45,3 +45,10 @@ def test_what_cannot_be_measured():
     whole = compiled(tfpar.PipelineStrategy(["CPU:0"]), loss=lambda y, p: keras.ops.mean(p), metrics=lambda: None)
     with pytest.raises(tfpar.ModelError, match="its train_step, compute_loss or loss needs the whole batch at once"):
         measured(whole, X, Y)
+
+
+def test_replicas():
+    """Each on a line of its own."""
+    strategy = tfpar.DataParallelStrategy(["CPU:0", "CPU:1", "CPU:2"])
+    timeline = measured(compiled(strategy), *data(9))
+    assert [span.device for span in timeline.spans] == [0, 1, 2, 0, 1, 2]

@@ -60,7 +60,12 @@ def timeline(steps: Steps, times: dict[str, tuple[tf.Tensor, tf.Tensor]]) -> Tim
     begin = min(float(start) for start, _ in times.values())
     return Timeline(
         tuple(
-            Span(plan.schedule.device_of[a.stage], a, float(times[str(a)][0]) - begin, float(times[str(a)][1]) - begin)
+            Span(
+                a.micro_batch if plan.mesh.data > 1 else plan.schedule.device_of[a.stage],  # a replica has one part
+                a,
+                float(times[str(a)][0]) - begin,
+                float(times[str(a)][1]) - begin,
+            )
             for a in actions
         )
     )

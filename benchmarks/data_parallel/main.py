@@ -5,7 +5,6 @@ Without GPUs, each device is one core: intra_op=1, and as many threads for opera
 """
 
 import argparse
-import json
 import pathlib
 import sys
 
@@ -13,14 +12,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import harness
 
 RUNS = ("keras", "keras, all cores", "stock", "tfpar, one device", "tfpar")
-
-
-def main():
-    options = parser().parse_args()
-    if options.run:
-        print(json.dumps(measure(options)))
-    else:
-        report(options, harness.best_of_rounds(__file__, options))
 
 
 def parser():
@@ -137,4 +128,4 @@ def report(options, best):
 
 
 if __name__ == "__main__":
-    main()
+    harness.main(__file__, parser().parse_args(), measure, report)
