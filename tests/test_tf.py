@@ -53,7 +53,7 @@ def test_updates_of_copies():
         variable = tf.Variable(0.0)
     make = strategy.experimental_distribute_values_from_function
     values = make(lambda context: tf.constant(1.0 + context.replica_id_in_sync_group))
-    assert float(_tf.select_replica(1, values)) == 2.0
+    assert isinstance(values, _tf.PerReplica) and float(_tf.select_replica(1, values)) == 2.0
     result = strategy.extended.update(variable, lambda copy, value: copy.assign(value), args=(values,))
     assert [float(copy) for copy in variable.copies] == [1.0, 2.0]
     assert result is not None and _tf.update_regroup is not None
