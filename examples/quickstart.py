@@ -67,7 +67,7 @@ def gpt():
 TASKS = {"digits": (digits, cnn, 8), "text": (text, gpt, 4)}  # data, model, epochs
 STRATEGIES = {
     "one device": None,
-    "data parallel": tfpar.DataParallelStrategy,
+    "replicas": tfpar.DataParallelStrategy,
     "by layers": tfpar.LayerPlacementStrategy,
     "pipeline": lambda: tfpar.PipelineStrategy(micro_batches=8, schedule="1f1b"),
 }
@@ -110,7 +110,8 @@ def device_bytes(model):
         for copy in getattr(variable.value, "copies", [variable.value]):
             device = tf.DeviceSpec.from_string(copy.device).device_index
             found[device] = found.get(device, 0) + np.asarray(variable).nbytes
-    return " ".join(f"{found[device] / 1e3:.0f}" for device in sorted(found))
+    each = [f"{found[device] / 1e3:.0f}" for device in sorted(found)]
+    return f"{len(each)} x {each[0]}" if len(each) > 1 and len(set(each)) == 1 else " ".join(each)
 
 
 def largest_difference(one, other):
@@ -136,7 +137,7 @@ def main():
                 table.add_row(
                     task, label, f"{last['val_loss']:.4f}", f"{last['val_accuracy']:.1%}",
                     f"{largest_difference(reference, weights):.0e}" if plan else "",
-                    device_bytes(model), f"{plan.timeline.bubble:.0%}" if plan else "",
+                    device_bytes(model), f"{plan.timeline.bubble:.0%}" if plan and plan.mesh.stage > 1 else "",
                 )  # fmt: skip
             table.add_section()
     console.print("\nThe last model's plan, and a step as predicted (raised digits are backward passes):", plan)
