@@ -33,6 +33,24 @@ def best_of_rounds(file, options):
     return {run: {key: min(r[key] for r in found) for key in found[0]} for run, found in results.items()}
 
 
+def print_table(title, headings, rows, width):
+    """A table of numbers, of which the first column names the run."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=width).print(table)
+
+
+def gibibytes(found):
+    """The largest memory of a GPU; nothing without one."""
+    return f"{found['memory'] / 2**30:.2f} GiB" if found["memory"] else ""
+
+
 def add_options(p, runs):
     p.add_argument("--blocks", type=int, default=8)
     p.add_argument("--width", type=int, default=256)

@@ -191,7 +191,7 @@ class Strategy(MirroredStrategy):
         self.mesh, self.parts, self.placement = mesh, Parts(mesh.data, micro_batches), placement
         if batch_norm not in ("global", "local"):
             raise ModelError(f'batch_norm is "global" or "local"; received {batch_norm!r}')
-        if mesh.data > 1 and cross_device_ops is None and are_physical_gpus(mesh.devices):
+        if mesh.data > 1 and cross_device_ops is None and mesh.on_gpus and each_gpu_is_one_device():
             cross_device_ops = tf.distribute.NcclAllReduce()
         self.batch_norm, self.buckets, self.cross_device_ops = batch_norm, buckets, cross_device_ops
         self._schedule = schedule if callable(schedule) else SCHEDULES[schedule]
@@ -275,14 +275,13 @@ class ForKeras(Strategy):
 
     def experimental_distribute_dataset(self, dataset: Any, options: Any = None) -> Any:
         """The dataset as it is, or on its way to replicas on GPUs."""
-        feeds = self.mesh.stage == 1 and all("GPU" in d for d in self.mesh.devices) and can_be_fed(dataset)
+        feeds = self.mesh.stage == 1 and self.mesh.on_gpus and can_be_fed(dataset)
         return Feed(dataset, self.extended.replicas) if feeds else dataset
 
 
-def are_physical_gpus(devices: Sequence[str]) -> bool:
-    """Whether each of these devices is a GPU of its own, as NCCL demands."""
-    physical, logical = (f("GPU") for f in (tf.config.list_physical_devices, tf.config.list_logical_devices))
-    return all("GPU" in d for d in devices) and len(physical) == len(logical)
+def each_gpu_is_one_device() -> bool:
+    """Whether no GPU is split into several devices, as NCCL demands."""
+    return len(tf.config.list_physical_devices("GPU")) == len(tf.config.list_logical_devices("GPU"))
 
 
 def local_devices(devices: Sequence[str] | None) -> tuple[str, ...]:

@@ -17,7 +17,6 @@ from tfpar.loss import LossProgram
 from tfpar.step import steps_of
 from tfpar.testing import assert_same, difference
 from tfpar.traced import Traced
-from tfpar.update import Update
 
 X, Y = data(19)
 
@@ -654,17 +653,6 @@ def own_gradients(patch):
     patch.setattr("tfpar.update.all_reduce", kept)
 
 
-def one_replica_updates(patch):
-    original = Update.apply
-    count = []
-
-    def apply(self, *args):
-        count.append(0)
-        return original(self, *args) if len(count) == 1 else None
-
-    patch.setattr(Update, "apply", apply)
-
-
 def equal_shares(patch):
     original = LossProgram.values
     patch.setattr(
@@ -673,10 +661,8 @@ def equal_shares(patch):
 
 
 def local_statistics(patch):
-    original = _moments.is_batch_normalization
     patch.setattr(_moments, "is_batch_normalization", lambda operation: False)
     patch.setattr("tfpar.prepare.hidden_normalizations", lambda graph: set())
-    assert original is not None
 
 
 @pytest.mark.parametrize("bug", [None, mean_for_sum, own_gradients, equal_shares, local_statistics])

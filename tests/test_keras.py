@@ -180,6 +180,12 @@ def test_clear_losses():
     assert not layer.losses
 
 
+def test_nth_seed():
+    seed = keras.random.SeedGenerator(7).state.value
+    seeds = [tuple(_keras.nth_seed(seed, n).numpy().tolist()) for n in range(4)]
+    assert seeds[0] == (7, 0) and len(set(seeds)) == 4
+
+
 def test_is_seed():
     assert _keras.is_seed(keras.random.SeedGenerator(1).state)
     assert not _keras.is_seed(keras.Variable(1.0))

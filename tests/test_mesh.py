@@ -28,3 +28,8 @@ def test_neighbours():
 def test_refused(arguments, message):
     with pytest.raises(DeviceError, match=message):
         Mesh(**arguments)
+
+
+def test_on_gpus():
+    assert Mesh(data=2, devices=("GPU:0", "GPU:1")).on_gpus
+    assert not Mesh(data=2, devices=("GPU:0", "CPU:0")).on_gpus

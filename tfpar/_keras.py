@@ -197,6 +197,14 @@ def is_seed(variable: keras.Variable) -> bool:
     return variable.name == "seed_generator_state"
 
 
+def nth_seed(seed: tf.Tensor, number: int) -> tf.Tensor:
+    """The seed for a part or a replica of this number; the first has the seed itself, the others are far apart."""
+    return seed + tf.constant([number * SEED_STRIDE, 0], seed.dtype) if number else seed
+
+
+SEED_STRIDE = 0x9E3779B9  # 2**32 over the golden ratio
+
+
 @contextlib.contextmanager
 def discarded_writes() -> Iterator[None]:
     """Inside, layers read what they would, and what they write and add to the loss is forgotten."""

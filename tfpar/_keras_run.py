@@ -19,11 +19,9 @@ from keras.src.optimizers.loss_scale_optimizer import LossScaleOptimizer
 from keras.src.optimizers.multi_optimizer import MultiOptimizer
 from keras.src.random.seed_generator import SeedGenerator, global_seed_generator
 
-from tfpar import _moments
+from tfpar import _keras, _moments
 from tfpar._tf import LogicalReplica
 from tfpar.state import whole_moments
-
-SEED_STRIDE = 0x9E3779B9  # between the random seeds of replicas: 2**32 over the golden ratio
 
 
 class Replicas:
@@ -86,9 +84,7 @@ def moments(original: Callable, self: Any, inputs: tf.Tensor, mask: Any) -> tupl
 def next_seed(original: Callable, self: SeedGenerator, ordered: bool = True) -> tf.Tensor:
     """`SeedGenerator.next`: other numbers for each replica."""
     seed, replica = original(self, ordered), one_of_several()
-    if replica is None or not replica._replica_id:
-        return seed
-    return seed + tf.constant([replica._replica_id * SEED_STRIDE, 0], seed.dtype)
+    return seed if replica is None else _keras.nth_seed(seed, replica._replica_id)
 
 
 def replaced(owner: type, name: str, by: Callable) -> tuple[Callable, Callable]:

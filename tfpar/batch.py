@@ -1,6 +1,7 @@
 """Dividing a batch into micro-batches, and putting results together: the one place that does."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -122,10 +123,9 @@ def split(batch: Any, parts: int) -> list[Any]:
     """A structure of tensors as `parts` structures of nearly equal numbers of rows; `None` stays `None`."""
     if parts == 1:
         return [batch]
-    edges = bounds(count(batch), parts)
     return [
         tree.map_structure(lambda x: sliced(x, start, stop), batch)  # noqa: B023
-        for start, stop in zip(edges[:-1], edges[1:], strict=True)
+        for start, stop in pairwise(bounds(count(batch), parts))
     ]
 
 

@@ -1,5 +1,6 @@
 """A model's call, run by the engine inside a step that is not scheduled: Keras' own, or the user's."""
 
+from itertools import pairwise
 from typing import Any
 
 import keras
@@ -37,8 +38,7 @@ def call(
     edges = [Edge(x, m) for x, m in zip(flat, masks, strict=True)]
     schedule = engine.schedule(steps.strategy, parts, training)
     run = forward_on_tape if steps.strategy.mesh.stage == 1 else forward_with_pullback
-    pieces = batch.split(edges, parts.count)
-    weights = batch.shares([batch.count([e.value for e in piece]) for piece in pieces])
+    weights = batch.shares([stop - start for start, stop in pairwise(batch.bounds(rows, parts.count))])
     finished, outputs, added = run(engine, schedule, parts, edges, weights, training)
     outcome.write_state(finished)
     if added:

@@ -114,7 +114,7 @@ class Engine:
 
     def schedule(self, strategy: Any, parts: batch.Parts, training: bool | None) -> Schedule:
         """The order of the actions of each replica."""
-        if parts.replicas > 1 or self.plan.mesh.data > 1:
+        if self.plan.mesh.data > 1:
             return in_turn(self.route(training).partition.stages, parts.micro_batches)
         return strategy.schedule(parts.micro_batches)
 

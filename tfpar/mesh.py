@@ -55,6 +55,11 @@ class Mesh:
         """How many devices the mesh has."""
         return self.data * self.stage * self.tensor
 
+    @property
+    def on_gpus(self) -> bool:
+        """Whether all devices are GPUs."""
+        return all("GPU" in device for device in self.devices)
+
     def device(self, data: int = 0, stage: int = 0, tensor: int = 0) -> str:
         """The name of the device at a coordinate."""
         return self.devices[(data * self.stage + stage) * self.tensor + tensor]

@@ -20,8 +20,6 @@ from tfpar.schedule import Action, Kind, Schedule
 from tfpar.state import NeedsWholeBatch
 from tfpar.variables import HOST
 
-SEED_STRIDE = 0x9E3779B9  # between the random seeds of parts: 2**32 over the golden ratio
-
 
 @dataclass
 class Pass:
@@ -113,15 +111,20 @@ class Pass:
             independent(tensors_of((result, gradients, cotangents)))
             self.returned(action, gradients, cotangents)
         else:
-            if self.differentiate:
-                result, self.pullbacks[s, m] = self.vjp(program, variables, edges)
-            else:
-                result = program(variables, edges)
-            independent(tensors_of(result))
+            result = self.ran(s, m, program, variables, edges)
             self.stopped(action, result.edges)
         self.values[m].update(result.edges)
         self.state[m].update(result.state)
         self.results[s, m] = result
+
+    def ran(self, s: int, m: int, program: Program, variables: list[tf.Tensor], edges: dict[int, Edge]) -> Result:
+        """The result of a stage's program, and for later its way back."""
+        if self.differentiate:
+            result, self.pullbacks[s, m] = self.vjp(program, variables, edges)
+        else:
+            result = program(variables, edges)
+        independent(tensors_of(result))
+        return result
 
     def turns(self, action: Action) -> bool:
         """Whether the way back begins at once, so that forward, loss and backward are one program."""
@@ -144,8 +147,7 @@ class Pass:
             return
         if self.head and s == self.partition.stages - 1:
             outputs = self.started(action, with_logits(self.values[m], self.graph.outputs))
-            for t, cotangent in self.head(self, m, outputs).items():
-                self.cotangents[m].setdefault(t, []).append(cotangent)
+            self.send(m, self.head(self, m, outputs))
             cotangents = self.arrived(s, m)
         else:
             cotangents = self.started(action, self.arrived(s, m))
@@ -160,7 +162,11 @@ class Pass:
             known = self.gradients.get((s, self.replica(m), v))
             self.gradients[s, self.replica(m), v] = gradient if known is None else add(known, gradient)
         self.stopped(action, (edges, [self.gradients[s, self.replica(m), v] for v in variables]))
-        for t, cotangent in edges.items():
+        self.send(m, edges)
+
+    def send(self, m: int, cotangents: dict[int, tf.Tensor]):
+        """Pass cotangents on to the stages that made their tensors."""
+        for t, cotangent in cotangents.items():
             self.cotangents[m].setdefault(t, []).append(cotangent)
 
     def vjp(self, program: Program, variables: list[tf.Tensor], edges: dict[int, Edge]) -> tuple[Result, Callable]:
@@ -199,11 +205,7 @@ class Pass:
         needs = list(with_logits(self.values[0], self.partition.needs(s)))
         edges = {t: self.whole(t) for t in needs}
         variables = [self.variable(s, 0, v) for v in program.variables]
-        if self.differentiate:
-            result, self.pullbacks[s, 0] = self.vjp(program, variables, edges)
-        else:
-            result = program(variables, edges)
-        independent(tensors_of(result))
+        result = self.ran(s, 0, program, variables, edges)
         for t, (value, mask) in result.edges.items():
             parts = zip(self.divided(s, t, value), self.divided(s, t, mask), strict=True)
             for values, part in zip(self.values, parts, strict=True):
@@ -217,8 +219,7 @@ class Pass:
         if self.head and s == self.partition.stages - 1:
             for m, values in enumerate(self.values):
                 with tf.device(self.device(s, self.replica(m))):
-                    for t, cotangent in self.head(self, m, with_logits(values, self.graph.outputs)).items():
-                        self.cotangents[m].setdefault(t, []).append(cotangent)
+                    self.send(m, self.head(self, m, with_logits(values, self.graph.outputs)))
         arrived = [self.arrived(s, m) for m in range(len(self.inputs))]
         cotangents = {
             t: batch.joined([a[t] for a in arrived]) if self.is_batched(t) else tf.add_n([a[t] for a in arrived])
@@ -229,8 +230,8 @@ class Pass:
         self.gradients.update({(s, 0, v): gradient for v, gradient in variables.items()})
         for t, cotangent in edges.items():
             pieces = self.divided(s, t, cotangent) if self.is_batched(t) else [cotangent]
-            for cotangents, piece in zip(self.cotangents, pieces, strict=False):
-                cotangents.setdefault(t, []).append(piece)
+            for m, piece in enumerate(pieces):
+                self.send(m, {t: piece})
 
     def is_batched(self, t: int) -> bool:
         """Whether dimension 0 of a tensor, or of its logits, is the batch."""
@@ -283,9 +284,7 @@ class Pass:
         if (s, r, v) not in self.known:
             self.known[s, r, v] = self.read(variable, r)
         value = self.known[s, r, v]
-        if m and _keras.is_seed(variable):
-            return value + tf.constant([m * SEED_STRIDE, 0], value.dtype)
-        return value
+        return _keras.nth_seed(value, m) if _keras.is_seed(variable) else value
 
     def arrived(self, s: int, m: int) -> dict[int, tf.Tensor]:
         """The cotangents of a stage's edges, summed over those that used them."""

@@ -54,23 +54,22 @@ def prepared(strategy: Any, model: keras.Model, data: Any, rows: int, before: Pl
 def replicated(strategy: Any, model: keras.Model, x: Any, rows: int, whole: Set[str]) -> tuple[Plan, Route, Route]:
     """The plan and the ways through a model of which each replica has a copy: what needs the whole batch gets it."""
     graphs = replica_graphs(model, x)
+    distinct = {id(graph): graph for graph in graphs}  # mostly one: it is probed once
+    found = {key: {graph.graph.ops[i].name for i in needs_whole(graph)} for key, graph in distinct.items()}
     ways = []
     for graph, training in zip(graphs, (True, False), strict=True):
-        names = whole | {graph.graph.ops[i].name for i in needs_whole(graph)}
-        if training and strategy.batch_norm == "global":
-            names |= hidden_normalizations(graph)
-        names = sharing_state(graph, names)
-        if training and strategy.batch_norm == "global":
+        shares = training and strategy.batch_norm == "global"
+        names = whole | found[id(graph)] | (hidden_normalizations(graph) if shares else set())
+        names, shared = sharing_state(graph, names), frozenset()
+        if shares:
             graph, shared = with_shared_statistics(graph, names)
-        else:
-            shared = frozenset()
         if training:
             warn_of(names)
         micro_rows = -(-rows // strategy.parts.fit(rows).count)
         buckets = strategy.buckets if training else 1
         ways.append(Route(graph, *segments(graph.graph, names | shared, buckets, hardware(strategy), micro_rows)))
     cut, stages = ways[0].partition, ways[0].whole
-    plan = Plan(cut, strategy.mesh, in_turn(cut.stages, 1), hardware(strategy), rows, whole=frozenset(stages))
+    plan = Plan(cut, strategy.mesh, in_turn(cut.stages, 1), hardware(strategy), rows, whole=stages)
     return plan, *ways
 
 
@@ -120,7 +119,7 @@ def warn_of(names: Set[str]):
 
 def hardware(strategy: Any) -> Hardware:
     """What the estimates of cost assume."""
-    return HARDWARE["GPU" if all("GPU" in d for d in strategy.mesh.devices) else "CPU"]
+    return HARDWARE["GPU" if strategy.mesh.on_gpus else "CPU"]
 
 
 def planned(strategy: Any, graph: KerasGraph, rows: int, before: Plan | None = None) -> Plan:

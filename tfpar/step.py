@@ -57,7 +57,7 @@ class Steps:
 
     def auto_jit(self) -> bool:
         """What `jit_compile="auto"` means: programs are compiled on GPUs."""
-        return all("GPU" in d for d in self.strategy.mesh.devices) and _keras.auto_jit(self.model)
+        return self.strategy.mesh.on_gpus and _keras.auto_jit(self.model)
 
     def build_later(self, iterator: Any = None, data_batch: Any = None):
         """In place of Keras' build, which would take its first batch away from a generator."""

@@ -108,23 +108,20 @@ def measure(options):
 
 def report(options, best):
     """A table of ratios to plain Keras."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{options.model}, width {options.width}, batch {options.batch}, {options.devices} devices")
+    title = f"{options.model}, width {options.width}, batch {options.batch}, {options.devices} devices"
     headings = "", "step", "of Keras", "speed", "CPU", "of Keras", "first step", "of Keras", "loss", "GPU memory"
-    for heading in headings:
-        table.add_column(heading, justify="right" if heading else "left")
     keras = best["keras"]
-    for run, found in best.items():
-        table.add_row(
+    rows = [
+        (
             run, f"{found['step'] * 1e3:.2f} ms", f"{found['step'] / keras['step']:.3f}",
             f"{keras['sample'] / found['sample']:.2f}",
             f"{found['cpu'] * 1e3:.2f} ms", f"{found['cpu'] / keras['cpu']:.3f}",
             f"{found['first']:.1f} s", f"{found['first'] / keras['first']:.2f}",
-            f"{found['loss']:.6f}", f"{found['memory'] / 2**30:.2f} GiB" if found["memory"] else "",
-        )  # fmt: skip
-    Console(width=130).print(table)
+            f"{found['loss']:.6f}", harness.gibibytes(found),
+        )
+        for run, found in best.items()
+    ]  # fmt: skip
+    harness.print_table(title, headings, rows, width=130)
 
 
 if __name__ == "__main__":

@@ -57,39 +57,24 @@ def measure(options):
 
 def report(options, best):
     """A table of ratios to plain Keras."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        title=f"{options.blocks} encoder blocks, {options.stages} stages, {options.micro_batches} micro-batches"
-    )
+    title = f"{options.blocks} encoder blocks, {options.stages} stages, {options.micro_batches} micro-batches"
     headings = (
-        "",
-        "step",
-        "of Keras",
-        "CPU seconds",
-        "of Keras",
-        "busy",
-        "tracing",
-        "of Keras",
-        "first step",
-        "of Keras",
-        "loss",
-        "GPU memory",
-    )
-    for heading in headings:
-        table.add_column(heading, justify="right" if heading else "left")
+        "", "step", "of Keras", "CPU seconds", "of Keras", "busy", "tracing", "of Keras", "first step", "of Keras",
+        "loss", "GPU memory",
+    )  # fmt: skip
     keras = best["keras"]
-    for run, found in best.items():
-        table.add_row(
+    rows = [
+        (
             run, f"{found['step']:.3f} s", f"{found['step'] / keras['step']:.2f}",
             f"{found['cpu']:.3f}", f"{found['cpu'] / keras['cpu']:.3f}",
             f"{found['cpu'] / found['step'] / options.stages:.1%}",
             f"{found['trace']:.1f} s", f"{found['trace'] / keras['trace']:.2f}",
             f"{found['first']:.1f} s", f"{found['first'] / keras['first']:.2f}",
-            f"{found['loss']:.6f}", f"{found['memory'] / 2**30:.2f} GiB" if found["memory"] else "",
-        )  # fmt: skip
-    Console(width=150).print(table)
+            f"{found['loss']:.6f}", harness.gibibytes(found),
+        )
+        for run, found in best.items()
+    ]  # fmt: skip
+    harness.print_table(title, headings, rows, width=150)
 
 
 if __name__ == "__main__":
