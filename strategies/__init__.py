@@ -4,5 +4,6 @@ from tfpar.strategies.base import Strategy
 from tfpar.strategies.data_parallel import DataParallelStrategy
 from tfpar.strategies.layer_placement import LayerPlacementStrategy
 from tfpar.strategies.pipeline import PipelineStrategy
+from tfpar.strategies.tensor_parallel import TensorParallelStrategy
 
-__all__ = ["DataParallelStrategy", "LayerPlacementStrategy", "PipelineStrategy", "Strategy"]
+__all__ = ["DataParallelStrategy", "LayerPlacementStrategy", "PipelineStrategy", "Strategy", "TensorParallelStrategy"]

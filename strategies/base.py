@@ -20,11 +20,12 @@ from tfpar._tf import (
 from tfpar.batch import Parts
 from tfpar.errors import DeviceError, ModelError, ScheduleError, ScopeError
 from tfpar.feed import Feed, can_be_fed
+from tfpar.layout import REPLICATED
 from tfpar.mesh import Mesh
 from tfpar.plan import Plan
 from tfpar.schedule import SCHEDULES, Schedule
 from tfpar.step import Steps, steps_of
-from tfpar.variables import HOST, LogicalVariable
+from tfpar.variables import HOST, LogicalVariable, parts_of
 
 MirroredStrategy = tf.distribute.MirroredStrategy
 Placement = str | Sequence[str] | Mapping[str, int]
@@ -34,11 +35,12 @@ class Extended(MirroredExtended):
     """The `tf.distribute` side of a strategy: its variables, and what `strategy.run` and `strategy.reduce` do."""
 
     def __init__(self, strategy: "Strategy", mesh: Mesh, cross_device_ops: Any = None):
+        self.mesh = mesh
         self.replicas = tuple(mesh.device(data=r) for r in range(mesh.data))
         ops = cross_device_ops or tf.distribute.ReductionToOneDevice()
         super().__init__(strategy, devices=list(self.replicas), cross_device_ops=ops)
-        # a stage's variables wait in host memory until a plan says where it is
-        self.new_variables_on = self.replicas if mesh.stage == 1 else (HOST,)
+        # variables of stages and ranks wait in host memory until a plan says where they belong
+        self.new_variables_on = self.replicas if mesh.stage * mesh.tensor == 1 else (HOST,)
 
     @contextlib.contextmanager
     def creating_on(self, device: str) -> Iterator[None]:
@@ -76,16 +78,23 @@ class Extended(MirroredExtended):
         follows = isinstance(reference, LogicalVariable)
         devices = [copy.device for copy in reference.copies] if follows else self.new_variables_on
         aggregation = kwargs.get("aggregation") or tf.VariableAggregation.NONE
-        copies = []
+        copies, layout, shape = [], REPLICATED, None
         with tf.init_scope():
             if len(devices) > 1 and callable(kwargs["initial_value"]):
-                kwargs["initial_value"] = kwargs["initial_value"]()  # once: the copies begin alike
+                with tf.device(HOST):
+                    kwargs["initial_value"] = kwargs["initial_value"]()  # once: the copies begin alike
+            if len(devices) > 1 and follows:
+                whole = tf.convert_to_tensor(kwargs["initial_value"])
+                layout, shape = (reference.layout if whole.shape == reference.shape else REPLICATED), whole.shape
+                parts = parts_of(whole, layout, len(devices))
             for number, device in enumerate(devices):
                 with tf.device(device):
                     if copies:
                         kwargs["name"] = f"{copies[0].name.split(':')[0]}/replica_{number}/"
+                    if layout != REPLICATED:
+                        kwargs.update(initial_value=parts[number], shape=None)
                     copies.append(next_creator(**kwargs))
-            variable = LogicalVariable(self._container_strategy(), copies, aggregation)
+            variable = LogicalVariable(self._container_strategy(), copies, aggregation, layout=layout, shape=shape)
         if follows:
             reference.followed_by(variable)
         return variable
@@ -130,6 +139,8 @@ class Extended(MirroredExtended):
             piece = var._get() if isinstance(var, LogicalVariable) else var
             with tf.device(piece.device) if piece.device else contextlib.nullcontext():
                 return fn(piece, *args, **kwargs)
+        if isinstance(replica, LogicalReplica) and self.mesh.tensor > 1 and isinstance(var, LogicalVariable):
+            return fn(var, *args, **kwargs)  # all ranks as one: it reads and writes the whole value
         copies = var.copies if isinstance(var, LogicalVariable) else getattr(var, "values", (var,))
         updates = []
         for number, copy in enumerate(copies):
@@ -165,6 +176,8 @@ class Strategy(MirroredStrategy):
         batch_norm: `"global"`: replicas normalise with the statistics of the whole batch; `"local"`: with their own.
         buckets: into how many parts the gradients of a replica are divided, each reduced as soon as it is there.
         cross_device_ops: how tensors of several replicas are added up; see `tfpar.collectives`.
+        layout: how weights are divided between ranks, see `TensorParallelStrategy`.
+        sequence_parallel: whether ranks divide activations along the sequence between layers that they divide.
 
     Raises:
         DeviceError: a device that does not exist, or one that repeats.
@@ -180,6 +193,8 @@ class Strategy(MirroredStrategy):
         batch_norm: str = "global",
         buckets: int = 1,
         cross_device_ops: tf.distribute.CrossDeviceOps | None = None,
+        layout: Any = "auto",
+        sequence_parallel: bool = False,
     ):
         if not isinstance(micro_batches, int) or micro_batches < 1:
             raise ScheduleError(f"micro_batches is a whole number of at least 1; received {micro_batches!r}")
@@ -194,6 +209,7 @@ class Strategy(MirroredStrategy):
         if mesh.data > 1 and cross_device_ops is None and mesh.on_gpus and each_gpu_is_one_device():
             cross_device_ops = tf.distribute.NcclAllReduce()
         self.batch_norm, self.buckets, self.cross_device_ops = batch_norm, buckets, cross_device_ops
+        self.layout, self.sequence_parallel = layout, sequence_parallel
         self._schedule = schedule if callable(schedule) else SCHEDULES[schedule]
         super(MirroredStrategy, self).__init__(Extended(self, mesh, cross_device_ops))
 

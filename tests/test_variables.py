@@ -48,24 +48,24 @@ def test_placing_moves_the_value_and_keeps_the_identity(variable, strategy):
         slot = keras.Variable([5.0, 6.0, 7.0])
     assert value.device.endswith("CPU:0") and follower_bytes(value) == 12
     value.assign([3.0, 4.0])
-    value.place("CPU:3")
+    value.place(["CPU:3"])
     assert value.device.endswith("CPU:3") and slot.value.device.endswith("CPU:3")
     assert value._unique_id == key and variable.value is value
     assert np.array_equal(value, [3.0, 4.0]) and np.array_equal(slot.value, [5.0, 6.0, 7.0])
     before = value.handle
-    value.place("CPU:3")
+    value.place(["CPU:3"])
     assert value.handle is before  # it is there already
 
 
 def test_a_slot_begins_where_its_variable_is(variable, strategy):
-    variable.value.place("CPU:2")
+    variable.value.place(["CPU:2"])
     with strategy.extended.colocate_vars_with(variable.value):  # as an optimizer does, without a scope
         slot = keras.Variable([0.0])
     assert slot.value.device.endswith("CPU:2")
 
 
 def test_gradients(variable):
-    variable.value.place("CPU:1")
+    variable.value.place(["CPU:1"])
     with tf.GradientTape() as tape:
         y = tf.reduce_sum(variable.value**2)
     assert np.array_equal(tape.gradient(y, variable.value), [2.0, 4.0])
@@ -73,7 +73,7 @@ def test_gradients(variable):
 
 def test_checkpoints(variable, tmp_path):
     path = tf.train.Checkpoint(v=variable.value).write(str(tmp_path / "v"))
-    variable.value.place("CPU:1")
+    variable.value.place(["CPU:1"])
     variable.assign([0.0, 0.0])
     tf.train.Checkpoint(v=variable.value).read(path).assert_consumed()
     assert np.array_equal(variable.value, [1.0, 2.0]) and variable.value.device.endswith("CPU:1")

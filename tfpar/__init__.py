@@ -3,7 +3,16 @@
 import importlib
 
 from tfpar.cost import Hardware, StageCost
-from tfpar.errors import BatchError, DeviceError, ModelError, PartitionError, ScheduleError, ScopeError, TfparError
+from tfpar.errors import (
+    BatchError,
+    DeviceError,
+    LayoutError,
+    ModelError,
+    PartitionError,
+    ScheduleError,
+    ScopeError,
+    TfparError,
+)
 from tfpar.mesh import Mesh
 from tfpar.schedule import Action, Kind, Schedule, gpipe, one_f_one_b
 from tfpar.simulate import simulate
@@ -11,9 +20,10 @@ from tfpar.timeline import Timeline
 
 __version__ = "0.2.0"
 __all__ = [
-    "Action", "BatchError", "DataParallelStrategy", "DeviceError", "Hardware", "Kind", "LayerPlacementStrategy", "Mesh",
+    "Action", "BatchError", "DataParallelStrategy", "DeviceError", "Hardware", "Kind", "LayerPlacementStrategy",
+    "LayoutError", "Mesh",
     "ModelError", "PartitionError", "PipelineStrategy", "Schedule", "ScheduleError", "ScopeError", "StageCost",
-    "TfparError", "Timeline", "gpipe", "one_f_one_b", "simulate",
+    "TensorParallelStrategy", "TfparError", "Timeline", "gpipe", "one_f_one_b", "simulate",
 ]  # fmt: skip
 
 

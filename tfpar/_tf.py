@@ -14,12 +14,14 @@ from tensorflow.python.distribute.values import MirroredVariable, PerReplica
 from tensorflow.python.eager import record
 from tensorflow.python.framework import ops
 from tensorflow.python.ops.resource_variable_ops import ResourceVariable
+from tensorflow.python.trackable.base import VARIABLE_VALUE_KEY
+from tensorflow.python.training.saving.saveable_object import SaveableObject, SaveSpec
 
 __all__ = [
     "LogicalReplica", "MirroredExtended", "MirroredVariable", "OwnedMultiDeviceIterator", "PerReplica",
     "ResourceVariable", "awaited",
     "batch_reduce", "following_inputs", "independent", "outside_replica", "record_gradient", "replica_of",
-    "select_replica", "tape_watches", "unrecorded", "update_regroup", "without_device",
+    "saveable", "select_replica", "tape_watches", "unrecorded", "update_regroup", "without_device",
 ]  # fmt: skip
 
 
@@ -145,3 +147,16 @@ def batch_reduce(ops: tf.distribute.CrossDeviceOps, values: Sequence[Sequence[An
 def without_device() -> contextlib.AbstractContextManager:
     """Inside, no `tf.device` counts: a function that is traced there belongs to none."""
     return ops.colocate_with(None, ignore_existing=True)
+
+
+def saveable(read: Callable, assign: Callable, dtype: tf.DType, name: str) -> dict[str, Callable]:
+    """What a variable tells a checkpoint of its value, where that is more than one `tf.Variable`."""
+
+    class Whole(SaveableObject):
+        def __init__(self, name):
+            super().__init__(read, [SaveSpec(read, "", name, dtype=dtype, device="CPU:0")], name)
+
+        def restore(self, restored_tensors, restored_shapes):
+            return assign(restored_tensors[0])
+
+    return {VARIABLE_VALUE_KEY: lambda name=name: Whole(name)}

@@ -8,6 +8,7 @@ import tensorflow as tf
 from keras import tree
 
 from tfpar.errors import BatchError
+from tfpar.layout import bounds
 
 
 class Parts(NamedTuple):
@@ -93,16 +94,6 @@ def count(batch: Any) -> Any:
     """The number of samples: a whole number where it is known while tracing, else a tensor."""
     first = next(leaf for leaf in tree.flatten(batch) if leaf is not None)
     return first.shape[0] if first.shape[0] is not None else tf.shape(first)[0]
-
-
-def bounds(count: Any, parts: int) -> list[Any]:
-    """Where `parts` nearly equal parts of `count` rows begin, and where the last ends; `count` may be a tensor.
-
-    Example:
-        >>> bounds(10, 4)
-        [0, 2, 5, 7, 10]
-    """
-    return [count * part // parts for part in range(parts + 1)]
 
 
 def shares(counts: list[Any]) -> list[tf.Tensor]:

@@ -1,14 +1,23 @@
-"""Sums over replicas."""
+"""What replicas and ranks exchange."""
 
-# r: replica
+# r: replica or rank
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
 
 from tfpar._tf import batch_reduce
-from tfpar.passes import add
+from tfpar.layout import bounds
+
+
+def add(a: Any, b: Any) -> Any:
+    """The sum of two gradients; of two sparse ones, a sparse one."""
+    if isinstance(a, tf.IndexedSlices) and isinstance(b, tf.IndexedSlices):
+        values, indices = tf.concat([a.values, b.values], 0), tf.concat([a.indices, b.indices], 0)
+        return tf.IndexedSlices(values, indices, a.dense_shape)
+    return tf.convert_to_tensor(a) + tf.convert_to_tensor(b)
 
 
 def all_reduce(values: Sequence[Sequence[Any]], devices: Sequence[str], ops: Any = None) -> list[list[Any]]:
@@ -58,3 +67,105 @@ def copied(value: Any, devices: Sequence[str]) -> list[Any]:
         with tf.device(device):
             copies.append(tf.nest.map_structure(tf.identity, value, expand_composites=True))
     return copies
+
+
+# ---- between the ranks of a tensor axis: a value for each, on its device
+
+
+def identity(values: Sequence[tf.Tensor], devices: Sequence[str], dim: int, extent: Any, ops: Any) -> list[tf.Tensor]:
+    """The same values."""
+    return list(values)
+
+
+def reduced(values: Sequence[tf.Tensor], devices: Sequence[str], dim: int, extent: Any, ops: Any) -> list[tf.Tensor]:
+    """The sum, everywhere, to the last bit the same."""
+    if ops is not None:
+        return batch_reduce(ops, [values])[0]
+    return [summed(values, device) for device in devices]
+
+
+def gathered(values: Sequence[tf.Tensor], devices: Sequence[str], dim: int, extent: Any, ops: Any) -> list[tf.Tensor]:
+    """All parts along `dim`, everywhere."""
+    whole = []
+    for device in devices:
+        with tf.device(device):
+            whole.append(tf.concat(list(values), dim))
+    return whole
+
+
+def cut(values: Sequence[tf.Tensor], devices: Sequence[str], dim: int, extent: Any, ops: Any) -> list[tf.Tensor]:
+    """Of what all have, each its part."""
+    parts = []
+    for r, device in enumerate(devices):
+        with tf.device(device):
+            parts.append(part(values[r], dim, r, len(devices), extent))
+    return parts
+
+
+def scattered(values: Sequence[tf.Tensor], devices: Sequence[str], dim: int, extent: Any, ops: Any) -> list[tf.Tensor]:
+    """Of the sum, each its part."""
+    if ops is not None:
+        return cut(reduced(values, devices, dim, extent, ops), devices, dim, extent, ops)
+    return [
+        summed([part(value, dim, r, len(devices), extent) for value in values], device)
+        for r, device in enumerate(devices)
+    ]
+
+
+def part(value: tf.Tensor, dim: int, r: int, ranks: int, extent: Any = None) -> tf.Tensor:
+    """The part of rank `r` along `dim`, of which there are `extent` elements; placed where the value is."""
+    extent = value.shape[dim] if extent is None else extent
+    edges = bounds(tf.shape(value)[dim] if extent is None else extent, ranks)
+    with tf.device(value.device or None):
+        return value[(slice(None),) * dim + (slice(edges[r], edges[r + 1]),)]
+
+
+def numbers(values: Sequence[tf.Tensor], devices: Sequence[str], dim: int, extent: Any, ops: Any) -> list[tf.Tensor]:
+    """To each its number."""
+    found = []
+    for r, device in enumerate(devices):
+        with tf.device(device):
+            found.append(tf.constant(r))
+    return found
+
+
+EXCHANGES: dict[str, Callable] = {
+    "identity": identity, "all-reduce": reduced, "all-gather": gathered, "slice": cut, "reduce-scatter": scattered,
+    "rank": numbers,
+}  # fmt: skip
+LOCAL = ("identity", "slice", "rank")  # nothing crosses between ranks
+
+
+@dataclass(frozen=True)
+class Collective:
+    """An exchange between ranks, and that of the gradients on the way back, by their names in `EXCHANGES`.
+
+    What all ranks have in common has the whole gradient on each of them; of a part, its gradient. So the way back of
+    an all-reduce is nothing at all, and that of handing a common tensor to ranks which compute different things is an
+    all-reduce (Shoeybi et al., "Megatron-LM", section 3).
+
+    Args:
+        dim: along which tensors are divided.
+        extent: elements along it, if that is known.
+    """
+
+    forward: str
+    backward: str
+    dim: int = 0
+    extent: int | None = None
+    variables: tuple = ()
+
+    def there(self, values: Sequence[tf.Tensor], devices: Sequence[str], ops: Any = None) -> list[tf.Tensor]:
+        """What each rank has afterwards."""
+        return EXCHANGES[self.forward](values, devices, self.dim, self.extent, ops)
+
+    def back(self, gradients: Sequence[tf.Tensor], devices: Sequence[str], ops: Any = None) -> list[tf.Tensor]:
+        """The gradients of what each rank had before."""
+        return EXCHANGES[self.backward](gradients, devices, self.dim, self.extent, ops)
+
+    def of_mask(self, masks: Sequence[tf.Tensor], devices: Sequence[str]) -> list[tf.Tensor]:
+        """The Keras masks of what each rank has afterwards."""
+        if masks[0] is None or self.dim >= masks[0].shape.rank:
+            return list(masks)
+        exchange = {"reduce-scatter": "slice", "all-reduce": "identity"}.get(self.forward, self.forward)
+        return EXCHANGES[exchange](masks, devices, self.dim, self.extent, None)

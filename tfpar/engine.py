@@ -10,6 +10,8 @@ import tensorflow as tf
 
 from tfpar import batch
 from tfpar._tf import unrecorded
+from tfpar.collectives import Collective
+from tfpar.layout import Layout
 from tfpar.model import KerasGraph
 from tfpar.partition import Partition
 from tfpar.plan import Plan
@@ -21,7 +23,7 @@ from tfpar.variables import HOST
 
 
 def copy_of(variable: keras.Variable, replica: int) -> tf.Variable:
-    """The variable that holds the value for a replica."""
+    """The variable that holds the value for a lane: a replica, or a rank."""
     copies = getattr(variable.value, "copies", ())
     return copies[replica] if len(copies) > 1 else variable.value
 
@@ -45,16 +47,28 @@ class Route:
     Args:
         graph, partition: the operations, and the stage of each.
         whole: stages that take the parts of all replicas at once.
+        drawn: states of random numbers from which the ranks of a replica draw differently.
     """
 
     graph: KerasGraph
     partition: Partition
     whole: Set[int] = frozenset()
+    drawn: Set[int] = frozenset()
 
     @cached_property
     def probe(self) -> Probe:
         """What is known of how the results of its operations combine."""
         return Probe(self.graph)
+
+    @cached_property
+    def collectives(self) -> dict[int, Collective]:
+        """The exchanges between ranks, each a stage of its own."""
+        calls = zip(self.partition.stage_of, self.graph.calls, strict=True)
+        return {s: call.operation for s, call in calls if isinstance(call.operation, Collective)}
+
+    def collective(self, stage: int) -> Collective | None:
+        """The exchange that a stage is, if it is one."""
+        return self.collectives.get(stage)
 
     def knowing(self, unknown: UnknownVariables) -> "Route":
         """The same way, in which a call has the variables that it was found to use."""
@@ -71,6 +85,9 @@ class Engine:
         model: what the plan is of.
         training, inference: the ways through it; they share their variables, their inputs and their outputs.
         jit_compile, eager: how programs run.
+        layouts, partial: of the variables that ranks have parts of, how; of the others, of which ranks find parts of
+            the gradient.
+        reduce: the `tf.distribute.CrossDeviceOps` that add up tensors of ranks; copies, if not given.
     """
 
     plan: Plan
@@ -79,6 +96,9 @@ class Engine:
     inference: Route
     jit_compile: bool = False
     eager: bool = False
+    layouts: dict[int, Layout] = field(default_factory=dict)
+    partial: Set[int] = frozenset()
+    reduce: Any = None
     has_masks: bool = False  # outputs have masks that their symbols do not show
     programs: dict[tuple[int, bool | None], Program] = field(default_factory=dict)
     raw: dict[int, Callable] = field(default_factory=dict)  # of tensors that are functions of their logits, which
@@ -114,7 +134,7 @@ class Engine:
 
     def schedule(self, strategy: Any, parts: batch.Parts, training: bool | None) -> Schedule:
         """The order of the actions of each replica."""
-        if self.plan.mesh.data > 1:
+        if self.plan.mesh.data * self.plan.mesh.tensor > 1:
             return in_turn(self.route(training).partition.stages, parts.micro_batches)
         return strategy.schedule(parts.micro_batches)
 

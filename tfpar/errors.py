@@ -27,6 +27,10 @@ class ScopeError(TfparError):
     """A variable that was created outside of the strategy's scope."""
 
 
+class LayoutError(TfparError):
+    """Weights that cannot be divided between ranks as asked."""
+
+
 class BatchError(TfparError):
     """A batch that cannot be divided: empty, or with parts of unequal length."""
 

@@ -31,6 +31,7 @@ class Variable:
     path: str
     bytes: int
     trainable: bool = True
+    shape: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -154,11 +154,10 @@ class Head:
             masked = any(e.mask is not None for e in outputs.values())
             masks = self.program.engine.masks(whole_inputs(run), self.training) if masked else {}
             self.totals = self.whole_counts({t: (e.value.shape, e.value.dtype) for t, e in outputs.items()}, masks)
-        y, sample_weight = each(tf.identity, self.targets[m])
+        y, sample_weight = each(tf.identity, self.targets[run.part(m)])
         values, loss, cotangents = self.program.call(outputs, y, sample_weight, self.totals, self.scale)
         independent(tensors_of((loss, cotangents)))
-        self.values_of.append(values)
-        self.losses.append(loss)
+        self.count(run, m, values, loss)
         return cotangents
 
     def turn(self, run: Pass, m: int, program: Program, variables: list[tf.Tensor], edges: dict[int, Edge]):
@@ -166,14 +165,19 @@ class Head:
         if self.parts > 1 and self.totals is None:
             symbols = self.program.engine.graph.symbols
             self.totals = self.whole_counts({t: (symbols[t].shape, symbols[t].dtype) for t in run.graph.outputs}, {})
-        y, sample_weight = each(tf.identity, self.targets[m])
+        y, sample_weight = each(tf.identity, self.targets[run.part(m)])
         result, values, loss, gradients, cotangents = self.program.turn(run, program)(
-            variables, edges, y, sample_weight, self.totals, self.scale, run.weights[m]
+            variables, edges, y, sample_weight, self.totals, self.scale, run.weights[run.part(m)]
         )
         independent(tensors_of((values, loss)))
-        self.values_of.append(values)
-        self.losses.append(loss)
+        self.count(run, m, values, loss)
         return result, gradients, cotangents
+
+    def count(self, run: Pass, m: int, values: list[tf.Tensor], loss: tf.Tensor):
+        """Note the loss of a part, which all ranks find alike."""
+        if not run.rank(m):
+            self.values_of.append(values)
+            self.losses.append(loss)
 
     def whole_counts(self, outputs: dict[int, tuple[Any, Any]], masks: dict[int, Any]) -> list[tf.Tensor]:
         """What each loss's mean over the whole batch divides by, before all parts are through.

@@ -1,5 +1,6 @@
 """A Keras model as an `OpGraph`, with what to call for each operation."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -55,6 +56,15 @@ class Call:
         """The variables it uses: a layer's own, and those among the arguments."""
         arguments = tree.flatten((self.args, self.kwargs))
         return [*getattr(self.operation, "variables", ()), *(a for a in arguments if isinstance(a, keras.Variable))]
+
+    @property
+    def named_arguments(self) -> dict[str, Any]:
+        """The arguments by the names that the operation's `call` gives them, as far as it does."""
+        call = getattr(self.operation, "call", self.operation)
+        try:
+            return inspect.signature(call).bind(*self.args, **self.kwargs).arguments
+        except (TypeError, ValueError):
+            return self.kwargs
 
 
 @dataclass(frozen=True)
@@ -216,7 +226,7 @@ def name_of(operation: Any, opened: bool) -> str:
 def describe(variable: keras.Variable) -> Variable:
     """A Keras variable as plain data."""
     size = int(np.prod(variable.shape)) * tf.as_dtype(variable.dtype).size
-    return Variable(variable.path, size, variable.trainable)
+    return Variable(variable.path, size, variable.trainable, tuple(variable.shape))
 
 
 def graph_from(function: Any, explicit: bool = False) -> KerasGraph:

@@ -1,6 +1,6 @@
 """What a finished pass leaves: outputs, losses, gradients and state of the whole batch."""
 
-# s: stage, r: replica, m: part of the batch, t: tensor of the graph, v: variable, i: operation, k: its k-th added loss
+# s: stage, m: micro-batch of a lane, t: tensor of the graph, v: variable, i: operation, k: its k-th added loss
 
 from typing import Any
 
@@ -30,7 +30,7 @@ def added_losses(run: Pass) -> dict[tuple[int, int], tf.Tensor]:
     """What layers added to the loss, for the whole batch."""
     total: dict[tuple[int, int], tf.Tensor] = {}
     for (_, m), result in run.results.items():
-        for (i, k), weight in run.loss_weights(result, run.weights[m]).items():
+        for (i, k), weight in run.loss_weights(result, run.weights[run.part(m)]).items() if not run.rank(m) else ():
             loss = result.losses[i][k]
             part = tf.math.multiply_no_nan(loss, tf.cast(weight, loss.dtype))  # no rows have no mean
             total[i, k] = total[i, k] + part if (i, k) in total else part
@@ -38,13 +38,13 @@ def added_losses(run: Pass) -> dict[tuple[int, int], tf.Tensor]:
 
 
 def gradients(run: Pass, v: int | None) -> list[Any]:
-    """The gradient of a variable, if there is one, for each replica on its device; `None` if nothing depends on it."""
+    """The gradient of a variable, if there is one, for each lane on its device; `None` if nothing depends on it."""
     if v is None:
-        return [None] * run.parts.replicas
+        return [None] * run.lanes
     found = []
-    for r in range(run.parts.replicas):
-        parts = [g for (_, owner, of), g in run.gradients.items() if (owner, of) == (r, v)]
-        with tf.device(device_of(run.engine.graph.variables[v], r)):
+    for lane in range(run.lanes):
+        parts = [g for (_, owner, of), g in run.gradients.items() if (owner, of) == (lane, v)]
+        with tf.device(device_of(run.engine.graph.variables[v], lane)):
             total = parts[0] if parts else None
             for part in parts[1:]:
                 total = add(total, part)
@@ -63,9 +63,13 @@ def write_state(run: Pass):
     moved = move_statistics(run) if len(run.inputs) > 1 else set()
     for v in dict.fromkeys(v for state in run.state for v in state):
         variable = run.engine.graph.variables[v]
-        if id(variable) not in moved:
+        if v in run.engine.layouts:
+            for rank, copy in enumerate(variable.value.copies):  # every part has a value of its own
+                with tf.device(copy.device):
+                    copy.assign(run.state[rank][v])
+        elif id(variable) not in moved:
             with tf.device(device_of(variable)):
-                variable.assign(combined(run, v, [state[v] for state in run.state if v in state]))
+                variable.assign(combined(run, v, [run.state[m][v] for m in run.firsts if v in run.state[m]]))
 
 
 def combined(run: Pass, v: int, parts: list[tf.Tensor]) -> tf.Tensor:

@@ -1,6 +1,7 @@
 """One batch on its way through the stages: emits each action on its device, in its order, into one tf.function."""
 
-# s: stage, r: replica, m: part of the batch, t: tensor of the graph, v: variable, i: operation, k: its k-th added loss
+# s: stage, l: lane, a rank of a replica, m: micro-batch of a lane, t: tensor of the graph, v: variable, i: operation,
+# k: its k-th added loss
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
@@ -12,6 +13,7 @@ import tensorflow as tf
 
 from tfpar import _keras, batch
 from tfpar._tf import awaited, independent
+from tfpar.collectives import add
 from tfpar.engine import Engine, each, read, tensors_of
 from tfpar.errors import ModelError
 from tfpar.probe import Combine
@@ -27,7 +29,8 @@ class Pass:
 
     Args:
         engine: whose programs to run.
-        parts: how the batch is divided; part `m` belongs to replica `m // parts.micro_batches`.
+        parts: how the batch is divided. All ranks of a replica get the same parts; `m` counts the micro-batches of
+            the first lane, then those of the next.
         inputs: for each part, the model's flat inputs.
         weights: for each part, its share of the batch's samples.
         training: what layers are told.
@@ -54,49 +57,79 @@ class Pass:
     def __post_init__(self):
         self.route = self.engine.route(self.training)
         self.graph, self.partition = self.route.graph.graph, self.route.partition
-        self.values: list[dict[int, Edge]] = [dict(zip(self.graph.inputs, x, strict=True)) for x in self.inputs]
-        self.state: list[dict[int, tf.Tensor]] = [{} for _ in self.inputs]
+        self.ranks = self.engine.plan.mesh.tensor
+        self.all = range(len(self.inputs) * self.ranks)
+        self.values: list[dict[int, Edge]] = [
+            dict(zip(self.graph.inputs, self.inputs[self.part(m)], strict=True)) for m in self.all
+        ]
+        self.state: list[dict[int, tf.Tensor]] = [{} for _ in self.all]
         self.results: dict[tuple[int, int], Result] = {}
         self.pullbacks: dict[tuple[int, int], Callable] = {}
-        self.cotangents: list[dict[int, list[tf.Tensor]]] = [{} for _ in self.inputs]
-        self.gradients: dict[tuple[int, int, int], Any] = {}  # by stage, replica and variable
-        self.known: dict[tuple[int, int, int], tf.Tensor] = {}  # by stage, replica and variable
-        self.last: dict[tuple[int, int], list[Any]] = {}  # by replica and device, what tells that it is free
+        self.cotangents: list[dict[int, list[tf.Tensor]]] = [{} for _ in self.all]
+        self.gradients: dict[tuple[int, int, int], Any] = {}  # by stage, lane and variable
+        self.known: dict[tuple[int, int, int], tf.Tensor] = {}  # by stage, lane and variable
+        self.last: dict[tuple[int, int], list[Any]] = {}  # by lane and device, what tells that it is free
         self.starts: dict[Action, tf.Tensor] = {}
         self.stops: dict[Action, tf.Tensor] = {}
 
     def run(self, schedule: Schedule, *kinds: Kind) -> "Pass":
-        """Emit the schedule's actions of these kinds, each for every replica."""
+        """Emit the schedule's actions of these kinds, each for every lane, or once for those that it concerns."""
         self.schedule = schedule
         for s, kind, m in schedule.order:
-            replicas = range(1 if s in self.route.whole else self.parts.replicas)
-            for r in replicas if kind in kinds else ():
-                action = Action(s, kind, r * self.parts.micro_batches + m)
-                with tf.device(self.device(s, r)), tf.name_scope(self.scope(action)):
-                    (RUN_WHOLE if s in self.route.whole else RUN)[kind](self, action)
+            exchange = self.route.collective(s) is not None
+            together = self.lanes if s in self.route.whole else self.ranks if exchange else 1
+            for lane in range(0, self.lanes, together) if kind in kinds else ():
+                action = Action(s, kind, lane * self.parts.micro_batches + m)
+                with tf.device(self.device(s, lane)), tf.name_scope(self.scope(action)):
+                    (RUN_COLLECTIVE if exchange else RUN_WHOLE if s in self.route.whole else RUN)[kind](self, action)
         return self
 
-    def device(self, s: int, r: int = 0) -> str:
-        """The device of a stage of a replica."""
-        return self.engine.plan.mesh.device(data=r, stage=self.schedule.device_of[s])
+    @property
+    def lanes(self) -> int:
+        """How many run the same programs side by side."""
+        return self.parts.replicas * self.ranks
+
+    def device(self, s: int, lane: int = 0) -> str:
+        """The device of a stage of a lane."""
+        replica, rank = divmod(lane, self.ranks)
+        return self.engine.plan.mesh.device(data=replica, stage=self.schedule.device_of[s], tensor=rank)
 
     def scope(self, action: Action) -> str:
         """The name of an action, as profiles show it."""
         s, kind, m = action
-        replica = f"replica{self.replica(m)}/" if self.parts.replicas > 1 else ""
+        replica, rank = divmod(self.lane(m), self.ranks)
+        where = f"replica{replica}/" if self.parts.replicas > 1 else ""
+        exchange = self.route.collective(s)
+        if exchange is not None:
+            name = self.graph.ops[self.partition.ops(s)[0]].layer
+            return f"{where}{exchange.forward if kind is Kind.FORWARD else exchange.backward}/{name}"
+        where += f"rank{rank}/" if self.ranks > 1 else ""
         what = "forward_backward" if self.turns(action) else kind.name.lower()
-        return f"{replica}stage{s}/mb{m % self.parts.micro_batches}/{what}"
+        return f"{where}stage{s}/mb{m % self.parts.micro_batches}/{what}"
 
     def again(self) -> "Pass":
         """The same forward passes, for another way back."""
         other = copy.copy(self)
-        other.cotangents, other.gradients, other.last = [{} for _ in self.inputs], {}, {}
+        other.cotangents, other.gradients, other.last = [{} for _ in self.all], {}, {}
         other.pullbacks = dict(self.pullbacks)
         return other
 
-    def replica(self, m: int) -> int:
-        """Whose part this is."""
+    def lane(self, m: int) -> int:
+        """Whose micro-batch this is."""
         return m // self.parts.micro_batches
+
+    def rank(self, m: int) -> int:
+        """Which of the ranks of a replica has this micro-batch."""
+        return self.lane(m) % self.ranks
+
+    def part(self, m: int) -> int:
+        """Which part of the batch this is."""
+        return self.lane(m) // self.ranks * self.parts.micro_batches + m % self.parts.micro_batches
+
+    @property
+    def firsts(self) -> list[int]:
+        """The micro-batches of the first rank of each replica: each part of the batch once."""
+        return [m for m in self.all if not self.rank(m)]
 
     # ---- actions, under the device of their stage
 
@@ -159,9 +192,9 @@ class Pass:
         """Keep what came back through a stage."""
         s, _, m = action
         for v, gradient in variables.items():
-            known = self.gradients.get((s, self.replica(m), v))
-            self.gradients[s, self.replica(m), v] = gradient if known is None else add(known, gradient)
-        self.stopped(action, (edges, [self.gradients[s, self.replica(m), v] for v in variables]))
+            known = self.gradients.get((s, self.lane(m), v))
+            self.gradients[s, self.lane(m), v] = gradient if known is None else add(known, gradient)
+        self.stopped(action, (edges, [self.gradients[s, self.lane(m), v] for v in variables]))
         self.send(m, edges)
 
     def send(self, m: int, cotangents: dict[int, tf.Tensor]):
@@ -218,7 +251,7 @@ class Pass:
         s = action.stage
         if self.head and s == self.partition.stages - 1:
             for m, values in enumerate(self.values):
-                with tf.device(self.device(s, self.replica(m))):
+                with tf.device(self.device(s, self.lane(m))):
                     self.send(m, self.head(self, m, with_logits(values, self.graph.outputs)))
         arrived = [self.arrived(s, m) for m in range(len(self.inputs))]
         cotangents = {
@@ -239,7 +272,7 @@ class Pass:
 
     def whole(self, t: int) -> Edge:
         """A tensor for the whole batch."""
-        parts = [values[t] for values in self.values]
+        parts = [self.values[m][t] for m in self.firsts]
         if not self.is_batched(t):
             return parts[0]
         return Edge(batch.joined([p.value for p in parts]), batch.joined([p.mask for p in parts]))
@@ -250,6 +283,37 @@ class Pass:
             return [value] * len(self.values)
         like = next(filter(self.is_batched, [*self.partition.needs(s), *self.graph.inputs]))
         return batch.split_like(value, [batch.count([values[like].value]) for values in self.values])
+
+    # ---- the same for an exchange between the ranks of a replica
+
+    def forward_collective(self, action: Action):
+        """Exchange what ranks have of a tensor."""
+        collective, places, devices, inputs, (y,) = self.exchanged(action)
+        edges = [self.values[m][inputs[0]] if inputs else Edge(None) for m in places]
+        values = collective.there([e.value for e in edges], devices, self.engine.reduce)
+        masks = collective.of_mask([e.mask for e in edges], devices)
+        for m, value, mask in zip(places, values, masks, strict=True):
+            self.values[m][y] = Edge(value, mask)
+
+    def backward_collective(self, action: Action):
+        """Exchange what ranks have of a gradient."""
+        collective, places, devices, inputs, (y,) = self.exchanged(action)
+        arrived = [self.cotangents[m].get(y) for m in places]
+        if all(arrived):
+            summed = []
+            for parts, device in zip(arrived, devices, strict=True):
+                with tf.device(device):
+                    summed.append(tf.add_n(parts) if len(parts) > 1 else parts[0])
+            for m, gradient in zip(places, collective.back(summed, devices, self.engine.reduce), strict=True):
+                self.send(m, {inputs[0]: gradient})
+
+    def exchanged(self, action: Action) -> tuple:
+        """A collective, the micro-batches of the ranks, their devices, what goes in and what comes out."""
+        s, _, first = action
+        (i,) = self.partition.ops(s)
+        op = self.graph.ops[i]
+        places = [first + k * self.parts.micro_batches for k in range(self.ranks)]
+        return self.route.collective(s), places, [self.device(s, self.lane(m)) for m in places], op.inputs, op.outputs
 
     # ---- the order on a device
 
@@ -271,20 +335,23 @@ class Pass:
         self.last[self.place(action)] = [done]
 
     def place(self, action: Action) -> tuple[int, int]:
-        """The replica and the device of an action."""
-        return self.replica(action.micro_batch), self.schedule.device_of[action.stage]
+        """The lane and the device of an action."""
+        return self.lane(action.micro_batch), self.schedule.device_of[action.stage]
 
     # ---- what flows
 
     def variable(self, s: int, m: int, v: int) -> tf.Tensor:
         """A variable's value for a part: as its replica left it, or as it was before the batch."""
-        r, variable = self.replica(m), self.engine.graph.variables[v]
+        lane, variable = self.lane(m), self.engine.graph.variables[v]
         if v in self.state[m]:
             return tf.identity(self.state[m][v])
-        if (s, r, v) not in self.known:
-            self.known[s, r, v] = self.read(variable, r)
-        value = self.known[s, r, v]
-        return _keras.nth_seed(value, m) if _keras.is_seed(variable) else value
+        if (s, lane, v) not in self.known:
+            self.known[s, lane, v] = self.read(variable, lane)
+        value = self.known[s, lane, v]
+        if not _keras.is_seed(variable):
+            return value
+        # ranks that fill the same tensor draw the same numbers
+        return _keras.nth_seed(value, m if v in self.route.drawn else self.part(m))
 
     def arrived(self, s: int, m: int) -> dict[int, tf.Tensor]:
         """The cotangents of a stage's edges, summed over those that used them."""
@@ -295,7 +362,7 @@ class Pass:
         """The gradient of each loss that a stage added for a part."""
         return {
             (i, k): tf.cast(weight, (loss := result.losses[i][k]).dtype) * tf.cast(self.cotangent_of(i, k), loss.dtype)
-            for (i, k), weight in self.loss_weights(result, self.weights[m]).items()
+            for (i, k), weight in self.loss_weights(result, self.weights[self.part(m)]).items()
         }
 
     def loss_weights(self, result: Result, share: Any) -> dict[tuple[int, int], Any]:
@@ -339,6 +406,7 @@ class Pass:
 
 RUN: dict[Kind, Callable[[Pass, Action], None]] = {Kind.FORWARD: Pass.forward, Kind.BACKWARD: Pass.backward}
 RUN_WHOLE = {Kind.FORWARD: Pass.forward_whole, Kind.BACKWARD: Pass.backward_whole}
+RUN_COLLECTIVE = {Kind.FORWARD: Pass.forward_collective, Kind.BACKWARD: Pass.backward_collective}
 
 
 def present(keys: Iterable[int], values: Sequence[Any]) -> dict[int, Any]:
@@ -352,11 +420,3 @@ def now(after: list[tf.Tensor]) -> tf.Tensor:
         time = tf.timestamp()
     independent([time])
     return time
-
-
-def add(a: Any, b: Any) -> Any:
-    """The sum of two gradients; of two sparse ones, a sparse one."""
-    if isinstance(a, tf.IndexedSlices) and isinstance(b, tf.IndexedSlices):
-        values, indices = tf.concat([a.values, b.values], 0), tf.concat([a.indices, b.indices], 0)
-        return tf.IndexedSlices(values, indices, a.dense_shape)
-    return tf.convert_to_tensor(a) + tf.convert_to_tensor(b)

@@ -1,17 +1,59 @@
 """What goes where: the result of planning, and what a user is told of it."""
 
 from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
 
 from rich.box import SIMPLE
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
 from tfpar.cost import BACKWARD, Hardware, StageCost, op_seconds
+from tfpar.layout import Layout, bounds
 from tfpar.mesh import Mesh
 from tfpar.partition import Partition
 from tfpar.schedule import Schedule
 from tfpar.simulate import simulate
 from tfpar.timeline import Timeline
+
+
+class Weight(NamedTuple):
+    """How a weight is divided between the ranks of a tensor axis, and why."""
+
+    path: str
+    shape: tuple[int, ...]
+    bytes: int
+    layout: Layout
+    why: str
+
+    def part(self, rank: int, ranks: int) -> tuple[int, ...]:
+        """The shape of what a rank has."""
+        if self.layout.dim is None:
+            return self.shape
+        edges = bounds(self.shape[self.layout.dim], ranks)
+        return tuple(edges[rank + 1] - edges[rank] if d == self.layout.dim else n for d, n in enumerate(self.shape))
+
+    def part_bytes(self, rank: int, ranks: int) -> int:
+        """The bytes of what a rank has."""
+        return self.bytes // max(1, prod(self.shape)) * prod(self.part(rank, ranks))
+
+
+class Exchange(NamedTuple):
+    """What crosses between ranks once in a step.
+
+    Args:
+        kind: "all-reduce", "all-gather" or "reduce-scatter".
+        where: the operation that it belongs to.
+        backward: whether on the way back.
+        bytes: of one sample of the whole tensor; of all of it, for gradients of weights.
+        batched: whether `bytes` are those of one sample.
+    """
+
+    kind: str
+    where: str
+    backward: bool
+    bytes: int
+    batched: bool = True
 
 
 @dataclass(frozen=True)
@@ -26,6 +68,8 @@ class Plan:
         rows: samples in a full batch.
         slot_bytes: for each variable of the graph, the bytes that the optimizer keeps for it.
         whole: stages that take the parts of all replicas at once.
+        weights: how each variable of the graph is divided between ranks.
+        exchanges: what crosses between ranks in a training step.
     """
 
     partition: Partition
@@ -35,6 +79,8 @@ class Plan:
     rows: int
     slot_bytes: tuple[int, ...] = ()
     whole: frozenset[int] = frozenset()
+    weights: tuple[Weight, ...] = ()
+    exchanges: tuple[Exchange, ...] = ()
 
     def device(self, stage: int, replica: int = 0) -> str:
         """The device of a stage."""
@@ -85,7 +131,9 @@ class Plan:
         made = sum(graph.tensors[t].bytes for i in self.partition.ops(stage) for t in graph.ops[i].outputs)
         return made * self.micro_rows * self.schedule.in_flight(stage)
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> RenderableType:
+        if self.mesh.tensor > 1:
+            return self.of_ranks()
         return self.of_replicas() if self.mesh.data > 1 else self.of_stages()
 
     def of_stages(self) -> Table:
@@ -131,10 +179,48 @@ class Plan:
         )
         return table
 
+    def rank_bytes(self, rank: int) -> int:
+        """Bytes of the variables of a rank."""
+        return sum(weight.part_bytes(rank, self.mesh.tensor) for weight in self.weights)
+
+    def of_ranks(self) -> Group:
+        """How weights are divided between ranks, what each rank holds, and what they exchange."""
+        ranks = self.mesh.tensor
+        weights = Table(title=f"{ranks} ranks", box=SIMPLE, padding=(0, 1, 0, 0))
+        for name in ("weight", "shape", "part", "why"):
+            weights.add_column(name, overflow="fold")
+        for weight in self.weights:
+            part = "" if weight.layout.dim is None else str(weight.part(0, ranks))
+            weights.add_row(weight.path, str(weight.shape), part, weight.why)
+        devices = Table(box=SIMPLE, padding=(0, 1, 0, 0))
+        for name in ("rank", "device"):
+            devices.add_column(name)
+        for name in ("parameters", "of all", "optimizer"):
+            devices.add_column(name, justify="right")
+        whole = sum(weight.bytes for weight in self.weights) or 1
+        for k in range(ranks):
+            held = self.rank_bytes(k)
+            slots = sum(
+                slot * weight.part_bytes(k, ranks) // max(1, weight.bytes)
+                for slot, weight in zip(self.slot_bytes, self.weights, strict=False)
+            )
+            slot = size(slots) if any(self.slot_bytes) else "?"
+            devices.add_row(str(k), self.mesh.device(tensor=k), size(held), f"{held / whole:.0%}", slot)
+        exchanges = Table(box=SIMPLE, padding=(0, 1, 0, 0))
+        for name in ("collectives of a training step", "direction"):
+            exchanges.add_column(name)
+        for name in ("number", f"bytes\nof {self.rows} samples"):
+            exchanges.add_column(name, justify="right")
+        for kind, backward in dict.fromkeys((e.kind, e.backward) for e in self.exchanges):
+            found = [e for e in self.exchanges if (e.kind, e.backward) == (kind, backward)]
+            total = sum(e.bytes * (self.rows if e.batched else 1) for e in found)
+            exchanges.add_row(kind, "backward" if backward else "forward", str(len(found)), size(total))
+        return Group(weights, devices, exchanges)
+
     def __str__(self) -> str:
         console = Console(width=120)
         with console.capture() as capture:
-            console.print(self, *([self.timeline] if self.mesh.data == 1 else []))
+            console.print(self, *([self.timeline] if self.mesh.data * self.mesh.tensor == 1 else []))
         return capture.get()
 
 

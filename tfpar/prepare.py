@@ -1,7 +1,7 @@
 """From a model and a first batch to an engine: build, open, cut, place, check."""
 
 import warnings
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from typing import Any
 
 import keras
@@ -11,15 +11,18 @@ from keras import tree
 
 from tfpar import _keras, _moments, batch
 from tfpar.cost import HARDWARE, Hardware
+from tfpar.divide import divided, layouts_of
 from tfpar.engine import Engine, Route
 from tfpar.errors import ModelError, ScopeError
+from tfpar.layout import REPLICATED, Layout
+from tfpar.local import segments
 from tfpar.model import KerasGraph, graph_from, one_call, opened
 from tfpar.partition import Partition, partition
 from tfpar.plan import Plan
 from tfpar.probe import Probe, check_independence, mixing, sample
 from tfpar.schedule import in_turn
 from tfpar.variables import HOST, LogicalVariable
-from tfpar.whole import segments, with_shared_statistics
+from tfpar.whole import replica_segments, with_shared_statistics
 
 SAMPLES = 3  # of the first batch, with which an opened model is checked
 
@@ -36,7 +39,10 @@ def prepared(strategy: Any, model: keras.Model, data: Any, rows: int, before: Pl
     """
     x, _, _ = _keras.unpack_x_y_sample_weight(data)
     _keras.build(model, data)
-    if strategy.mesh.data > 1:
+    extra = {}
+    if strategy.mesh.tensor > 1:
+        plan, training, inference, extra = ranked(strategy, model, x, rows)
+    elif strategy.mesh.data > 1:
         plan, training, inference = replicated(strategy, model, x, rows, whole)
     else:
         graph, in_inference = graphs_of(model, x, strategy.schedule(strategy.parts.fit(rows).micro_batches).stages)
@@ -46,7 +52,7 @@ def prepared(strategy: Any, model: keras.Model, data: Any, rows: int, before: Pl
             check_outputs(graph)
             check_stateless(model)
             check_independence(graph, training.probe)
-    engine = Engine(plan, model, training, inference, bool(model.jit_compile), model.run_eagerly)
+    engine = Engine(plan, model, training, inference, bool(model.jit_compile), model.run_eagerly, **extra)
     place(strategy, engine)
     return engine
 
@@ -67,10 +73,35 @@ def replicated(strategy: Any, model: keras.Model, x: Any, rows: int, whole: Set[
             warn_of(names)
         micro_rows = -(-rows // strategy.parts.fit(rows).count)
         buckets = strategy.buckets if training else 1
-        ways.append(Route(graph, *segments(graph.graph, names | shared, buckets, hardware(strategy), micro_rows)))
+        ways.append(
+            Route(graph, *replica_segments(graph.graph, names | shared, buckets, hardware(strategy), micro_rows))
+        )
     cut, stages = ways[0].partition, ways[0].whole
     plan = Plan(cut, strategy.mesh, in_turn(cut.stages, 1), hardware(strategy), rows, whole=stages)
     return plan, *ways
+
+
+def ranked(strategy: Any, model: keras.Model, x: Any, rows: int) -> tuple[Plan, Route, Route, dict]:
+    """The plan and the ways through a model of which each rank has a part, and what the engine must know besides."""
+    count, graphs = strategy.mesh.tensor, replica_graphs(model, x)
+    given = {id(v): v.value.layout for v in graphs[0].variables if is_placed(v)}
+    given = {**layouts_of(strategy.layout, graphs[0], count), **given}
+    found = {}
+    for graph in graphs:
+        if id(graph) not in found:
+            asked = {v: given[id(variable)] for v, variable in enumerate(graph.variables) if id(variable) in given}
+            found[id(graph)] = divided(graph, count, hardware(strategy), strategy.sequence_parallel, asked)
+            layouts = found[id(graph)][0].layouts
+            given.update({id(v): layouts.get(n, REPLICATED) for n, v in enumerate(graph.variables)})
+    training, inference = (
+        Route(local.graph, segments(local.graph), drawn=local.drawn) for local, _ in (found[id(g)] for g in graphs)
+    )
+    local, weights = found[id(graphs[0])]
+    plan = Plan(
+        training.partition, strategy.mesh, in_turn(training.partition.stages, 1), hardware(strategy), rows,
+        weights=weights, exchanges=local.exchanges,
+    )  # fmt: skip
+    return plan, training, inference, {"layouts": local.layouts, "partial": local.partial}
 
 
 def replica_graphs(model: keras.Model, x: Any) -> tuple[KerasGraph, KerasGraph]:
@@ -138,17 +169,22 @@ def place(strategy: Any, engine: Engine):
     model, plan = engine.model, engine.plan
     for v, variable in enumerate(engine.graph.variables):
         check_scope(strategy, variable)
-        move(variable, plan.home(v))
+        if strategy.mesh.tensor > 1:
+            move(variable, plan.mesh.devices, engine.layouts.get(v, REPLICATED))
+        else:
+            move(variable, [plan.home(v)])
     if model.compiled:
         for variable in model.metrics_variables:
-            move(variable, plan.device(plan.partition.stages - 1))
+            move(variable, [plan.device(plan.partition.stages - 1)])
         if model.optimizer is not None:
             _keras.give_strategy(model.optimizer, strategy)
             if not model.optimizer.built:
                 model.optimizer.build(model.trainable_variables)
-            if strategy.mesh.data > 1:
+            if strategy.mesh.data * strategy.mesh.tensor > 1:
                 for variable in model.optimizer.variables:
                     replicate(strategy, variable)
+                    if strategy.mesh.tensor > 1:
+                        move(variable, plan.mesh.devices)
 
 
 def build_losses(strategy: Any, engine: Engine, data: Any):
@@ -170,10 +206,15 @@ def replicate(strategy: Any, variable: keras.Variable):
             _keras.set_value(variable, tf.Variable(variable.value.read_value(), trainable=False, name=variable.name))
 
 
-def move(variable: keras.Variable, device: str):
-    """Place a variable that is still waiting."""
+def move(variable: keras.Variable, devices: Sequence[str], layout: Layout = REPLICATED):
+    """Place a variable that is still waiting, as a copy or a part on each of these devices."""
     if isinstance(variable.value, LogicalVariable) and len(variable.value.copies) == 1:
-        variable.value.place(device)
+        variable.value.place(devices, layout)
+
+
+def is_placed(variable: keras.Variable) -> bool:
+    """Whether ranks have copies or parts of a variable already."""
+    return isinstance(variable.value, LogicalVariable) and len(variable.value.copies) > 1
 
 
 def check_scope(strategy: Any, variable: keras.Variable):

@@ -135,6 +135,7 @@ class Program:
         losses = {}
         with (
             RecordingScope(values, strict=True) as scope,
+            _keras.shaped(values),
             _keras.autocast_of(self.model),
             _moments.recorded(self.normalizations, found),
         ):

@@ -28,12 +28,14 @@ class RecordingScope(keras.StatelessScope):
     """A stateless scope that also tells which variables were written, and by which call.
 
     Args:
-        values: pairs of a variable and its value.
+        values: pairs of a variable and its value, or a part of it.
         strict: whether to refuse variables without a value.
     """
 
     def __init__(self, values: Sequence[tuple[keras.Variable, Any]], strict: bool = False):
-        super().__init__(values, collect_losses=True)
+        super().__init__(collect_losses=True)
+        # the scope itself refuses a part of a variable, which has another shape
+        self.state_mapping.update((id(v), keras.ops.convert_to_tensor(value, dtype=v.dtype)) for v, value in values)
         self.known = {id(v) for v, _ in values} if strict else None
         self.call = 0
         self.written: dict[int, keras.Variable] = {}

@@ -20,7 +20,7 @@ from tfpar.loss import Head, LossProgram, separable, structured
 from tfpar.model import graph_from
 from tfpar.passes import Pass
 from tfpar.plan import Plan
-from tfpar.prepare import build_losses, place, planned, prepared, replicated
+from tfpar.prepare import build_losses, place, planned, prepared, ranked, replicated
 from tfpar.program import Edge
 from tfpar.schedule import Kind
 from tfpar.state import Discovered, HasMask, NeedsWholeBatch
@@ -161,11 +161,15 @@ class Steps:
                     f"the layers of {self.model.name} are known when it has seen data: call fit, evaluate or predict"
                 )
             graph = graph_from(_keras.graph_of(self.model))
-        if self.strategy.mesh.data == 1:
+        mesh = self.strategy.mesh
+        if mesh.data * mesh.tensor == 1:
             plan = planned(self.strategy, graph, rows, self.engine.plan if self.engine else None)
+        elif self.engine:
+            plan = replace(self.engine.plan, rows=rows)
+        elif mesh.tensor > 1:
+            plan = ranked(self.strategy, self.model, None, rows)[0]
         else:
-            plan = self.engine.plan if self.engine else replicated(self.strategy, self.model, None, rows, self.whole)[0]
-            plan = replace(plan, rows=rows)
+            plan = replicated(self.strategy, self.model, None, rows, self.whole)[0]
         return replace(plan, slot_bytes=tuple(follower_bytes(v.value) for v in graph.variables))
 
     # ---- steps, run in the strategy's replica context

@@ -11,9 +11,10 @@ import tensorflow as tf
 
 from tfpar import outcome
 from tfpar._tf import LogicalReplica
-from tfpar.collectives import all_reduce
+from tfpar.collectives import add, all_reduce
 from tfpar.engine import Engine, device_of, read
-from tfpar.passes import Pass, add
+from tfpar.layout import REPLICATED, Layout
+from tfpar.passes import Pass
 from tfpar.program import Function
 from tfpar.variables import LogicalVariable
 
@@ -28,7 +29,8 @@ class Update:
 
     def __init__(self, strategy: Any, engine: Engine):
         self.strategy, self.engine, self.model = strategy, engine, engine.model
-        self.replicas = [strategy.mesh.device(data=r) for r in range(strategy.mesh.data)]
+        mesh = strategy.mesh
+        self.lanes = [mesh.device(data=r, tensor=k) for r in range(mesh.data) for k in range(mesh.tensor)]
         self.program = Function(self.bound, engine.jit_compile)
 
     def penalties(self) -> list[tf.Tensor]:
@@ -37,17 +39,20 @@ class Update:
         for variable in self.model.trainable_weights:
             if variable.regularizer is not None:
                 with tf.device(device_of(variable)):
-                    found.append(variable.regularizer(read(variable)))
+                    found.append(variable.regularizer(whole(variable)))
         return found
 
     def __call__(self, run: Pass, scale: Any):
         """Reduce the gradients of a pass and apply them."""
         reduced = self.reduced(run)
         compiled = self.engine.jit_compile and self.strategy.mesh.stage == 1
-        if len(self.replicas) == 1 and not compiled:
+        if self.engine.layouts and not by_parts(self.model):
+            self.apply([self.whole_gradient(*pair) for pair in zip(self.places, reduced, strict=True)], scale)
+            return
+        if len(self.lanes) == 1 and not compiled:
             self.apply([parts[0] for parts in reduced], scale)
             return
-        for r, device in enumerate(self.replicas):
+        for r, device in enumerate(self.lanes):
             with tf.device(device):
                 if self.engine.eager:
                     with LogicalReplica(self.strategy, r):
@@ -57,20 +62,33 @@ class Update:
                     self.program(copies, [parts[r] for parts in reduced], tf.identity(scale))
 
     def reduced(self, run: Pass) -> list[list[Any]]:
-        """The gradient of each weight on each replica; those that come from one stage are added up together."""
-        places = {id(variable): v for v, variable in enumerate(self.engine.graph.variables)}
-        weights = [places.get(id(weight)) for weight in self.model.trainable_weights]
+        """The gradient of each weight on each lane; those that come from one stage are added up together."""
+        weights = self.places
         last = {v: min(s for s, _, of in run.gradients if of == v) for _, _, v in run.gradients}
         buckets: dict[int, list[int]] = {}
         for n, v in enumerate(weights):
             buckets.setdefault(last.get(v, 0), []).append(n)
         found: list[list[Any]] = [[] for _ in weights]
         for members in buckets.values():
-            gradients = [outcome.gradients(run, weights[n]) for n in members]
-            totals = all_reduce(gradients, self.replicas, self.strategy.cross_device_ops)
-            for n, total in zip(members, totals, strict=True):
+            gradients = {n: outcome.gradients(run, weights[n]) for n in members}
+            complete = [n for n in members if run.ranks > 1 and weights[n] not in self.engine.partial]
+            found_in_parts = [n for n in members if n not in complete]
+            totals = all_reduce([gradients[n] for n in found_in_parts], self.lanes, self.strategy.cross_device_ops)
+            for n, total in [*zip(found_in_parts, totals, strict=True), *((n, gradients[n]) for n in complete)]:
                 found[n] = total
         return found
+
+    @property
+    def places(self) -> list[int | None]:
+        """The variable of the graph that each weight to train is."""
+        places = {id(variable): v for v, variable in enumerate(self.engine.graph.variables)}
+        return [places.get(id(weight)) for weight in self.model.trainable_weights]
+
+    def whole_gradient(self, v: int | None, parts: Sequence[Any]) -> Any:
+        """The gradient of a weight, from those of its parts."""
+        if v not in self.engine.layouts or parts[0] is None:
+            return parts[0]
+        return tf.concat([tf.convert_to_tensor(part) for part in parts], self.engine.layouts[v].dim)
 
     @property
     def variables(self) -> list[keras.Variable]:
@@ -79,7 +97,7 @@ class Update:
         return [v for v in known.values() if isinstance(v.value, LogicalVariable)]
 
     def bound(self, copies: Sequence[tf.Variable], gradients: Sequence[Any], scale: tf.Tensor):
-        """Apply gradients to the copies of one replica; traced once for all of them."""
+        """Apply gradients to the copies of one lane; traced once for all of them."""
         variables = [v.value for v in self.variables]
         for variable, copy in zip(variables, copies, strict=True):
             copy.handle._distributed_container = weakref.ref(variable)
@@ -103,3 +121,30 @@ class Update:
                     gradient = of_penalty if gradient is None else add(gradient, of_penalty)
             total.append(gradient)
         self.model.optimizer.apply_gradients(zip(total, weights, strict=True))
+
+
+def whole(variable: keras.Variable) -> tf.Tensor:
+    """All of a variable's value, wherever its parts are."""
+    return variable.value.read_value() if layout_of(variable) != REPLICATED else read(variable)
+
+
+def layout_of(variable: keras.Variable) -> Layout:
+    """How a variable is divided between ranks."""
+    return getattr(variable.value, "layout", REPLICATED)
+
+
+ELEMENTWISE = {
+    getattr(keras.optimizers, name)
+    for name in ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adadelta", "Adamax", "Nadam", "Ftrl", "Lion")
+}
+SUMS = (keras.regularizers.L1, keras.regularizers.L2, keras.regularizers.L1L2)
+
+
+def by_parts(model: keras.Model) -> bool:
+    """Whether each part of a weight can be updated on its own: nothing looks at more than one element at a time."""
+    optimizer = model.optimizer
+    norms = optimizer.clipnorm or optimizer.global_clipnorm
+    whole = norms or optimizer.use_ema or optimizer.gradient_accumulation_steps
+    divided = [v for v in model.trainable_weights if layout_of(v) != REPLICATED]
+    plain = all(v.constraint is None and (v.regularizer is None or type(v.regularizer) in SUMS) for v in divided)
+    return type(optimizer) in ELEMENTWISE and not whole and plain

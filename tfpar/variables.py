@@ -1,30 +1,38 @@
 """One logical variable, wherever its value lives."""
 
 import weakref
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from tfpar import _keras
-from tfpar._tf import LogicalReplica, MirroredVariable, ResourceVariable, replica_of
+from tfpar._tf import LogicalReplica, MirroredVariable, ResourceVariable, replica_of, saveable
+from tfpar.layout import REPLICATED, Layout, bounds
 
 HOST = "CPU:0"
 
 
 class LogicalVariable(MirroredVariable):
-    """A variable that keeps its identity wherever its value lives: on one device, or as a copy on each replica's.
+    """A variable that keeps its identity wherever its value lives: on one device, or copied or divided over several.
 
-    One that belongs to a stage is created in host memory and waits there until a plan says where it belongs, so that a
-    model larger than one device never touches one. To `tf.distribute`, Keras, checkpoints and SavedModel it is a
-    `MirroredVariable`. Outside of replicas, reading gives the first copy and writing writes all; it needs no scope.
+    One whose place depends on the plan is created in host memory and waits there, so that a model larger than one
+    device never touches one. To `tf.distribute`, Keras and checkpoints it is a `MirroredVariable`. Outside of replicas
+    and ranks, reading gives the whole value and writing writes all of it; it needs no scope.
 
     Args:
         strategy: the strategy in whose scope it was created.
-        values: the `tf.Variable`s that hold the value, one for each replica or one for all.
+        values: the `tf.Variable`s that hold the value, one for each replica or rank, or one for all.
         aggregation: what becomes of the values that replicas assign in `strategy.run`.
+        layout: how the value is divided over `values`.
     """
 
-    def __init__(self, strategy, values, aggregation=tf.VariableAggregation.NONE, var_policy=None):
+    def __init__(
+        self, strategy, values, aggregation=tf.VariableAggregation.NONE, var_policy=None, layout=REPLICATED, shape=None
+    ):
+        self._layout, self._whole_shape = layout, values[0].shape if shape is None else tf.TensorShape(shape)
         super().__init__(strategy, values, aggregation, var_policy)
         self._key = self._primary._unique_id
         self._followers: list[weakref.ref[LogicalVariable]] = []
@@ -36,8 +44,23 @@ class LogicalVariable(MirroredVariable):
 
     @property
     def copies(self) -> tuple:
-        """The variables that hold the value, by replica."""
+        """The variables that hold the value or a part of it, by replica or rank."""
         return self._values
+
+    @property
+    def layout(self) -> Layout:
+        """How the value is divided."""
+        return self._layout
+
+    @property
+    def shape(self):
+        return self._whole_shape
+
+    @property
+    def _is_gathered(self) -> bool:
+        """Whether reading puts parts together: the value is divided, and no rank reads its own."""
+        replica = replica_of(self._distribute_strategy)
+        return self._layout != REPLICATED and (replica is None or getattr(replica, "copy", None) is None)
 
     def _get(self):
         replica = replica_of(self._distribute_strategy)
@@ -55,10 +78,20 @@ class LogicalVariable(MirroredVariable):
         return self._get().handle
 
     def read_value(self):
-        return self._get().read_value()
+        if not self._is_gathered:
+            return self._get().read_value()
+        self._get()
+        return tf.concat([part.read_value() for part in self._values], self._layout.dim)
+
+    def value(self):
+        return self.read_value() if self._is_gathered else super().value()
+
+    def sparse_read(self, indices, name=None):
+        return tf.gather(self.read_value(), indices) if self._is_gathered else super().sparse_read(indices, name)
 
     def _dense_var_to_tensor(self, dtype=None, name=None, as_ref=False):
-        return tf.convert_to_tensor(self._get(), dtype=dtype, name=name)
+        value = self.read_value() if self._is_gathered else self._get()
+        return tf.convert_to_tensor(value, dtype=dtype, name=name)
 
     def __array__(self, dtype=None, copy=None):
         return np.asarray(self.numpy(), dtype)
@@ -82,37 +115,92 @@ class LogicalVariable(MirroredVariable):
         if len(self._values) == 1 or (replica is not None and replica.copy is not None):
             return update_fn(self._get(), value, **kwargs)
         updates = []
-        for copy in self._values:
+        for copy, given in zip(self._values, self.divided(value), strict=True):
             with tf.device(copy.device):
-                updates.append(update_fn(copy, value, **kwargs))
+                updates.append(update_fn(copy, given, **kwargs))
         return updates[0]
+
+    def divided(self, value: Any) -> list[Any]:
+        """A value for all as what each copy is given of it."""
+        if self._layout == REPLICATED:
+            return [value] * len(self._values)
+        if isinstance(value, tf.IndexedSlices):
+            return [sparse_part(value, self._layout.dim, copy.shape, *edges) for copy, *edges in self.edges()]
+        return [part_of(tf.convert_to_tensor(value), self._layout.dim, *edges) for _, *edges in self.edges()]
+
+    def edges(self) -> list[tuple]:
+        """Each copy, with where its part begins and ends."""
+        edges = bounds(self.shape[self._layout.dim], len(self._values))
+        return list(zip(self._values, edges, edges[1:], strict=False))
+
+    def _gather_saveables_for_checkpoint(self):
+        if self._layout == REPLICATED:
+            return super()._gather_saveables_for_checkpoint()
+        return saveable(self.read_value, self.assign, self.dtype, self._common_name)
 
     def followed_by(self, other: "LogicalVariable"):
         """From now on `other`, an optimizer's slot for instance, moves along."""
         self._followers.append(weakref.ref(other))
 
-    def place(self, device: str):
-        """Move the value, and that of each follower, to `device`, for good.
+    def place(self, devices: Sequence[str], layout: Layout = REPLICATED):
+        """Move the value, and that of each follower, to these devices, for good: a copy or a part for each.
 
         Once it has its place, or a function has been traced that reads it, it stays: the function would go on with
         the old value. Another model that uses the variable reads it from there.
         """
-        with tf.init_scope(), tf.device(device):
+        with tf.init_scope():
             old = self._get()
             settled, self._settled = self._settled, True
-            here = tf.DeviceSpec.from_string(tf.identity(0).device)
-            if not settled and tf.DeviceSpec.from_string(old.device) != here:
-                new = ResourceVariable(
-                    old.read_value(), trainable=old.trainable, name=self._common_name, dtype=old.dtype
-                )
-                new.handle._distributed_container = weakref.ref(self)
-                self._values = (new,)
+            if not settled and (len(devices) > 1 or not is_on(old, devices[0])):
+                self._values, self._layout = copies_of(self, old, devices, layout), layout
         for follower in self._followers:
             if (variable := follower()) is not None:
-                variable.place(device)
+                alike = variable.shape == self.shape
+                variable.place(devices, layout if alike else REPLICATED)
+
+
+def is_on(variable: tf.Variable, device: str) -> bool:
+    """Whether a variable lives on this device."""
+    with tf.device(device):
+        return tf.DeviceSpec.from_string(variable.device) == tf.DeviceSpec.from_string(tf.identity(0).device)
+
+
+def copies_of(variable: LogicalVariable, old: tf.Variable, devices: Sequence[str], layout: Layout) -> tuple:
+    """New variables with the value of an old one, or with a part of it each."""
+    with tf.device(old.device):
+        value = old.read_value()
+        parts = parts_of(value, layout, len(devices))
+    found = []
+    for number, (device, part) in enumerate(zip(devices, parts, strict=True)):
+        name = f"{variable._common_name}/rank_{number}" if number else variable._common_name
+        with tf.device(device):
+            found.append(ResourceVariable(part, trainable=old.trainable, name=name, dtype=old.dtype))
+        found[-1].handle._distributed_container = weakref.ref(variable)
+    return tuple(found)
+
+
+def parts_of(value: tf.Tensor, layout: Layout, ranks: int) -> list[tf.Tensor]:
+    """What each rank has of a value."""
+    if layout == REPLICATED:
+        return [value] * ranks
+    return [part_of(value, layout.dim, *edges) for edges in pairwise(bounds(value.shape[layout.dim], ranks))]
+
+
+def part_of(value: tf.Tensor, dim: int, start: int, stop: int) -> tf.Tensor:
+    """A part along one dim."""
+    return value[(slice(None),) * dim + (slice(start, stop),)]
+
+
+def sparse_part(value: tf.IndexedSlices, dim: int, shape: Any, start: int, stop: int) -> tf.IndexedSlices:
+    """A part along one dim of rows to scatter."""
+    if dim:
+        return tf.IndexedSlices(part_of(value.values, dim, start, stop), value.indices, tf.constant(shape.as_list()))
+    inside = tf.where((value.indices >= start) & (value.indices < stop))[:, 0]
+    rows = tf.gather(value.indices, inside) - tf.cast(start, value.indices.dtype)
+    return tf.IndexedSlices(tf.gather(value.values, inside), rows, tf.constant(shape.as_list()))
 
 
 def follower_bytes(variable: LogicalVariable) -> int:
-    """Bytes of the slots that an optimizer keeps for a variable."""
+    """Bytes of the slots that an optimizer keeps for a variable, all parts together."""
     followers = [f() for f in getattr(variable, "_followers", ())]
     return sum(f.shape.num_elements() * f.dtype.size for f in followers if f is not None)

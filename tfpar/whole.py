@@ -92,7 +92,7 @@ def with_shared_statistics(graph: KerasGraph, whole: Set[str]) -> tuple[KerasGra
     return replace(graph, graph=described, calls=tuple(calls), symbols=tuple(symbols)), frozenset(names)
 
 
-def segments(
+def replica_segments(
     graph: OpGraph, whole: Set[str], buckets: int, hardware: Hardware, rows: int
 ) -> tuple[Partition, Set[int]]:
     """The cut into stages of one device: around each operation that needs the whole batch, else as many as asked.

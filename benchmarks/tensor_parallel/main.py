@@ -1,0 +1,72 @@
+"""How much faster is a step when the weights of each layer are divided between devices?
+
+Each run is a process of its own; rounds of all runs alternate, so that a noisy machine is noisy for all of them.
+Without GPUs, each device is one core: intra_op=1, and as many threads for operations as devices.
+"""
+
+import argparse
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+import harness
+
+RUNS = ("keras", "keras, all cores", "tfpar, one device", "tfpar", "tfpar, sequence parallel")
+
+
+def parser():
+    p = argparse.ArgumentParser(description=__doc__)
+    harness.add_options(p, RUNS)
+    p.add_argument("--devices", type=int, default=2)
+    p.add_argument("--split", action="store_true", help="make the devices of one GPU")
+    p.add_argument("--memory", type=int, default=36000, help="MiB of each device of a GPU that is split")
+    return p
+
+
+def measure(options):
+    """The numbers of one run."""
+    import keras
+    import numpy as np
+    import tensorflow as tf
+
+    import tfpar
+    from tfpar.testing import logical_cpus
+
+    gpus = tf.config.list_physical_devices("GPU")
+    one = options.run in ("keras", "tfpar, one device")
+    if not gpus:
+        logical_cpus(options.devices, threads=1 if one else options.devices)
+    elif options.split:
+        parts = [tf.config.LogicalDeviceConfiguration(memory_limit=options.memory)] * options.devices
+        tf.config.set_logical_device_configuration(gpus[0], parts)
+    devices = [f"{'GPU' if gpus else 'CPU'}:{n}" for n in range(options.devices)]
+    keras.config.set_dtype_policy(options.policy)
+    strategy = {
+        "tfpar, one device": lambda: tfpar.TensorParallelStrategy(devices[:1]),
+        "tfpar": lambda: tfpar.TensorParallelStrategy(devices),
+        "tfpar, sequence parallel": lambda: tfpar.TensorParallelStrategy(devices, sequence_parallel=True),
+    }.get(options.run, lambda: None)()
+    rng = np.random.default_rng(0)
+    x, y = (rng.normal(size=(options.batch, options.tokens, options.width)).astype("float32") for _ in range(2))
+    return harness.measured_fit(options, strategy, harness.encoder, x, y, devices if gpus else ())
+
+
+def report(options, best):
+    """A table of ratios to plain Keras."""
+    title = f"encoder, {options.blocks} blocks, width {options.width}, batch {options.batch}, {options.devices} devices"
+    headings = "", "step", "of Keras", "CPU", "of Keras", "first step", "of Keras", "loss", "GPU memory"
+    keras = best["keras"]
+    rows = [
+        (
+            run, f"{found['step'] * 1e3:.2f} ms", f"{found['step'] / keras['step']:.3f}",
+            f"{found['cpu'] * 1e3:.2f} ms", f"{found['cpu'] / keras['cpu']:.3f}",
+            f"{found['first']:.1f} s", f"{found['first'] / keras['first']:.2f}",
+            f"{found['loss']:.6f}", harness.gibibytes(found),
+        )
+        for run, found in best.items()
+    ]  # fmt: skip
+    harness.print_table(title, headings, rows, width=130)
+
+
+if __name__ == "__main__":
+    harness.main(__file__, parser().parse_args(), measure, report)

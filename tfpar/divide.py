@@ -1,0 +1,79 @@
+"""From a model's graph to what each rank of a tensor axis runs: rules, the cheapest way, the local graph."""
+
+# i: operation, v: variable
+
+from collections.abc import Mapping
+from typing import Any
+
+from tfpar import rules
+from tfpar.cost import Hardware
+from tfpar.errors import LayoutError
+from tfpar.layout import REPLICATED, Layout, Option, choose
+from tfpar.local import Local, LocalGraph
+from tfpar.model import KerasGraph
+from tfpar.plan import Weight
+
+
+def divided(
+    graph: KerasGraph, ranks: int, hardware: Hardware, sequence: bool, given: Mapping[int, Layout]
+) -> tuple[LocalGraph, tuple[Weight, ...]]:
+    """What each rank runs of a model, and how its weights are divided.
+
+    Args:
+        sequence: whether activations may be divided along the sequence (sequence parallelism).
+        given: the layouts of variables of the graph that must have a certain one.
+
+    Raises:
+        LayoutError: no rule divides a weight as it is given.
+    """
+    sites = [rules.Site(graph, i, ranks, sequence) for i in range(len(graph.calls))]
+    options = [list(rules.options(site)) for site in sites]
+    options = [fitting(site, found, given) for site, found in zip(sites, options, strict=True)]
+    chosen = choose(graph.graph, options, ranks, hardware, sequence)
+    local, layouts = Local(graph, ranks), {}
+    for i, option in enumerate(chosen):
+        local.follow(i, option)
+        layouts.update(option.weights)
+    weights = []
+    for v, variable in enumerate(graph.graph.variables):
+        i = next((i for i, op in enumerate(graph.graph.ops) if v in op.variables), None)
+        why = reason(sites[i], options[i], chosen[i], v) if i is not None else "no operation uses it"
+        weights.append(Weight(variable.path, variable.shape, variable.bytes, layouts.get(v, REPLICATED), why))
+    return local.finish(layouts), tuple(weights)
+
+
+def fitting(site: rules.Site, options: list[Option], given: Mapping[int, Layout]) -> list[Option]:
+    """The options that divide weights as they are given.
+
+    Raises:
+        LayoutError: there is none.
+    """
+    wanted = {v: given[v] for v in site.op.variables if v in given}
+    found = [o for o in options if all(o.weights.get(v, REPLICATED) == layout for v, layout in wanted.items())]
+    if not found:
+        variables = site.graph.graph.variables
+        asked = ", ".join(f"{variables[v].path} {variables[v].shape} {layout}" for v, layout in wanted.items())
+        there = "; ".join(
+            ", ".join(f"{variables[v].path} {o.weights.get(v, REPLICATED)}" for v in wanted) for o in options
+        )
+        raise LayoutError(f"{site.op.name} cannot run on {site.ranks} ranks with {asked}; it can with: {there}")
+    return found
+
+
+def reason(site: rules.Site, options: list[Option], chosen: Option, v: int) -> str:
+    """Why a weight is divided as it is, or is not."""
+    if v in chosen.weights:
+        return f"{chosen.name} in {site.op.name}"
+    if chosen.split:
+        return f"every rank needs all of it in {site.op.name}, {chosen.name}"
+    kind = type(site.layer).__name__
+    if rules.rule_of(site.layer) is None:
+        return f"no rule divides {kind}"
+    if not any(v in o.weights for o in options):
+        return f"the rule for {kind} does not divide it between {site.ranks} ranks"
+    return "cheaper so, or used elsewhere by an operation that needs all of it"
+
+
+def layouts_of(asked: Any, graph: KerasGraph, ranks: int) -> dict[int, Layout]:
+    """The layouts that a user wrote, by `id` of Keras variables; none for `"auto"`."""
+    return {}

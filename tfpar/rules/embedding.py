@@ -1,0 +1,74 @@
+"""Embeddings: by parts of the vocabulary, or of the features."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import tensorflow as tf
+from keras import layers, ops
+
+from tfpar import _keras
+from tfpar.layout import REPLICATED, Layout, Option, bounds
+from tfpar.local import Local
+from tfpar.model import Ref
+from tfpar.rules import Site, rule
+
+
+class OfVocabulary:
+    """Looks up what is in this rank's part of the vocabulary; zeros for the rest."""
+
+    _call_context_args = ("training",)
+
+    def __init__(self, call: Any, ranks: int):
+        self.call, self.ranks, self.variables = call, ranks, call.variables
+
+    def __call__(self, rank, inputs, training=None):
+        layer = self.call.operation
+        edges = tf.stack(bounds(layer.input_dim, self.ranks))
+        start, stop = edges[rank], edges[rank + 1]
+        indices = ops.cast(inputs, "int32")
+        inside = (indices >= start) & (indices < stop)
+        found = _keras.call_operation(layer, (tf.where(inside, indices - start, 0),), {}, training, self.call.explicit)
+        found = tf.where(inside[..., None], found, tf.zeros((), found.dtype))
+        mask = layers.Embedding.compute_mask(layer, inputs)
+        if mask is not None:
+            _keras.set_keras_mask(found, mask)
+        return found
+
+
+@rule(layers.Embedding)
+def embedding(site: Site) -> Iterator[Option]:
+    """Of the table `(vocabulary, features)` each rank holds some words, or some features of every word."""
+    layer, call = site.layer, site.graph.calls[site.index]
+    if layer.lora_enabled:
+        return
+    table = layer._embeddings
+
+    def build(layout: Layout):
+        def of_vocabulary(local: Local, inputs: list[int]) -> int:
+            x = local.run(
+                OfVocabulary(call, site.ranks), Ref(local.rank()), Ref(inputs[0]),
+                like=site.op.outputs, layouts=[REPLICATED],
+            )  # fmt: skip
+            return local.reduced(x, layout)
+
+        return of_vocabulary
+
+    if site.divides(layer.input_dim):
+        for left in site.sequences():
+            moved = site.bytes(site.op.outputs[0])
+            yield site.option(
+                "vocabulary-parallel", outputs=[left], weights=[(table, 0)], moved=moved, build=build(left)
+            )
+    if site.divides(layer.output_dim):
+        yield site.option("feature-parallel", outputs=[site.last()], weights=[(table, 1)])
+
+
+@rule(layers.ReversibleEmbedding)
+def reversible_embedding(site: Site) -> Iterator[Option]:
+    """As an embedding; reversed, as a Dense with its table for a kernel."""
+    layer = site.layer
+    if not site.arguments.get("reverse"):
+        yield from embedding(site)
+    elif not layer.lora_enabled and site.divides(layer.input_dim):
+        weights = [(layer._embeddings, 0) if layer.tie_weights else (layer.reverse_embeddings, 1)]
+        yield site.option("column-parallel", outputs=[site.last()], weights=weights)
