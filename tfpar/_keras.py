@@ -206,19 +206,6 @@ SEED_STRIDE = 0x9E3779B9  # 2**32 over the golden ratio
 
 
 @contextlib.contextmanager
-def shaped(values: Sequence[tuple[keras.Variable, tf.Tensor]]) -> Iterator[None]:
-    """Inside, each variable has the shape of the value that it is given, which may be a part of its own."""
-    other = [(v, v._shape, tuple(value.shape)) for v, value in values if tuple(value.shape) != tuple(v._shape)]
-    for variable, _, shape in other:
-        variable._shape = shape
-    try:
-        yield
-    finally:
-        for variable, shape, _ in other:
-            variable._shape = shape
-
-
-@contextlib.contextmanager
 def discarded_writes() -> Iterator[None]:
     """Inside, layers read what they would, and what they write and add to the loss is forgotten."""
     outer = get_stateless_scope() if in_stateless_scope() else None
@@ -231,51 +218,6 @@ def discarded_writes() -> Iterator[None]:
 def layers_in(operation: Any) -> list[keras.layers.Layer]:
     """A layer and all layers in it; none for an operation that is no layer."""
     return list(operation._flatten_layers()) if isinstance(operation, keras.layers.Layer) else []
-
-
-@contextlib.contextmanager
-def unchecked(operation: Any) -> Iterator[None]:
-    """Inside, a layer and the layers in it take inputs of other sizes than they were built for."""
-    layers = layers_in(operation)
-    specs = [layer.input_spec for layer in layers]
-    for layer in layers:
-        vars(layer)["_input_spec"] = None
-    try:
-        yield
-    finally:
-        for layer, spec in zip(layers, specs, strict=True):
-            vars(layer)["_input_spec"] = spec
-
-
-@contextlib.contextmanager
-def replaced(operation: Any, **attributes: Any) -> Iterator[None]:
-    """Inside, attributes of a layer have other values."""
-    before = {name: vars(operation)[name] for name in attributes}
-    vars(operation).update(attributes)
-    try:
-        yield
-    finally:
-        vars(operation).update(before)
-
-
-@contextlib.contextmanager
-def given_method(operation: Any, name: str, method: Callable) -> Iterator[None]:
-    """Inside, a method of a layer is this one."""
-    vars(operation)[name] = method
-    try:
-        yield
-    finally:
-        del vars(operation)[name]
-
-
-def is_plain_layer(layer: keras.layers.Layer) -> bool:
-    """Whether calling a layer is no more than its `call`."""
-    return (
-        type(layer).__call__ is keras.layers.Layer.__call__
-        and all(inner.activity_regularizer is None for inner in layers_in(layer))
-        and getattr(layer, "_remat_mode", None) is None
-        and layer.dtype_policy.quantization_mode is None
-    )
 
 
 # ---- steps: the parts of Keras' train_step

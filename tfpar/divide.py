@@ -3,7 +3,6 @@
 # i: operation, v: variable
 
 from collections.abc import Mapping
-from typing import Any
 
 from tfpar import rules
 from tfpar.cost import Hardware
@@ -72,8 +71,3 @@ def reason(site: rules.Site, options: list[Option], chosen: Option, v: int) -> s
     if not any(v in o.weights for o in options):
         return f"the rule for {kind} does not divide it between {site.ranks} ranks"
     return "cheaper so, or used elsewhere by an operation that needs all of it"
-
-
-def layouts_of(asked: Any, graph: KerasGraph, ranks: int) -> dict[int, Layout]:
-    """The layouts that a user wrote, by `id` of Keras variables; none for `"auto"`."""
-    return {}

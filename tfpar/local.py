@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 from keras import tree
 
-from tfpar import _keras
+from tfpar import _keras, _keras_parts
 from tfpar.collectives import LOCAL, Collective
 from tfpar.graph import Op, OpGraph, Tensor
 from tfpar.layout import REPLICATED, Layout, Option
@@ -218,7 +218,7 @@ class OnParts:
         self.call, self.variables = call, call.variables
 
     def __call__(self, *args, training=None, **kwargs):
-        with _keras.unchecked(self.call.operation):
+        with _keras_parts.unchecked(self.call.operation):
             return _keras.call_operation(self.call.operation, args, kwargs, training, self.call.explicit)
 
 

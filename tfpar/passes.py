@@ -20,6 +20,7 @@ from tfpar.probe import Combine
 from tfpar.program import Edge, Program, Result, differentiable, tensor_of, with_logits
 from tfpar.schedule import Action, Kind, Schedule
 from tfpar.state import NeedsWholeBatch
+from tfpar.together import COLLECTIVE, WHOLE
 from tfpar.variables import HOST
 
 
@@ -81,7 +82,7 @@ class Pass:
             for lane in range(0, self.lanes, together) if kind in kinds else ():
                 action = Action(s, kind, lane * self.parts.micro_batches + m)
                 with tf.device(self.device(s, lane)), tf.name_scope(self.scope(action)):
-                    (RUN_COLLECTIVE if exchange else RUN_WHOLE if s in self.route.whole else RUN)[kind](self, action)
+                    (COLLECTIVE if exchange else WHOLE if s in self.route.whole else RUN)[kind](self, action)
         return self
 
     @property
@@ -229,42 +230,7 @@ class Pass:
             if differentiable(self.graph, t) and (self.watch_inputs or tensor_of(t) in self.graph.producer)
         }
 
-    # ---- the same for a stage that takes the parts of all replicas at once
-
-    def forward_whole(self, action: Action):
-        """Run a stage on the whole batch, and divide what it makes."""
-        s = action.stage
-        program = self.engine.program(s, self.training)
-        needs = list(with_logits(self.values[0], self.partition.needs(s)))
-        edges = {t: self.whole(t) for t in needs}
-        variables = [self.variable(s, 0, v) for v in program.variables]
-        result = self.ran(s, 0, program, variables, edges)
-        for t, (value, mask) in result.edges.items():
-            parts = zip(self.divided(s, t, value), self.divided(s, t, mask), strict=True)
-            for values, part in zip(self.values, parts, strict=True):
-                values[t] = Edge(*part)
-        self.state[0].update(result.state)
-        self.results[s, 0] = result
-
-    def backward_whole(self, action: Action):
-        """Take the whole batch back through a stage."""
-        s = action.stage
-        if self.head and s == self.partition.stages - 1:
-            for m, values in enumerate(self.values):
-                with tf.device(self.device(s, self.lane(m))):
-                    self.send(m, self.head(self, m, with_logits(values, self.graph.outputs)))
-        arrived = [self.arrived(s, m) for m in range(len(self.inputs))]
-        cotangents = {
-            t: batch.joined([a[t] for a in arrived]) if self.is_batched(t) else tf.add_n([a[t] for a in arrived])
-            for t in arrived[0]
-        }
-        variables, edges = self.pullbacks.pop((s, 0))(cotangents, self.added_cotangents(self.results[s, 0], 0))
-        independent(tensors_of((variables, edges)))
-        self.gradients.update({(s, 0, v): gradient for v, gradient in variables.items()})
-        for t, cotangent in edges.items():
-            pieces = self.divided(s, t, cotangent) if self.is_batched(t) else [cotangent]
-            for m, piece in enumerate(pieces):
-                self.send(m, {t: piece})
+    # ---- for stages that lanes run together
 
     def is_batched(self, t: int) -> bool:
         """Whether dimension 0 of a tensor, or of its logits, is the batch."""
@@ -283,37 +249,6 @@ class Pass:
             return [value] * len(self.values)
         like = next(filter(self.is_batched, [*self.partition.needs(s), *self.graph.inputs]))
         return batch.split_like(value, [batch.count([values[like].value]) for values in self.values])
-
-    # ---- the same for an exchange between the ranks of a replica
-
-    def forward_collective(self, action: Action):
-        """Exchange what ranks have of a tensor."""
-        collective, places, devices, inputs, (y,) = self.exchanged(action)
-        edges = [self.values[m][inputs[0]] if inputs else Edge(None) for m in places]
-        values = collective.there([e.value for e in edges], devices, self.engine.reduce)
-        masks = collective.of_mask([e.mask for e in edges], devices)
-        for m, value, mask in zip(places, values, masks, strict=True):
-            self.values[m][y] = Edge(value, mask)
-
-    def backward_collective(self, action: Action):
-        """Exchange what ranks have of a gradient."""
-        collective, places, devices, inputs, (y,) = self.exchanged(action)
-        arrived = [self.cotangents[m].get(y) for m in places]
-        if all(arrived):
-            summed = []
-            for parts, device in zip(arrived, devices, strict=True):
-                with tf.device(device):
-                    summed.append(tf.add_n(parts) if len(parts) > 1 else parts[0])
-            for m, gradient in zip(places, collective.back(summed, devices, self.engine.reduce), strict=True):
-                self.send(m, {inputs[0]: gradient})
-
-    def exchanged(self, action: Action) -> tuple:
-        """A collective, the micro-batches of the ranks, their devices, what goes in and what comes out."""
-        s, _, first = action
-        (i,) = self.partition.ops(s)
-        op = self.graph.ops[i]
-        places = [first + k * self.parts.micro_batches for k in range(self.ranks)]
-        return self.route.collective(s), places, [self.device(s, self.lane(m)) for m in places], op.inputs, op.outputs
 
     # ---- the order on a device
 
@@ -405,8 +340,6 @@ class Pass:
 
 
 RUN: dict[Kind, Callable[[Pass, Action], None]] = {Kind.FORWARD: Pass.forward, Kind.BACKWARD: Pass.backward}
-RUN_WHOLE = {Kind.FORWARD: Pass.forward_whole, Kind.BACKWARD: Pass.backward_whole}
-RUN_COLLECTIVE = {Kind.FORWARD: Pass.forward_collective, Kind.BACKWARD: Pass.backward_collective}
 
 
 def present(keys: Iterable[int], values: Sequence[Any]) -> dict[int, Any]:

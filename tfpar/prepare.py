@@ -11,7 +11,7 @@ from keras import tree
 
 from tfpar import _keras, _moments, batch
 from tfpar.cost import HARDWARE, Hardware
-from tfpar.divide import divided, layouts_of
+from tfpar.divide import divided
 from tfpar.engine import Engine, Route
 from tfpar.errors import ModelError, ScopeError
 from tfpar.layout import REPLICATED, Layout
@@ -23,6 +23,7 @@ from tfpar.probe import Probe, check_independence, mixing, sample
 from tfpar.schedule import in_turn
 from tfpar.variables import HOST, LogicalVariable
 from tfpar.whole import replica_segments, with_shared_statistics
+from tfpar.written import layouts_of
 
 SAMPLES = 3  # of the first batch, with which an opened model is checked
 
@@ -84,8 +85,9 @@ def replicated(strategy: Any, model: keras.Model, x: Any, rows: int, whole: Set[
 def ranked(strategy: Any, model: keras.Model, x: Any, rows: int) -> tuple[Plan, Route, Route, dict]:
     """The plan and the ways through a model of which each rank has a part, and what the engine must know besides."""
     count, graphs = strategy.mesh.tensor, replica_graphs(model, x)
-    given = {id(v): v.value.layout for v in graphs[0].variables if is_placed(v)}
-    given = {**layouts_of(strategy.layout, graphs[0], count), **given}
+    asked = layouts_of(strategy.layout, graphs[0].graph.variables, count) or {}
+    given = {id(graphs[0].variables[v]): layout for v, layout in asked.items()}
+    given.update({id(v): v.value.layout for v in graphs[0].variables if is_placed(v)})
     found = {}
     for graph in graphs:
         if id(graph) not in found:

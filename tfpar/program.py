@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from tfpar import _keras, _moments
+from tfpar import _keras, _keras_parts, _moments
 from tfpar._tf import without_device
 from tfpar.graph import OpGraph
 from tfpar.model import KerasGraph
@@ -135,7 +135,7 @@ class Program:
         losses = {}
         with (
             RecordingScope(values, strict=True) as scope,
-            _keras.shaped(values),
+            _keras_parts.shaped(values),
             _keras.autocast_of(self.model),
             _moments.recorded(self.normalizations, found),
         ):

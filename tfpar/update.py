@@ -2,16 +2,18 @@
 
 # r: replica, v: variable of the graph
 
+import contextlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from tfpar import outcome
+from tfpar import _keras_parts, outcome
 from tfpar._tf import LogicalReplica
 from tfpar.collectives import add, all_reduce
+from tfpar.collectives import reduced as summed
 from tfpar.engine import Engine, device_of, read
 from tfpar.layout import REPLICATED, Layout
 from tfpar.passes import Pass
@@ -32,6 +34,7 @@ class Update:
         mesh = strategy.mesh
         self.lanes = [mesh.device(data=r, tensor=k) for r in range(mesh.data) for k in range(mesh.tensor)]
         self.program = Function(self.bound, engine.jit_compile)
+        self.squares = Function(self.squared, engine.jit_compile)
 
     def penalties(self) -> list[tf.Tensor]:
         """What regularizers make of the weights."""
@@ -52,14 +55,29 @@ class Update:
         if len(self.lanes) == 1 and not compiled:
             self.apply([parts[0] for parts in reduced], scale)
             return
+        norms = [None] * len(self.lanes)
+        if self.engine.layouts and _keras_parts.clips_norms(self.model.optimizer):
+            found = self.of_lanes(self.squares, self.squared, reduced, scale, norms)
+            # what all ranks have counts once
+            norms = summed([n * w for n, w in zip(found, self.counted(), strict=True)], self.lanes, 0, None, None)
+        self.of_lanes(self.program, self.bound, reduced, scale, norms)
+
+    def of_lanes(
+        self, program: Function, function: Callable, reduced: list[list[Any]], scale: Any, norms: list
+    ) -> list:
+        """The results of a program on each lane, for its copies and gradients."""
+        results = []
         for r, device in enumerate(self.lanes):
             with tf.device(device):
-                if self.engine.eager:
-                    with LogicalReplica(self.strategy, r):
-                        self.apply([parts[r] for parts in reduced], scale)
-                else:
-                    copies = [v.value.copies[r] for v in self.variables]
-                    self.program(copies, [parts[r] for parts in reduced], tf.identity(scale))
+                copies = [v.value.copies[r] for v in self.variables]
+                run = function if self.engine.eager else program
+                results.append(run(copies, [parts[r] for parts in reduced], tf.identity(scale), norms[r]))
+        return results
+
+    def counted(self) -> list[tf.Tensor]:
+        """For each lane, with what weight each of its gradients counts in a norm."""
+        divided = [layout_of(v) != REPLICATED for v in self.model.trainable_weights]
+        return [tf.constant([float(d or not r) for d in divided], tf.float64) for r in range(len(self.lanes))]
 
     def reduced(self, run: Pass) -> list[list[Any]]:
         """The gradient of each weight on each lane; those that come from one stage are added up together."""
@@ -96,20 +114,44 @@ class Update:
         known = {id(v): v for v in [*self.model.trainable_weights, *self.model.optimizer.variables]}
         return [v for v in known.values() if isinstance(v.value, LogicalVariable)]
 
-    def bound(self, copies: Sequence[tf.Variable], gradients: Sequence[Any], scale: tf.Tensor):
-        """Apply gradients to the copies of one lane; traced once for all of them."""
+    @contextlib.contextmanager
+    def binding(self, copies: Sequence[tf.Variable]) -> Iterator[None]:
+        """Inside, variables are the copies of one lane."""
         variables = [v.value for v in self.variables]
         for variable, copy in zip(variables, copies, strict=True):
             copy.handle._distributed_container = weakref.ref(variable)
         bound = {id(variable): copy for variable, copy in zip(variables, copies, strict=True)}
         with LogicalReplica(self.strategy, 0, bound):
-            self.apply(gradients, scale)
+            yield
 
-    def apply(self, gradients: Sequence[Any], scale: Any):
+    def bound(self, copies: Sequence[tf.Variable], gradients: Sequence[Any], scale: tf.Tensor, squares: Any = None):
+        """Apply gradients to the copies of one lane; traced once for all of them.
+
+        Args:
+            squares: of the norm of each weight's gradient, where the lane has a part of it only.
+        """
+        with self.binding(copies):
+            self.apply(gradients, scale, squares)
+
+    def squared(self, copies: Sequence[tf.Variable], gradients: Sequence[Any], scale: tf.Tensor, _: Any) -> tf.Tensor:
+        """The squared norm of each of a lane's gradients, those of regularizers added; 0 where there is none."""
+        with self.binding(copies):
+            return tf.stack([square(g) for g in self.with_penalties(gradients, scale)])
+
+    def apply(self, gradients: Sequence[Any], scale: Any, squares: tf.Tensor | None = None):
         """Add the gradients of regularizers, and let the optimizer do its work."""
-        weights = self.model.trainable_weights
+        total = self.with_penalties(gradients, scale)
+        given = contextlib.nullcontext()
+        if squares is not None:
+            present = [n for n, gradient in enumerate(total) if gradient is not None]
+            given = _keras_parts.given_norms(self.model.optimizer, [squares[n] for n in present])
+        with given:
+            self.model.optimizer.apply_gradients(zip(total, self.model.trainable_weights, strict=True))
+
+    def with_penalties(self, gradients: Sequence[Any], scale: Any) -> list[Any]:
+        """The gradients, those of regularizers added."""
         total = []
-        for weight, gradient in zip(weights, gradients, strict=True):
+        for weight, gradient in zip(self.model.trainable_weights, gradients, strict=True):
             if weight.regularizer is not None:
                 with tf.device(weight.value.device):
                     value = tf.convert_to_tensor(weight.value)
@@ -120,12 +162,20 @@ class Update:
                     of_penalty = tape.gradient(scaled, value)
                     gradient = of_penalty if gradient is None else add(gradient, of_penalty)
             total.append(gradient)
-        self.model.optimizer.apply_gradients(zip(total, weights, strict=True))
+        return total
 
 
 def whole(variable: keras.Variable) -> tf.Tensor:
     """All of a variable's value, wherever its parts are."""
     return variable.value.read_value() if layout_of(variable) != REPLICATED else read(variable)
+
+
+def square(gradient: Any) -> tf.Tensor:
+    """The squared norm of a gradient."""
+    if gradient is None:
+        return tf.zeros((), tf.float64)
+    values = gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
+    return tf.cast(tf.reduce_sum(tf.square(values)), tf.float64)
 
 
 def layout_of(variable: keras.Variable) -> Layout:
@@ -143,8 +193,7 @@ SUMS = (keras.regularizers.L1, keras.regularizers.L2, keras.regularizers.L1L2)
 def by_parts(model: keras.Model) -> bool:
     """Whether each part of a weight can be updated on its own: nothing looks at more than one element at a time."""
     optimizer = model.optimizer
-    norms = optimizer.clipnorm or optimizer.global_clipnorm
-    whole = norms or optimizer.use_ema or optimizer.gradient_accumulation_steps
+    whole = optimizer.use_ema or optimizer.gradient_accumulation_steps
     divided = [v for v in model.trainable_weights if layout_of(v) != REPLICATED]
     plain = all(v.constraint is None and (v.regularizer is None or type(v.regularizer) in SUMS) for v in divided)
     return type(optimizer) in ELEMENTWISE and not whole and plain

@@ -63,6 +63,10 @@ class LogicalVariable(MirroredVariable):
         return self._layout != REPLICATED and (replica is None or getattr(replica, "copy", None) is None)
 
     def _get(self):
+        return self.read_value() if self._is_gathered else self._copy()
+
+    def _copy(self):
+        """The variable that a replica or rank reads and writes; outside of them, the first."""
         replica = replica_of(self._distribute_strategy)
         bound = getattr(replica, "bound", None)
         if bound:
@@ -75,12 +79,12 @@ class LogicalVariable(MirroredVariable):
 
     @property
     def handle(self):
-        return self._get().handle
+        return self._copy().handle
 
     def read_value(self):
         if not self._is_gathered:
-            return self._get().read_value()
-        self._get()
+            return self._copy().read_value()
+        self._copy()
         return tf.concat([part.read_value() for part in self._values], self._layout.dim)
 
     def value(self):
@@ -90,8 +94,7 @@ class LogicalVariable(MirroredVariable):
         return tf.gather(self.read_value(), indices) if self._is_gathered else super().sparse_read(indices, name)
 
     def _dense_var_to_tensor(self, dtype=None, name=None, as_ref=False):
-        value = self.read_value() if self._is_gathered else self._get()
-        return tf.convert_to_tensor(value, dtype=dtype, name=name)
+        return tf.convert_to_tensor(self._get(), dtype=dtype, name=name)
 
     def __array__(self, dtype=None, copy=None):
         return np.asarray(self.numpy(), dtype)
@@ -113,7 +116,7 @@ class LogicalVariable(MirroredVariable):
         if replica is not None and not isinstance(replica, LogicalReplica):
             return super()._update(update_fn, value, **kwargs)
         if len(self._values) == 1 or (replica is not None and replica.copy is not None):
-            return update_fn(self._get(), value, **kwargs)
+            return update_fn(self._copy(), value, **kwargs)
         updates = []
         for copy, given in zip(self._values, self.divided(value), strict=True):
             with tf.device(copy.device):
@@ -149,7 +152,7 @@ class LogicalVariable(MirroredVariable):
         the old value. Another model that uses the variable reads it from there.
         """
         with tf.init_scope():
-            old = self._get()
+            old = self._copy()
             settled, self._settled = self._settled, True
             if not settled and (len(devices) > 1 or not is_on(old, devices[0])):
                 self._values, self._layout = copies_of(self, old, devices, layout), layout

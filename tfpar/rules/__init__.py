@@ -15,7 +15,7 @@ from typing import Any
 
 import keras
 
-from tfpar import _keras
+from tfpar import _keras_parts
 from tfpar.layout import REPLICATED, Layout, Option, replicated
 from tfpar.model import KerasGraph
 
@@ -139,7 +139,7 @@ def rule_of(operation: Any) -> Rule | None:
         return RULES.get(type(operation).__name__) if ours else None
     for kind in type(operation).__mro__:
         if kind in RULES:
-            return RULES[kind] if type(operation).call is kind.call and _keras.is_plain_layer(operation) else None
+            return RULES[kind] if type(operation).call is kind.call and _keras_parts.is_plain_layer(operation) else None
     return None
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import tensorflow as tf
 from keras import layers
 
-from tfpar import _keras
+from tfpar import _keras, _keras_parts
 from tfpar.layout import REPLICATED, Layout, Option, bounds
 from tfpar.local import Local, with_tensors
 from tfpar.model import Ref
@@ -26,12 +26,12 @@ class OfHeads:
 
     def __call__(self, rank, *args, training=None, **kwargs):
         layer = self.call.operation
-        with _keras.unchecked(layer), _keras.replaced(layer._output_dense, bias=None), self.groups(rank):
+        with _keras_parts.unchecked(layer), _keras_parts.replaced(layer._output_dense, bias=None), self.groups(rank):
             return _keras.call_operation(layer, args, kwargs, training, self.call.explicit)
 
     def groups(self, rank):
         """The layer as it is."""
-        return _keras.replaced(self.call.operation)
+        return _keras_parts.replaced(self.call.operation)
 
 
 class OfQueryHeads(OfHeads):
@@ -45,7 +45,7 @@ class OfQueryHeads(OfHeads):
             mine = slice(edges[rank], edges[rank + 1])
             return type(layer)._compute_attention(layer, query, key[:, :, mine], value[:, :, mine], **kwargs)
 
-        return _keras.given_method(layer, "_compute_attention", attention)
+        return _keras_parts.given_method(layer, "_compute_attention", attention)
 
 
 def by_heads(site: Site, weights: list, kind: type = OfHeads) -> Iterator[Option]:

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from tfpar import _keras
+from tfpar import _keras, _keras_parts
 from tfpar.layout import REPLICATED, Layout, Option
 from tfpar.local import Local
 from tfpar.model import Ref
@@ -29,7 +29,7 @@ class WithoutEnd:
 
     def __call__(self, *args, training=None, **kwargs):
         layer = self.call.operation
-        with _keras.unchecked(layer), _keras.replaced(layer, **self.end):
+        with _keras_parts.unchecked(layer), _keras_parts.replaced(layer, **self.end):
             return _keras.call_operation(layer, args, kwargs, training, self.call.explicit)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import tensorflow as tf
 from keras import layers, ops
 
-from tfpar import _keras
+from tfpar import _keras, _keras_parts
 from tfpar.layout import Layout, Option
 from tfpar.local import Local
 from tfpar.model import Ref
@@ -129,5 +129,5 @@ class OfGroups:
 
     def __call__(self, x, training=None):
         layer = self.call.operation
-        with _keras.unchecked(layer), _keras.replaced(layer, groups=self.groups):
+        with _keras_parts.unchecked(layer), _keras_parts.replaced(layer, groups=self.groups):
             return _keras.call_operation(layer, (x,), {}, training, self.call.explicit)

@@ -1,0 +1,104 @@
+"""Private names of Keras that running layers on parts of their weights needs. Checked against Keras 3.15.1.
+
+`tests/test_keras_parts.py` tests each.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tfpar._keras import layers_in
+
+
+@contextlib.contextmanager
+def shaped(values: Sequence[tuple[keras.Variable, tf.Tensor]]) -> Iterator[None]:
+    """Inside, each variable has the shape of the value that it is given, which may be a part of its own."""
+    other = [(v, v._shape, tuple(value.shape)) for v, value in values if tuple(value.shape) != tuple(v._shape)]
+    for variable, _, shape in other:
+        variable._shape = shape
+    try:
+        yield
+    finally:
+        for variable, shape, _ in other:
+            variable._shape = shape
+
+
+@contextlib.contextmanager
+def unchecked(operation: Any) -> Iterator[None]:
+    """Inside, a layer and the layers in it take inputs of other sizes than they were built for."""
+    layers = layers_in(operation)
+    specs = [layer.input_spec for layer in layers]
+    for layer in layers:
+        vars(layer)["_input_spec"] = None
+    try:
+        yield
+    finally:
+        for layer, spec in zip(layers, specs, strict=True):
+            vars(layer)["_input_spec"] = spec
+
+
+@contextlib.contextmanager
+def replaced(operation: Any, **attributes: Any) -> Iterator[None]:
+    """Inside, attributes of a layer have other values."""
+    before = {name: vars(operation)[name] for name in attributes}
+    vars(operation).update(attributes)
+    try:
+        yield
+    finally:
+        vars(operation).update(before)
+
+
+@contextlib.contextmanager
+def given_method(operation: Any, name: str, method: Callable) -> Iterator[None]:
+    """Inside, a method of a layer is this one."""
+    vars(operation)[name] = method
+    try:
+        yield
+    finally:
+        del vars(operation)[name]
+
+
+def is_plain_layer(layer: keras.layers.Layer) -> bool:
+    """Whether calling a layer is no more than its `call`."""
+    return (
+        type(layer).__call__ is keras.layers.Layer.__call__
+        and all(inner.activity_regularizer is None for inner in layers_in(layer))
+        and getattr(layer, "_remat_mode", None) is None
+        and layer.dtype_policy.quantization_mode is None
+    )
+
+
+def clips_norms(optimizer: Any) -> bool:
+    """Whether an optimizer clips gradients by their norms."""
+    return bool(optimizer.clipnorm or optimizer.global_clipnorm)
+
+
+@contextlib.contextmanager
+def given_norms(optimizer: Any, squares: Sequence[tf.Tensor]) -> Iterator[None]:
+    """Inside, an optimizer clips its gradients by these squared norms in place of its own.
+
+    Args:
+        squares: one for each gradient, before its loss scale is taken out.
+    """
+    factor = 1.0 if optimizer.loss_scale_factor is None else float(optimizer.loss_scale_factor)
+
+    def clip(gradients):
+        norms = [tf.sqrt(square) / factor for square in squares]
+        if optimizer.clipnorm:
+            limit = optimizer.clipnorm
+            scales = [limit / tf.maximum(norm, limit) for norm in norms]
+        else:
+            limit, norm = optimizer.global_clipnorm, tf.sqrt(tf.add_n([tf.square(n) for n in norms]))
+            scales = [limit * tf.minimum(1.0 / norm, 1.0 / limit) + (norm - norm)] * len(norms)
+        return [scaled(g, tf.cast(s, g.dtype)) for g, s in zip(gradients, scales, strict=True)]
+
+    def scaled(gradient, scale):
+        if isinstance(gradient, tf.IndexedSlices):
+            return tf.IndexedSlices(gradient.values * scale, gradient.indices, gradient.dense_shape)
+        return gradient * scale
+
+    with given_method(optimizer, "_clip_gradients", clip):
+        yield
