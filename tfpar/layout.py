@@ -1,4 +1,4 @@
-"""How tensors and weights are divided over the `tensor` axis of a mesh, and which way of dividing a model is cheapest."""
+"""How tensors and weights are divided over the `tensor` axis of a mesh, and the cheapest way to divide a model."""
 
 # i: operation, t: tensor, v: variable, T: ranks
 
@@ -49,9 +49,9 @@ class Option:
         name: the field's word for it, `column-parallel`.
         inputs, outputs: the layout that each tensor must have, and gets.
         weights: the layouts of variables that are divided; the others are replicated.
-        split: whether ranks compute different parts, so that the gradients of replicated inputs and weights are partial.
+        split: whether ranks compute different parts, so that gradients of replicated inputs and weights are partial.
         moved: bytes of one sample that cross between ranks within the operation, forward and backward.
-        build: adds what each rank runs to a `tfpar.local.Local`; the operation itself, on what the rank has, if not given.
+        build: adds what each rank runs to a `tfpar.local.Local`; if not given, the operation on what the rank has.
     """
 
     name: str

@@ -59,8 +59,8 @@ def axis_of(asked: Any, ranks: int) -> str:
     """
     if not hasattr(asked, "items"):
         raise LayoutError(
-            f'layout is "auto", a keras.distribution.LayoutMap, or a mapping such as {{"dense/kernel": (None, "{AXIS}")}}; '
-            f"received {asked!r}"
+            f'layout is "auto", a keras.distribution.LayoutMap, or a mapping such as '
+            f'{{"dense/kernel": (None, "{AXIS}")}}; received {asked!r}'
         )
     mesh = getattr(asked, "device_mesh", None)
     if mesh is None:

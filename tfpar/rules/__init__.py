@@ -1,7 +1,7 @@
 """How ranks can divide an operation between them: a registry of rules, one for each kind of layer or operation.
 
-A rule is a function from a `Site`, an operation in its model, to the `Option`s that there are beside computing all of it
-on every rank. Register one for a layer of your own:
+A rule is a function from a `Site`, an operation in its model, to the `Option`s that there are beside computing all of
+it on every rank. Register one for a layer of your own:
 
     @tfpar.rules.rule(MyLayer)
     def my_layer(site):

@@ -1,4 +1,4 @@
-"""What moves elements, or combines those along other dims: reshapes, transposes, reductions, products of activations."""
+"""What moves elements, or combines those along other dims: reshapes, transposes, reductions, products."""
 
 from collections.abc import Iterator, Sequence
 from math import prod
