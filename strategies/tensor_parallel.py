@@ -23,8 +23,8 @@ class TensorParallelStrategy(Strategy):
         sequence_parallel: whether what lies between divided layers, normalisation and dropout for instance, is divided
             along the sequence, which saves memory at no cost in bytes exchanged (Korthikanti et al., "Reducing
             Activation Recomputation in Large Transformer Models").
-        cross_device_ops: how tensors are added up, as for `tf.distribute.MirroredStrategy`; NCCL on physical GPUs, else
-            copies, if not given.
+        cross_device_ops: how tensors are added up, as for `tf.distribute.MirroredStrategy`; by copies, if not given,
+            and bfloat16 always, which TensorFlow's NCCL kernels do not add up.
 
     Raises:
         LayoutError: when the model is first used, for a layout that does not fit it.

@@ -1,6 +1,7 @@
 """Private names of TensorFlow that tfpar uses, all. Checked against 2.21.0; `tests/test_tf.py` tests each."""
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from tensorflow.python.training.saving.saveable_object import SaveableObject, Sa
 __all__ = [
     "LogicalReplica", "MirroredExtended", "MirroredVariable", "OwnedMultiDeviceIterator", "PerReplica",
     "ResourceVariable", "awaited",
-    "batch_reduce", "following_inputs", "independent", "outside_replica", "record_gradient", "replica_of",
+    "batch_reduce", "call_flat", "fingerprint", "following_inputs", "independent", "outside_replica", "record_gradient", "replica_of",
     "saveable", "select_replica", "tape_watches", "unrecorded", "update_regroup", "without_device",
 ]  # fmt: skip
 
@@ -160,3 +161,36 @@ def saveable(read: Callable, assign: Callable, dtype: tf.DType, name: str) -> di
             return assign(restored_tensors[0])
 
     return {VARIABLE_VALUE_KEY: lambda name=name: Whole(name)}
+
+
+def fingerprint(function: Any) -> str | None:
+    """What a traced function computes, whatever its operations are called; `None` where the graph does not tell.
+
+    It does not where the function reads variables, calls others, or has a gradient that is written in Python.
+    """
+    if function.captured_inputs or any(x.dtype == tf.resource for x in function.inputs):
+        return None
+    nodes = function.graph.as_graph_def().node
+    names = {node.name: str(n) for n, node in enumerate(nodes)}
+    digest = hashlib.sha256()
+    for node in nodes:
+        if "_gradient_op_type" in node.attr or any(a.HasField("func") or a.list.func for a in node.attr.values()):
+            return None
+        inputs = [renamed(name, names) for name in node.input]
+        attributes = sorted((k, v.SerializeToString(deterministic=True)) for k, v in node.attr.items() if k[0] != "_")
+        digest.update(repr((node.op, node.device, inputs, attributes)).encode())
+    ends = [(names[x.op.name], x.value_index) for x in (*function.inputs, *function.outputs)]
+    digest.update(repr((len(function.inputs), ends)).encode())
+    return digest.hexdigest()
+
+
+def renamed(name: str, names: dict[str, str]) -> str:
+    """An input of a node with the number of the node in place of its name."""
+    before, _, output = name.lstrip("^").partition(":")
+    return f"{'^' if name[0] == '^' else ''}{names[before]}:{output or 0}"
+
+
+def call_flat(function: Any, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    """The flat results of a traced function for flat arguments."""
+    found = tf.nest.flatten(function._call_flat(list(tensors), function.captured_inputs), expand_composites=True)
+    return [x for x in found if x is not None]

@@ -69,6 +69,9 @@ def copied(value: Any, devices: Sequence[str]) -> list[Any]:
     return copies
 
 
+NCCL = (tf.float16, tf.float32, tf.float64)  # which dtypes TensorFlow's NCCL kernels add up; not bfloat16
+
+
 # ---- between the ranks of a tensor axis: a value for each, on its device
 
 
@@ -79,9 +82,12 @@ def identity(values: Sequence[tf.Tensor], devices: Sequence[str], dim: int, exte
 
 def reduced(values: Sequence[tf.Tensor], devices: Sequence[str], dim: int, extent: Any, ops: Any) -> list[tf.Tensor]:
     """The sum, everywhere, to the last bit the same."""
-    if ops is not None:
+    if ops is not None and values[0].dtype in NCCL:
         return batch_reduce(ops, [values])[0]
-    return [summed(values, device) for device in devices]
+    rows = values[0].shape.rank
+    if len(devices) == 2 or not rows:
+        return [summed(values, device) for device in devices]
+    return gathered(scattered(values, devices, 0, None, None), devices, 0, None, None)  # each adds up a part
 
 
 def gathered(values: Sequence[tf.Tensor], devices: Sequence[str], dim: int, extent: Any, ops: Any) -> list[tf.Tensor]:
@@ -104,7 +110,7 @@ def cut(values: Sequence[tf.Tensor], devices: Sequence[str], dim: int, extent: A
 
 def scattered(values: Sequence[tf.Tensor], devices: Sequence[str], dim: int, extent: Any, ops: Any) -> list[tf.Tensor]:
     """Of the sum, each its part."""
-    if ops is not None:
+    if ops is not None and values[0].dtype in NCCL:
         return cut(reduced(values, devices, dim, extent, ops), devices, dim, extent, ops)
     return [
         summed([part(value, dim, r, len(devices), extent) for value in values], device)

@@ -103,7 +103,8 @@ def ranked(strategy: Any, model: keras.Model, x: Any, rows: int) -> tuple[Plan, 
         training.partition, strategy.mesh, in_turn(training.partition.stages, 1), hardware(strategy), rows,
         weights=weights, exchanges=local.exchanges,
     )  # fmt: skip
-    return plan, training, inference, {"layouts": local.layouts, "partial": local.partial}
+    extra = {"layouts": local.layouts, "partial": local.partial, "reduce": strategy.cross_device_ops}
+    return plan, training, inference, extra
 
 
 def replica_graphs(model: keras.Model, x: Any) -> tuple[KerasGraph, KerasGraph]:

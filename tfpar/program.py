@@ -1,5 +1,6 @@
 """One stage as a pure function."""
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -7,7 +8,7 @@ import keras
 import tensorflow as tf
 
 from tfpar import _keras, _keras_parts, _moments
-from tfpar._tf import without_device
+from tfpar._tf import call_flat, fingerprint, without_device
 from tfpar.graph import OpGraph
 from tfpar.model import KerasGraph
 from tfpar.state import RecordingScope, UnknownVariables
@@ -56,7 +57,7 @@ class Function:
     def __call__(self, *args: Any) -> Any:
         kind = str(tf.nest.map_structure(kind_of, args))
         if kind not in self.traces:
-            self.traces[kind] = self.trace(args)
+            self.traces[kind] = shared(self.trace(args), self.compiled is not None)
         return self.traces[kind](*args)
 
     def trace(self, args: Any) -> Callable:
@@ -69,6 +70,38 @@ class Function:
             loops = any(op.type in ("While", "StatelessWhile") for op in compiled.graph.get_operations())
             # what a loop keeps for its gradient cannot leave a compiled program
             return self.plain.get_concrete_function(*examples) if loops and self.differentiated else compiled
+
+
+class Trace:
+    """A traced function of tensors.
+
+    Args:
+        function: to call.
+        results: the structure of what it returns.
+    """
+
+    def __init__(self, function: Callable, results: Any):
+        self.function, self.results = function, results
+
+    def __call__(self, *args: Any) -> Any:
+        given = [x for x in tf.nest.flatten(args, expand_composites=True) if x is not None]
+        found = iter(call_flat(self.function, given))
+        return tf.nest.map_structure(lambda x: None if x is None else next(found), self.results, expand_composites=True)
+
+
+KNOWN: weakref.WeakValueDictionary[tuple, Trace] = weakref.WeakValueDictionary()
+
+
+def shared(function: Any, compiled: bool) -> Callable:
+    """A traced function, or an earlier one that computes the same: blocks of a model that are alike compile once."""
+    mark = fingerprint(function)
+    if mark is None:
+        return function
+    own = Trace(function, function.structured_outputs)
+    first = KNOWN.setdefault((mark, compiled), own)
+    if first is not own:
+        own.function, own.first = first.function, first  # which is known for as long as somebody uses it
+    return own
 
 
 def kind_of(value: Any) -> Any:

@@ -19,25 +19,21 @@ class OfHeads:
 
     _call_context_args = ("training",)
 
-    def __init__(self, call: Any, ranks: int, repeats: int = 1):
-        self.call, self.ranks, self.repeats = call, ranks, repeats
+    def __init__(self, call: Any, ranks: int):
+        self.call, self.ranks = call, ranks
         bias = call.operation._output_dense.bias
         self.variables = [v for v in call.variables if v is not bias]
 
-    def __call__(self, rank, *args, training=None, **kwargs):
+    def __call__(self, *args, training=None, **kwargs):
         layer = self.call.operation
-        with _keras_parts.unchecked(layer), _keras_parts.replaced(layer._output_dense, bias=None), self.groups(rank):
+        with _keras_parts.unchecked(layer), _keras_parts.replaced(layer._output_dense, bias=None):
             return _keras.call_operation(layer, args, kwargs, training, self.call.explicit)
-
-    def groups(self, rank):
-        """The layer as it is."""
-        return _keras_parts.replaced(self.call.operation)
 
 
 class OfQueryHeads(OfHeads):
     """The same where ranks share key and value heads: each has all of them, and takes those of its query heads."""
 
-    def groups(self, rank):
+    def __call__(self, rank, *args, **kwargs):
         layer = self.call.operation
         edges = tf.stack(bounds(layer.num_query_heads, self.ranks))
 
@@ -45,7 +41,8 @@ class OfQueryHeads(OfHeads):
             mine = slice(edges[rank], edges[rank + 1])
             return type(layer)._compute_attention(layer, query, key[:, :, mine], value[:, :, mine], **kwargs)
 
-        return _keras_parts.given_method(layer, "_compute_attention", attention)
+        with _keras_parts.given_method(layer, "_compute_attention", attention):
+            return super().__call__(*args, **kwargs)
 
 
 def by_heads(site: Site, weights: list, kind: type = OfHeads) -> Iterator[Option]:
@@ -55,10 +52,9 @@ def by_heads(site: Site, weights: list, kind: type = OfHeads) -> Iterator[Option
     def build(layout: Layout):
         def of_heads(local: Local, inputs: list[int]) -> int:
             args, kwargs = with_tensors(call, inputs)
-            x = local.run(
-                kind(call, site.ranks), Ref(local.rank()), *args,
-                like=site.op.outputs, layouts=[REPLICATED], **kwargs,
-            )  # fmt: skip
+            rank = [Ref(local.rank())] if kind is OfQueryHeads else []
+            run = kind(call, site.ranks)
+            x = local.run(run, *rank, *args, like=site.op.outputs, layouts=[REPLICATED], **kwargs)
             x = local.reduced(x, layout)
             local.split = layout != REPLICATED
             return x if output.bias is None else local.run(End(output), Ref(x), like=site.op.outputs, layouts=[layout])
