@@ -24,7 +24,7 @@ PLANNING = [
 ]
 RUNNING = [
     "_tf", "_keras", "_keras_parts", "_moments", "variables", "batch", "feed", "flops", "state", "_keras_run", "model",
-    "collectives", "local", "rules", "divide", "program", "probe", "whole", "engine", "together", "passes", "outcome",
+    "collectives", "local", "rules", "divide", "probe", "opening", "program", "whole", "engine", "together", "passes", "outcome",
     "update", "loss", "call", "prepare", "traced", "step", "measure", "testing",
 ]  # fmt: skip
 ORDER = [*PLANNING, *RUNNING, "strategies"]

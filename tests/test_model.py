@@ -8,7 +8,8 @@ from keras import layers, ops
 
 from tfpar.errors import ModelError
 from tfpar.flops import flops
-from tfpar.model import graph_from, opened
+from tfpar.model import graph_from
+from tfpar.opening import opened
 
 
 def names(graph):

@@ -11,6 +11,7 @@ from tfpar.graph import OpGraph
 
 ROWS = 64  # samples that costs are compared for: how a weight is divided must not depend on the batch
 BEAM = 64  # ways that are kept while the model is walked through
+FUSED = 0.1  # of what elementwise operations move, as if it went through memory: they are computed with their neighbours
 KERNEL = 1000.0  # what holding a byte of a matrix on every rank costs, in bytes of one sample that cross between ranks
 
 
@@ -133,6 +134,7 @@ def work(graph: OpGraph, i: int, option: Option, ranks: int, hardware: Hardware)
     """The cost of an operation on its own."""
     op = graph.ops[i]
     touched = sum(graph.tensors[t].bytes for t in {*op.inputs, *op.outputs})
+    touched *= 1.0 if op.flops else FUSED
     seconds = (1 + BACKWARD) * ROWS * hardware.seconds(op.flops, touched) / (ranks if option.split else 1)
     matrices = sum(
         graph.variables[v].bytes for v in op.variables if len(graph.variables[v].shape) > 1 and v not in option.weights

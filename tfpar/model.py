@@ -11,10 +11,9 @@ import tensorflow as tf
 from keras import tree
 
 from tfpar import _keras
-from tfpar.errors import ModelError, brief
 from tfpar.flops import flops
 from tfpar.graph import Op, OpGraph, Tensor, Variable
-from tfpar.state import RecordingScope, UnknownVariables
+from tfpar.state import UnknownVariables
 
 UNKNOWN = 128  # the size assumed for a dimension that the model leaves open, in estimates of cost
 
@@ -250,62 +249,3 @@ def one_call(model: keras.Model, x: Any) -> KerasGraph:
     call.variables, call._call_context_args = model.variables, ("training",)
     outputs = builder.add(model.name, call, (refs,), {}, tree.flatten(spec), False)
     return builder.finish(inputs, tree.pack_sequence_as(spec, outputs))
-
-
-def opened(model: keras.Model, x: Any, training: bool) -> KerasGraph:
-    """A subclassed model, opened by calling it on symbolic inputs and checked by numbers.
-
-    Args:
-        x: a few samples of real input, for the check.
-
-    Raises:
-        ModelError: `call` does not take symbolic inputs, or what it does with them is not what it does with numbers.
-    """
-    name = type(model).__name__
-    flat = tree.flatten(x)
-    symbols = [_keras.symbolic(a) for a in flat]
-    given = _keras.training_argument(model, training)
-    cure = (
-        "To cut a model into stages, tfpar follows its layers. Build it from keras.layers and keras.ops "
-        "(a raw TensorFlow function belongs in the call() of a layer of its own, or in keras.layers.Lambda), "
-        "or use a Functional or Sequential model"
-    )
-    try:
-        outputs = model.call(tree.pack_sequence_as(x, symbols), **given)
-        function = keras.Function(symbols, outputs)
-    except Exception as error:
-        raise ModelError(f"{name}.call does not work on symbolic inputs: {brief(error)}\n{cure}.") from error
-    graph = graph_from(function, explicit=True)
-    original, changed = perturbed(lambda: model.call(x, **given))
-    try:
-        inside, written = perturbed(lambda: graph.run(flat, training if given else None))
-        same = written == changed and all(
-            np.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True) for a, b in zip(inside, original, strict=True)
-        )
-    except Exception:  # a symbol was kept where a number is needed
-        same = False
-    if not same:
-        unseen = [v.path for v in model.weights if all(v is not g for g in graph.variables)]
-        why = f"; it does not see the weights {unseen} there" if unseen else ""
-        raise ModelError(
-            f"{name}.call gives other numbers when its layers are run one by one than when it is called{why}: "
-            f"what it computes beside its layers (conditions, random numbers, its own weights) is frozen. {cure}."
-        )
-    return graph
-
-
-class Perturbed(RecordingScope):
-    """Every weight reads a little different from its value, so that one that was frozen shows."""
-
-    def get_current_value(self, variable):
-        value = self.state_mapping.get(id(variable))
-        if value is not None or not variable.trainable:
-            return value
-        return variable._value * 1.05 + tf.cast(0.01, variable._value.dtype)
-
-
-def perturbed(run: Callable[[], Any]) -> tuple[list[np.ndarray], set[int]]:
-    """The flat results of `run` with perturbed weights, and which variables it would write."""
-    with Perturbed([]) as scope:
-        results = [np.asarray(r) for r in tree.flatten(run())]
-    return results, set(scope.written)

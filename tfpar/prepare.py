@@ -16,7 +16,8 @@ from tfpar.engine import Engine, Route
 from tfpar.errors import ModelError, ScopeError
 from tfpar.layout import REPLICATED, Layout
 from tfpar.local import segments
-from tfpar.model import KerasGraph, graph_from, one_call, opened
+from tfpar.model import KerasGraph, graph_from, one_call
+from tfpar.opening import opened, with_opened_layers
 from tfpar.partition import Partition, partition
 from tfpar.plan import Plan
 from tfpar.probe import Probe, check_independence, mixing, sample
@@ -84,7 +85,8 @@ def replicated(strategy: Any, model: keras.Model, x: Any, rows: int, whole: Set[
 
 def ranked(strategy: Any, model: keras.Model, x: Any, rows: int) -> tuple[Plan, Route, Route, dict]:
     """The plan and the ways through a model of which each rank has a part, and what the engine must know besides."""
-    count, graphs = strategy.mesh.tensor, replica_graphs(model, x)
+    count, checked = strategy.mesh.tensor, set()
+    graphs = [with_opened_layers(g, t, checked) for g, t in zip(replica_graphs(model, x), (True, False), strict=True)]
     asked = layouts_of(strategy.layout, graphs[0].graph.variables, count) or {}
     given = {id(graphs[0].variables[v]): layout for v, layout in asked.items()}
     given.update({id(v): v.value.layout for v in graphs[0].variables if is_placed(v)})

@@ -1,0 +1,213 @@
+"""Models and layers that are made of layers, opened by calling them on symbolic inputs and checked by numbers."""
+
+# t: tensor of the graph, i: operation
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import tree
+
+from tfpar import _keras, _keras_parts, rules
+from tfpar.errors import ModelError, brief
+from tfpar.graph import OpGraph
+from tfpar.model import Call, KerasGraph, Ref, graph_from
+from tfpar.probe import sample
+from tfpar.state import RecordingScope
+from tfpar.variables import HOST
+
+
+def opened(model: keras.Model, x: Any, training: bool) -> KerasGraph:
+    """A subclassed model as the layers that its `call` calls.
+
+    Args:
+        x: a few samples of real input, for the check.
+
+    Raises:
+        ModelError: `call` does not take symbolic inputs, or what it does with them is not what it does with numbers.
+    """
+    given = _keras.training_argument(model, training)
+    flat = tree.flatten(x)
+
+    def call(*values):
+        return model.call(tree.pack_sequence_as(x, values), **given)
+
+    return followed(model, call, [_keras.symbolic(a) for a in flat], flat, training if given else None)
+
+
+def followed(
+    layer: keras.layers.Layer, call: Callable, symbols: Sequence[Any], samples: Sequence[Any] | None, training: Any
+) -> KerasGraph:
+    """The layers and operations that `call` runs, as a graph.
+
+    Args:
+        layer: whose call it is.
+        call: of flat tensors.
+        symbols, samples: for each of them; without samples, nothing is checked.
+
+    Raises:
+        ModelError: as `opened`.
+    """
+    name = type(layer).__name__
+    cure = (
+        "To divide a model, tfpar follows its layers. Build it from keras.layers and keras.ops "
+        "(a raw TensorFlow function belongs in the call() of a layer of its own, or in keras.layers.Lambda), "
+        "or use a Functional or Sequential model"
+    )
+    try:
+        function = keras.Function(list(symbols), call(*symbols))
+    except Exception as error:
+        raise ModelError(f"{name}.call does not work on symbolic inputs: {brief(error)}\n{cure}.") from error
+    graph = graph_from(function, explicit=True)
+    if samples is None:
+        return graph
+    original, changed, _ = perturbed(lambda: call(*samples))
+    try:
+        inside, written, _ = perturbed(lambda: graph.run(samples, training))
+        same = written == changed and all(
+            np.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True) for a, b in zip(inside, original, strict=True)
+        )
+    except Exception:  # a symbol was kept where a number is needed
+        same = False
+    if not same:
+        unseen = [v.path for v in layer.weights if all(v is not g for g in graph.variables)]
+        why = f"; it does not see the weights {unseen} there" if unseen else ""
+        raise ModelError(
+            f"{name}.call gives other numbers when its layers are run one by one than when it is called{why}: "
+            f"what it computes beside its layers (conditions, random numbers, its own weights) is frozen. {cure}."
+        )
+    return graph
+
+
+class Perturbed(RecordingScope):
+    """Every weight reads a little different from its value, so that one that was frozen shows."""
+
+    def get_current_value(self, variable):
+        value = self.state_mapping.get(id(variable))
+        if value is not None or not variable.trainable:
+            return value
+        return variable._value * 1.05 + tf.cast(0.01, variable._value.dtype)
+
+
+def perturbed(run: Callable[[], Any]) -> tuple[list[np.ndarray], set[int], bool]:
+    """The flat results of `run` with perturbed weights, which variables it would write, and whether it adds losses."""
+    with Perturbed([]) as scope:
+        results = [np.asarray(r) for r in tree.flatten(run())]
+    return results, set(scope.written), bool(scope.losses)
+
+
+# ---- layers made of layers
+
+
+def with_opened_layers(graph: KerasGraph, training: bool, checked: set[str]) -> KerasGraph:
+    """The graph with what composite layers run in their place, as far as they can be opened.
+
+    Args:
+        checked: kinds of layers, with their configuration, that were found to be what their layers are.
+    """
+    found = {i: inner for i in range(len(graph.calls)) if (inner := inside(graph, i, training, checked)) is not None}
+    if not found:
+        return graph
+    ops, calls, tensors, symbols = [], [], list(graph.graph.tensors), list(graph.symbols)
+    renamed: dict[int, int] = {}  # outputs of opened layers
+    places = {id(v): n for n, v in enumerate(graph.variables)}
+    for i, (op, call) in enumerate(zip(graph.graph.ops, graph.calls, strict=True)):
+        if i not in found:
+            ops.append(replace(op, inputs=tuple(renamed.get(t, t) for t in op.inputs)))
+            calls.append(with_refs(call, renamed))
+            continue
+        inner = found[i]
+        into = dict(zip(inner.graph.inputs, (renamed.get(t, t) for t in op.inputs), strict=True))
+        for t in range(len(inner.symbols)):
+            if t not in into:
+                into[t] = len(symbols)
+                tensors.append(inner.graph.tensors[t])
+                symbols.append(inner.symbols[t])
+        variables = [places[id(v)] for v in inner.variables]
+        for inner_op, inner_call in zip(inner.graph.ops, inner.calls, strict=True):
+            ops.append(
+                replace(
+                    inner_op, name=f"{op.name}/{inner_op.name}", inputs=tuple(into[t] for t in inner_op.inputs),
+                    outputs=tuple(into[t] for t in inner_op.outputs),
+                    variables=tuple(sorted(variables[v] for v in inner_op.variables)),
+                )
+            )  # fmt: skip
+            call_inside = with_refs(inner_call, into)
+            calls.append(replace(call_inside, outputs=tuple(into[t] for t in inner_call.outputs)))
+        renamed.update(zip(op.outputs, (into[t] for t in inner.graph.outputs), strict=True))
+    outputs = tree.map_structure(lambda t: renamed.get(t, t), graph.outputs)
+    plain = OpGraph(
+        tuple(ops), tuple(tensors), graph.graph.variables, graph.graph.inputs, tuple(tree.flatten(outputs))
+    )  # fmt: skip
+    return KerasGraph(plain, tuple(calls), graph.variables, tuple(symbols), outputs)
+
+
+def with_refs(call: Call, places: dict[int, int]) -> Call:
+    """A call on other tensors."""
+    args, kwargs = tree.map_structure(
+        lambda a: Ref(places.get(a.tensor, a.tensor)) if isinstance(a, Ref) else a, (call.args, call.kwargs)
+    )
+    return replace(call, args=args, kwargs=kwargs)
+
+
+def inside(graph: KerasGraph, i: int, training: bool, checked: set[str]) -> KerasGraph | None:
+    """What a composite layer runs; `None` for other operations, and for one that cannot be opened."""
+    call, op = graph.calls[i], graph.graph.ops[i]
+    layer = call.operation
+    if not is_composite(layer) or any(_keras.get_keras_mask(graph.symbols[t]) is not None for t in op.inputs):
+        return None
+    given = _keras.training_argument(layer, call.kwargs.get("training", training) if call.explicit else training)
+
+    def run(*values):
+        left = iter(values)
+        args, kwargs = tree.map_structure(lambda a: next(left) if isinstance(a, Ref) else a, (call.args, call.kwargs))
+        with _keras.autocast_of(layer):
+            return layer.call(*args, **{**kwargs, **given})
+
+    symbols = [keras.KerasTensor(graph.symbols[t].shape, graph.symbols[t].dtype) for t in op.inputs]
+    kind = f"{type(layer)} {config_of(layer)} {[(s.shape, s.dtype) for s in symbols]} {given}"
+    rng = np.random.default_rng(0)
+    samples = None
+    if kind not in checked:
+        samples = [sample(s.shape, s.dtype, rng, graph.is_batched(t)) for s, t in zip(symbols, op.inputs, strict=True)]
+        samples = [x[:2] if graph.is_batched(t) else x for x, t in zip(samples, op.inputs, strict=True)]
+    try:
+        with tf.device(HOST):
+            inner = followed(layer, run, symbols, samples, given.get("training"))
+            adds_losses = samples is not None and perturbed(lambda: run(*samples))[2]
+    except Exception:  # it stays one operation, on every rank
+        return None
+    known = {id(v) for v in layer.variables}
+    if adds_losses or {id(v) for v in inner.variables} - known or len(inner.graph.outputs) != len(op.outputs):
+        return None
+    checked.add(kind)
+    return with_opened_layers(inner, training, checked)
+
+
+def is_composite(layer: Any) -> bool:
+    """Whether this is a layer of a user's own that calls layers, and does no more than that."""
+    return (
+        isinstance(layer, keras.layers.Layer)
+        and len(_keras.layers_in(layer)) > 1
+        and not type(layer).__module__.startswith("keras.src.")
+        and rules.rule_of(layer) is None
+        and _keras_parts.is_plain_layer(layer)
+    )
+
+
+def config_of(layer: keras.layers.Layer) -> Any:
+    """The configuration of a layer without names; something that no other layer has, if it has none."""
+    try:
+        return without_names(layer.get_config())
+    except Exception:
+        return id(layer)
+
+
+def without_names(config: Any) -> Any:
+    """A configuration without the names of layers."""
+    if isinstance(config, dict):
+        return {k: without_names(v) for k, v in config.items() if k not in ("name", "shared_object_id")}
+    return [without_names(v) for v in config] if isinstance(config, list | tuple) else config
