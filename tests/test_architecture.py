@@ -24,8 +24,8 @@ PLANNING = [
 ]
 RUNNING = [
     "_tf", "_keras", "_keras_parts", "_moments", "variables", "batch", "feed", "flops", "state", "_keras_run", "model",
-    "collectives", "local", "rules", "divide", "probe", "opening", "program", "whole", "engine", "together", "passes", "outcome",
-    "update", "loss", "call", "prepare", "traced", "step", "measure", "testing",
+    "collectives", "local", "crossentropy", "rules", "divide", "probe", "opening", "program", "whole", "engine",
+    "together", "passes", "outcome", "update", "loss", "call", "prepare", "traced", "step", "measure", "testing",
 ]  # fmt: skip
 ORDER = [*PLANNING, *RUNNING, "strategies"]
 FILES = sorted(f for d in ("tfpar", "strategies") for f in (ROOT / d).rglob("*.py"))

@@ -43,7 +43,7 @@ def call(
     outcome.write_state(finished)
     if added:
         losses[:] = _keras.added_losses(model, list(added.values()))
-    return structured(engine, outputs)
+    return structured(engine, outputs, finished.route)
 
 
 def forward_on_tape(engine: Any, schedule: Any, parts: batch.Parts, edges: list[Edge], weights: Any, training: Any):
@@ -59,7 +59,8 @@ def forward_on_tape(engine: Any, schedule: Any, parts: batch.Parts, edges: list[
         with tf.device(device_of(variable, replica)):  # the copies are one source: their gradients add up
             return record_gradient([read(variable, replica)], [sources[id(variable)]], lambda gradient: [gradient])[0]
 
-    run = Pass(engine, parts, batch.split(edges, parts.count), weights, training, read=recorded)
+    route = engine.called if training else None
+    run = Pass(engine, parts, batch.split(edges, parts.count), weights, training, read=recorded, route=route)
     run.run(schedule, Kind.FORWARD)
     return run, outcome.outputs(run), outcome.added_losses(run)
 

@@ -126,6 +126,14 @@ def part(value: tf.Tensor, dim: int, r: int, ranks: int, extent: Any = None) -> 
         return value[(slice(None),) * dim + (slice(edges[r], edges[r + 1]),)]
 
 
+def maximum(values: Sequence[tf.Tensor], devices: Sequence[str], dim: int, extent: Any, ops: Any) -> list[tf.Tensor]:
+    """The largest of one element that each has along the last dim, everywhere."""
+    return [
+        tf.reduce_max(whole, -1, keepdims=True)
+        for whole in gathered(values, devices, values[0].shape.rank - 1, None, None)
+    ]
+
+
 def numbers(values: Sequence[tf.Tensor], devices: Sequence[str], dim: int, extent: Any, ops: Any) -> list[tf.Tensor]:
     """To each its number."""
     found = []
@@ -137,7 +145,7 @@ def numbers(values: Sequence[tf.Tensor], devices: Sequence[str], dim: int, exten
 
 EXCHANGES: dict[str, Callable] = {
     "identity": identity, "all-reduce": reduced, "all-gather": gathered, "slice": cut, "reduce-scatter": scattered,
-    "rank": numbers,
+    "maximum": maximum, "rank": numbers,
 }  # fmt: skip
 LOCAL = ("identity", "slice", "rank")  # nothing crosses between ranks
 

@@ -3,9 +3,11 @@
 # i: operation, v: variable
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from tfpar import rules
 from tfpar.cost import Hardware
+from tfpar.crossentropy import CrossEntropy, add_loss
 from tfpar.errors import LayoutError
 from tfpar.layout import REPLICATED, Layout, Option, choose
 from tfpar.local import Local, LocalGraph
@@ -14,13 +16,19 @@ from tfpar.plan import Weight
 
 
 def divided(
-    graph: KerasGraph, ranks: int, hardware: Hardware, sequence: bool, given: Mapping[int, Layout]
+    graph: KerasGraph,
+    ranks: int,
+    hardware: Hardware,
+    sequence: bool,
+    given: Mapping[int, Layout],
+    loss: CrossEntropy | None = None,
 ) -> tuple[LocalGraph, tuple[Weight, ...]]:
     """What each rank runs of a model, and how its weights are divided.
 
     Args:
         sequence: whether activations may be divided along the sequence (sequence parallelism).
         given: the layouts of variables of the graph that must have a certain one.
+        loss: of the model's output; ranks find it together, if each has a part of the logits.
 
     Raises:
         LayoutError: no rule divides a weight as it is given.
@@ -38,7 +46,18 @@ def divided(
         i = next((i for i, op in enumerate(graph.graph.ops) if v in op.variables), None)
         why = reason(sites[i], options[i], chosen[i], v) if i is not None else "no operation uses it"
         weights.append(Weight(variable.path, variable.shape, variable.bytes, layouts.get(v, REPLICATED), why))
-    return local.finish(layouts), tuple(weights)
+    logits = logits_of(local, loss) if loss is not None else None
+    if logits is None:
+        return local.finish(layouts), tuple(weights)
+    finished = local.finish(layouts, lambda local: add_loss(local, logits, loss, local.input(*loss.y)))
+    return replace(finished, loss=loss), tuple(weights)
+
+
+def logits_of(local: Local, loss: CrossEntropy) -> int | None:
+    """What a rank has of the logits of the model's output, if that is a part along the last dim."""
+    (t,) = local.source.graph.outputs
+    x = local.known[t] if loss.from_logits else local.logits.get(t)
+    return x if x is not None and local.layouts[x] == Layout(len(local.full[x]) - 1) else None
 
 
 def fitting(site: rules.Site, options: list[Option], given: Mapping[int, Layout]) -> list[Option]:

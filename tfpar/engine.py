@@ -11,6 +11,7 @@ import tensorflow as tf
 from tfpar import batch
 from tfpar._tf import unrecorded
 from tfpar.collectives import Collective
+from tfpar.crossentropy import CrossEntropy
 from tfpar.layout import Layout
 from tfpar.model import KerasGraph
 from tfpar.partition import Partition
@@ -48,12 +49,21 @@ class Route:
         graph, partition: the operations, and the stage of each.
         whole: stages that take the parts of all replicas at once.
         drawn: states of random numbers from which the ranks of a replica draw differently.
+        loss: where ranks find the loss of a part of the outputs each, which; the targets are the last input then, and
+            what the loss is computed from is the last output.
     """
 
     graph: KerasGraph
     partition: Partition
     whole: Set[int] = frozenset()
     drawn: Set[int] = frozenset()
+    loss: CrossEntropy | None = None
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tensors that the loss is computed from."""
+        outputs = self.graph.graph.outputs
+        return outputs[-1:] if self.loss else outputs
 
     @cached_property
     def probe(self) -> Probe:
@@ -84,6 +94,7 @@ class Engine:
         plan: which operations and variables go where.
         model: what the plan is of.
         training, inference: the ways through it; they share their variables, their inputs and their outputs.
+        called: the way of a call in training by a user's own step, if it is another.
         jit_compile, eager: how programs run.
         layouts, partial: of the variables that ranks have parts of, how; of the others, of which ranks find parts of
             the gradient.
@@ -96,11 +107,12 @@ class Engine:
     inference: Route
     jit_compile: bool = False
     eager: bool = False
+    called: Route | None = None
     layouts: dict[int, Layout] = field(default_factory=dict)
     partial: Set[int] = frozenset()
     reduce: Any = None
     has_masks: bool = False  # outputs have masks that their symbols do not show
-    programs: dict[tuple[int, bool | None], Program] = field(default_factory=dict)
+    programs: dict[tuple[int, int, bool | None], Program] = field(default_factory=dict)
     raw: dict[int, Callable] = field(default_factory=dict)  # of tensors that are functions of their logits, which
 
     def __post_init__(self):
@@ -116,21 +128,27 @@ class Engine:
         """The way of a pass."""
         return self.training if training else self.inference
 
-    def program(self, stage: int, training: bool | None) -> Program:
-        """The program of a stage, made once."""
-        if (stage, training) not in self.programs:
-            route = self.route(training)
-            self.programs[stage, training] = Program(
+    def program(self, route: Route, stage: int, training: bool | None) -> Program:
+        """The program of a stage of one of the ways, made once."""
+        key = self.routes.index(route), stage, training
+        if key not in self.programs:
+            self.programs[key] = Program(
                 route.graph, route.partition.ops(stage), route.partition.edges(stage), self.model, training,
                 self.jit_compile, self.eager, self.raw,
             )  # fmt: skip
-        return self.programs[stage, training]
+        return self.programs[key]
+
+    @property
+    def routes(self) -> list[Route]:
+        """All ways through the model."""
+        return [self.training, self.inference, *([self.called] if self.called else [])]
 
     def extended(self, unknown: UnknownVariables) -> "Engine":
         """The same model, in which a call has the variables that it was found to use."""
         training, inference = self.training.knowing(unknown), self.inference.knowing(unknown)
+        called = self.called.knowing(unknown) if self.called else None
         plan = replace(self.plan, partition=training.partition)
-        return replace(self, plan=plan, training=training, inference=inference, programs={})
+        return replace(self, plan=plan, training=training, inference=inference, called=called, programs={})
 
     def schedule(self, strategy: Any, parts: batch.Parts, training: bool | None) -> Schedule:
         """The order of the actions of each replica."""
@@ -147,7 +165,7 @@ class Engine:
         known = dict(zip(self.graph.graph.inputs, inputs, strict=True))
         with tf.device(HOST):
             for s in range(route.partition.stages):
-                program = self.program(s, training)
+                program = self.program(route, s, training)
                 variables = [read(self.graph.variables[v]) for v in program.variables]
                 known.update(program.run(variables, {t: known[t] for t in route.partition.needs(s)}).edges)
         return {t: known[t].mask for t in self.graph.graph.outputs}

@@ -11,7 +11,9 @@ from tfpar.graph import OpGraph
 
 ROWS = 64  # samples that costs are compared for: how a weight is divided must not depend on the batch
 BEAM = 64  # ways that are kept while the model is walked through
-FUSED = 0.1  # of what elementwise operations move, as if it went through memory: they are computed with their neighbours
+FUSED = (
+    0.1  # of what elementwise operations move, as if it went through memory: they are computed with their neighbours
+)
 KERNEL = 1000.0  # what holding a byte of a matrix on every rank costs, in bytes of one sample that cross between ranks
 
 

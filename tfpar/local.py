@@ -28,6 +28,7 @@ class LocalGraph:
         layouts: of the variables that are divided.
         partial: variables that all ranks have, of which each finds a part of the gradient.
         drawn: states of random numbers which ranks draw from differently, as each fills a part of a tensor.
+        loss: the `CrossEntropy` that ranks find together, if they do.
     """
 
     graph: KerasGraph
@@ -35,6 +36,7 @@ class LocalGraph:
     layouts: dict[int, Layout]
     partial: frozenset[int]
     drawn: frozenset[int]
+    loss: Any = None
 
 
 class Local:
@@ -55,12 +57,13 @@ class Local:
         self.full: list[tuple] = []  # shapes of the whole tensors
         self.converted: dict[Any, int] = {}
         self.known: dict[int, int] = {}  # of each tensor of the source, that of a rank
-        self.name, self.split = "", False
+        self.name, self.split, self.flops = "", False, 0.0
+        self.logits: dict[int, int] = {}  # of each tensor that is a softmax, what a rank has of its logits
         self.users: dict[int, set[bool]] = {}  # of each variable, whether parts or all of something is computed with it
         self.places = {id(v): n for n, v in enumerate(source.variables)}
         self.learned: set[int] = set()  # tensors that depend on weights to train: their gradients are wanted
-        for t in source.graph.inputs:
-            self.known[t] = self.tensor(source.symbols[t].shape, source.symbols[t].dtype)
+        self.inputs = [self.tensor(source.symbols[t].shape, source.symbols[t].dtype) for t in source.graph.inputs]
+        self.known.update(zip(source.graph.inputs, self.inputs, strict=True))
 
     def tensor(self, shape: Sequence, dtype: str, layout: Layout = REPLICATED) -> int:
         """A new tensor; `shape` is that of the whole."""
@@ -170,21 +173,31 @@ class Local:
             self.add(replace(call, operation=operation, args=args, kwargs=kwargs, outputs=outputs), op.name, self.flops)
         self.known.update(zip(op.outputs, outputs, strict=True))
 
-    def finish(self, layouts: dict[int, Layout]) -> LocalGraph:
+    def input(self, shape: Sequence, dtype: str) -> int:
+        """One more input, after the model's own."""
+        self.inputs.append(self.tensor(shape, dtype))
+        return self.inputs[-1]
+
+    def finish(self, layouts: dict[int, Layout], loss: Callable | None = None) -> LocalGraph:
         """The finished graph; every rank has all of the model's outputs.
 
         Args:
             layouts: of the variables that are divided.
+            loss: adds one more output.
         """
+        ends = [] if loss is None else [loss(self)]
         self.name, self.split, self.flops = "outputs", False, 0.0
         source = self.source
         final = {t: self.wanted(t, REPLICATED, False) for t in dict.fromkeys(source.graph.outputs)}
-        if self.ops and isinstance(self.calls[-1].operation, Collective):
+        if self.ops and isinstance(self.calls[-1].operation, Collective) and not ends:
             for t, x in final.items():
                 final[t] = self.run(same, Ref(x), like=[t], layouts=[REPLICATED])
+        elif ends:  # after what the outputs need, so that the way back begins at once
+            self.split = False
+            ends = [self.make(same, Ref(ends[0]), shape=self.full[ends[0]], dtype=self.symbols[ends[0]].dtype)]
         graph = OpGraph(
             tuple(self.ops), tuple(self.tensors), source.graph.variables,
-            tuple(self.known[t] for t in source.graph.inputs), tuple(final[t] for t in source.graph.outputs),
+            tuple(self.inputs), (*(final[t] for t in source.graph.outputs), *ends),
         )  # fmt: skip
         structure = tree.map_structure(lambda t: final[t], source.outputs)
         local = KerasGraph(graph, tuple(self.calls), source.variables, tuple(self.symbols), structure)

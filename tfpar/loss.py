@@ -9,7 +9,7 @@ from keras import tree
 
 from tfpar import _keras, batch
 from tfpar._tf import independent
-from tfpar.engine import Engine, each, tensors_of
+from tfpar.engine import Engine, Route, each, tensors_of
 from tfpar.passes import Pass, present
 from tfpar.probe import Combine, loss_combination, reads_variables
 from tfpar.program import Edge, Function, Program, differentiable, restored
@@ -36,9 +36,10 @@ def separable(engine: Engine, data: Any, parts: int) -> bool:
     return parts == 1 or all(loss_combination(c.loss, c.y_true, c.y_pred) is Combine.ROWS for c in calls)
 
 
-def structured(engine: Engine, outputs: dict[int, Edge]) -> Any:
+def structured(engine: Engine, outputs: dict[int, Edge], route: Route | None = None) -> Any:
     """The model's outputs as Keras expects them: in their structure, with their masks and logits."""
-    return tree.map_structure(lambda t: restored(t, outputs, engine.raw), engine.graph.outputs)
+    graph = route.graph if route else engine.graph
+    return tree.map_structure(lambda t: restored(t, outputs, engine.raw), graph.outputs)
 
 
 def whole_inputs(run: Pass) -> list[Edge]:
@@ -66,9 +67,15 @@ class LossProgram:
             outputs: the model's, for the part.
             totals: for each loss, what the mean over the whole batch divides by; `None` if this is all of it.
         """
-        model = self.engine.model
+        model, loss = self.engine.model, self.engine.training.loss
         values, weighted = [], []
-        calls = _keras.loss_calls(model, y, structured(self.engine, outputs), sample_weight)
+        if loss is None:
+            y_pred = structured(self.engine, outputs)
+        else:
+            (t,) = self.engine.training.ends
+            value = loss.prediction(outputs[t].value)
+            y, y_pred = loss.targets(y), restored(t, {t: Edge(value, outputs[t].mask)}, {})
+        calls = _keras.loss_calls(model, y, y_pred, sample_weight)
         for n, call in enumerate(calls):
             value, count = _keras.evaluate_loss(call)
             if totals is not None:

@@ -78,7 +78,7 @@ def combined(run: Pass, v: int, parts: list[tf.Tensor]) -> tf.Tensor:
     if len(parts) == 1 or _keras.is_seed(variable):
         return parts[0]
     s = max(s for (s, m), result in run.results.items() if v in result.state)
-    writer = run.engine.program(s, run.training).writers[v]
+    writer = run.program(s).writers[v]
     shared = isinstance(run.route.graph.calls[writer].operation, NormalizeWith)
     kind = Combine.SAME if shared else run.found(writer, "state", id(variable))
     if kind is Combine.SAME:
@@ -99,7 +99,7 @@ def move_statistics(run: Pass) -> set[int]:
     """Move the statistics of each BatchNormalization by those of the whole batch; returns which variables moved."""
     moved: set[int] = set()
     for s in set(range(run.partition.stages)) - set(run.route.whole):
-        layers = run.engine.program(s, run.training).normalizations
+        layers = run.program(s).normalizations
         for number, layer in enumerate(layers):
             calls = zip(*(run.results[s, m].moments.get(number, []) for m in range(len(run.inputs))), strict=True)
             for parts in calls:

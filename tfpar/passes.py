@@ -14,7 +14,7 @@ import tensorflow as tf
 from tfpar import _keras, batch
 from tfpar._tf import awaited, independent
 from tfpar.collectives import add
-from tfpar.engine import Engine, each, read, tensors_of
+from tfpar.engine import Engine, Route, each, read, tensors_of
 from tfpar.errors import ModelError
 from tfpar.probe import Combine
 from tfpar.program import Edge, Program, Result, differentiable, tensor_of, with_logits
@@ -41,6 +41,7 @@ class Pass:
         loss_cotangent: the gradient of each added loss, one for all or one for each.
         read: a variable's value for a replica, on the current device.
         clock: whether to note when each action starts and stops.
+        route: the way through the model; that of `training`, if not given.
     """
 
     engine: Engine
@@ -54,9 +55,10 @@ class Pass:
     loss_cotangent: Any = 1.0
     read: Callable[[keras.Variable, int], tf.Tensor] = read
     clock: bool = False
+    route: Route | None = None
 
     def __post_init__(self):
-        self.route = self.engine.route(self.training)
+        self.route = self.route or self.engine.route(self.training)
         self.graph, self.partition = self.route.graph.graph, self.route.partition
         self.ranks = self.engine.plan.mesh.tensor
         self.all = range(len(self.inputs) * self.ranks)
@@ -115,6 +117,10 @@ class Pass:
         other.pullbacks = dict(self.pullbacks)
         return other
 
+    def program(self, s: int) -> Program:
+        """What a stage runs."""
+        return self.engine.program(self.route, s, self.training)
+
     def lane(self, m: int) -> int:
         """Whose micro-batch this is."""
         return m // self.parts.micro_batches
@@ -137,7 +143,7 @@ class Pass:
     def forward(self, action: Action):
         """Run a stage on a part."""
         s, _, m = action
-        program = self.engine.program(s, self.training)
+        program = self.program(s)
         edges = self.started(action, with_logits(self.values[m], self.partition.needs(s)))
         variables = [self.variable(s, m, v) for v in program.variables]
         if self.turns(action):
@@ -165,10 +171,8 @@ class Pass:
         s, _, m = action
         if self.head is None or not self.head.can_turn or self.clock or s < self.partition.stages - 1:
             return False
-        makers = {
-            self.partition.stage_of[self.graph.producer[t]] for t in self.graph.outputs if t in self.graph.producer
-        }
-        if makers != {s} or not set(self.graph.outputs) <= set(self.graph.producer):
+        makers = {self.partition.stage_of[self.graph.producer[t]] for t in self.route.ends if t in self.graph.producer}
+        if makers != {s} or not set(self.route.ends) <= set(self.graph.producer):
             return False  # some outputs are made elsewhere
         line = self.schedule.devices[self.schedule.device_of[s]]
         here = line.index(Action(s, Kind.FORWARD, m % self.parts.micro_batches))
@@ -180,7 +184,7 @@ class Pass:
         if self.turns(action):
             return
         if self.head and s == self.partition.stages - 1:
-            outputs = self.started(action, with_logits(self.values[m], self.graph.outputs))
+            outputs = self.started(action, with_logits(self.values[m], self.route.ends))
             self.send(m, self.head(self, m, outputs))
             cotangents = self.arrived(s, m)
         else:

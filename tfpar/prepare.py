@@ -11,6 +11,7 @@ from keras import tree
 
 from tfpar import _keras, _moments, batch
 from tfpar.cost import HARDWARE, Hardware
+from tfpar.crossentropy import crossentropy_of
 from tfpar.divide import divided
 from tfpar.engine import Engine, Route
 from tfpar.errors import ModelError, ScopeError
@@ -43,7 +44,7 @@ def prepared(strategy: Any, model: keras.Model, data: Any, rows: int, before: Pl
     _keras.build(model, data)
     extra = {}
     if strategy.mesh.tensor > 1:
-        plan, training, inference, extra = ranked(strategy, model, x, rows)
+        plan, training, inference, extra = ranked(strategy, model, data, rows)
     elif strategy.mesh.data > 1:
         plan, training, inference = replicated(strategy, model, x, rows, whole)
     else:
@@ -83,9 +84,10 @@ def replicated(strategy: Any, model: keras.Model, x: Any, rows: int, whole: Set[
     return plan, *ways
 
 
-def ranked(strategy: Any, model: keras.Model, x: Any, rows: int) -> tuple[Plan, Route, Route, dict]:
+def ranked(strategy: Any, model: keras.Model, data: Any, rows: int) -> tuple[Plan, Route, Route, dict]:
     """The plan and the ways through a model of which each rank has a part, and what the engine must know besides."""
     count, checked = strategy.mesh.tensor, set()
+    x, y, _ = _keras.unpack_x_y_sample_weight(data)
     graphs = [with_opened_layers(g, t, checked) for g, t in zip(replica_graphs(model, x), (True, False), strict=True)]
     asked = layouts_of(strategy.layout, graphs[0].graph.variables, count) or {}
     given = {id(graphs[0].variables[v]): layout for v, layout in asked.items()}
@@ -101,11 +103,19 @@ def ranked(strategy: Any, model: keras.Model, x: Any, rows: int) -> tuple[Plan, 
         Route(local.graph, segments(local.graph), drawn=local.drawn) for local, _ in (found[id(g)] for g in graphs)
     )
     local, weights = found[id(graphs[0])]
+    loss = crossentropy_of(model, y) if model.compiled else None
+    called = None
+    if loss is not None:
+        asked = {v: given[id(variable)] for v, variable in enumerate(graphs[0].variables)}
+        local, weights = divided(graphs[0], count, hardware(strategy), strategy.sequence_parallel, asked, loss)
+        if local.loss is not None:
+            called = training
+            training = Route(local.graph, segments(local.graph), drawn=local.drawn, loss=loss)
     plan = Plan(
         training.partition, strategy.mesh, in_turn(training.partition.stages, 1), hardware(strategy), rows,
         weights=weights, exchanges=local.exchanges,
     )  # fmt: skip
-    extra = {"layouts": local.layouts, "partial": local.partial, "reduce": strategy.cross_device_ops}
+    extra = {"layouts": local.layouts, "partial": local.partial, "reduce": strategy.cross_device_ops, "called": called}
     return plan, training, inference, extra
 
 

@@ -130,7 +130,7 @@ class Steps:
             return
         for steps in family(self.model):
             engine = steps.engine
-            if engine and discovered.graph in (engine.training.graph, engine.inference.graph):
+            if engine and any(discovered.graph is route.graph for route in engine.routes):
                 if isinstance(discovered, NeedsWholeBatch):
                     if discovered.name in steps.whole:
                         raise ModelError(f"{discovered.name} could not be computed for the whole batch")
@@ -167,7 +167,7 @@ class Steps:
         elif self.engine:
             plan = replace(self.engine.plan, rows=rows)
         elif mesh.tensor > 1:
-            plan = ranked(self.strategy, self.model, None, rows)[0]
+            plan = ranked(self.strategy, self.model, (None, None, None), rows)[0]
         else:
             plan = replicated(self.strategy, self.model, None, rows, self.whole)[0]
         return replace(plan, slot_bytes=tuple(follower_bytes(v.value) for v in graph.variables))
@@ -205,7 +205,8 @@ class Steps:
             pieces = [_keras.unpack_x_y_sample_weight(part) for part in data.parts(parts.count)]
             inputs = [
                 [Edge(v) for v in _keras.graph_inputs(model, _keras.converted_inputs(model, part))]
-                for part, *_ in pieces
+                + ([Edge(targets)] if self.engine.training.loss else [])
+                for part, targets, _ in pieces
             ]
             scale = model.optimizer.scale_loss(tf.ones(()))
             head = Head(self.loss, y, sample_weight, [targets for _, *targets in pieces], scale, training)

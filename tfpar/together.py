@@ -16,7 +16,7 @@ from tfpar.schedule import Action, Kind
 def forward_whole(run: Any, action: Action):
     """Run a stage on the whole batch, and divide what it makes."""
     s = action.stage
-    program = run.engine.program(s, run.training)
+    program = run.program(s)
     needs = list(with_logits(run.values[0], run.partition.needs(s)))
     edges = {t: run.whole(t) for t in needs}
     variables = [run.variable(s, 0, v) for v in program.variables]
@@ -35,7 +35,7 @@ def backward_whole(run: Any, action: Action):
     if run.head and s == run.partition.stages - 1:
         for m, values in enumerate(run.values):
             with tf.device(run.device(s, run.lane(m))):
-                run.send(m, run.head(run, m, with_logits(values, run.graph.outputs)))
+                run.send(m, run.head(run, m, with_logits(values, run.route.ends)))
     arrived = [run.arrived(s, m) for m in range(len(run.inputs))]
     cotangents = {
         t: batch.joined([a[t] for a in arrived]) if run.is_batched(t) else tf.add_n([a[t] for a in arrived])

@@ -81,6 +81,8 @@ def activated_after(site: Site, channels: int = -1):
     def build(local: Local, inputs: list[int]) -> int:
         without = WithoutActivation(call)
         x = local.run(without, Ref(inputs[0]), like=site.op.outputs, layouts=[part])
+        if site.layer.activation is keras.activations.softmax:
+            local.logits[site.op.outputs[0]] = x
         x = local.gathered(x)
         local.split = False
         return local.run(End(site.layer, bias=False), Ref(x), like=site.op.outputs, layouts=[REPLICATED])

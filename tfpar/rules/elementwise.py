@@ -8,7 +8,6 @@ import numpy as np
 from keras import activations, layers
 
 from tfpar.layout import REPLICATED, Layout, Option
-from tfpar.model import Ref
 from tfpar.rules import Site, rule
 
 ACTIVATIONS = (
@@ -47,11 +46,13 @@ def aligned(shape: tuple, rank: int, dim: int) -> Layout | None:
 def along_each_dim(site: Site, name: str = "elementwise") -> Iterator[Option]:
     """Divided along any dim but the batch's, inputs as their broadcasting demands."""
     rank = len(site.outputs[0])
-    arrays = [a for a in keras.tree.flatten(site.arguments) if not isinstance(a, Ref) and np.ndim(a)]
-    if arrays or any(len(shape) != rank for shape in site.outputs):
+    if any(len(shape) != rank for shape in site.outputs):
         return
+    arrays = [tuple(a.shape) for a in keras.tree.flatten(site.arguments) if hasattr(a, "shape")]
     for dim in range(1, rank):
         inputs = [aligned(shape, rank, dim) for shape in site.inputs]
+        if any(aligned(shape, rank, dim) != REPLICATED for shape in arrays):
+            continue  # every rank would need another part of it
         if site.divides(site.outputs[0][dim]) and None not in inputs and any(y.dim is not None for y in inputs):
             yield site.option(name, inputs, [Layout(dim)] * len(site.outputs))
 
