@@ -11,6 +11,7 @@ from tfpar import _keras, batch, outcome
 from tfpar._tf import record_gradient, tape_watches, unrecorded
 from tfpar.engine import copy_of, device_of, read
 from tfpar.errors import ModelError
+from tfpar.layout import REPLICATED
 from tfpar.loss import structured
 from tfpar.passes import Pass
 from tfpar.program import Edge
@@ -50,14 +51,19 @@ def forward_on_tape(engine: Any, schedule: Any, parts: batch.Parts, edges: list[
     """All parts forward, each operation recorded: every tape can go back, as often as it likes."""
     sources: dict[int, tf.Tensor] = {}
 
-    def recorded(variable: keras.Variable, replica: int) -> tf.Tensor:
+    def recorded(variable: keras.Variable, lane: int) -> tf.Tensor:
+        divided = getattr(variable.value, "layout", REPLICATED) != REPLICATED
         if id(variable) not in sources:
             with tf.device(device_of(variable)):
                 sources[id(variable)] = tf.convert_to_tensor(copy_of(variable, 0))
-        if not replica:
+        if not lane and not divided:
             return sources[id(variable)]
-        with tf.device(device_of(variable, replica)):  # the copies are one source: their gradients add up
-            return record_gradient([read(variable, replica)], [sources[id(variable)]], lambda gradient: [gradient])[0]
+
+        def back(gradient: tf.Tensor) -> list[tf.Tensor]:
+            return [variable.value.whole_from(lane, gradient) if divided else gradient]
+
+        with tf.device(device_of(variable, lane)):  # the copies are one source: their gradients add up
+            return record_gradient([read(variable, lane)], [sources[id(variable)]], back)[0]
 
     route = engine.called if training else None
     run = Pass(engine, parts, batch.split(edges, parts.count), weights, training, read=recorded, route=route)

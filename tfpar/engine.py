@@ -49,6 +49,7 @@ class Route:
         graph, partition: the operations, and the stage of each.
         whole: stages that take the parts of all replicas at once.
         drawn: states of random numbers from which the ranks of a replica draw differently.
+        learned: the tensors that depend on weights to train, if that is known.
         loss: where ranks find the loss of a part of the outputs each, which; the targets are the last input then, and
             what the loss is computed from is the last output.
     """
@@ -57,6 +58,7 @@ class Route:
     partition: Partition
     whole: Set[int] = frozenset()
     drawn: Set[int] = frozenset()
+    learned: Set[int] | None = None
     loss: CrossEntropy | None = None
 
     @property

@@ -28,6 +28,7 @@ class LocalGraph:
         layouts: of the variables that are divided.
         partial: variables that all ranks have, of which each finds a part of the gradient.
         drawn: states of random numbers which ranks draw from differently, as each fills a part of a tensor.
+        learned: tensors that depend on weights to train.
         loss: the `CrossEntropy` that ranks find together, if they do.
     """
 
@@ -36,6 +37,7 @@ class LocalGraph:
     layouts: dict[int, Layout]
     partial: frozenset[int]
     drawn: frozenset[int]
+    learned: frozenset[int]
     loss: Any = None
 
 
@@ -207,8 +209,10 @@ class Local:
         drawn = frozenset(v for v in in_parts if _keras.is_seed(source.variables[v]))
         exchanges = [*self.exchanges()]
         if partial:
-            exchanges.append(Exchange("all-reduce", "weights", True, sum(variables[v].bytes for v in partial), False))
-        return LocalGraph(local, tuple(exchanges), layouts, partial, drawn)
+            exchanges.append(
+                Exchange("all-reduce", "weights", True, sum(variables[v].bytes for v in partial), "weights", False)
+            )
+        return LocalGraph(local, tuple(exchanges), layouts, partial, drawn, frozenset(self.learned))
 
     def exchanges(self) -> Iterator[Exchange]:
         """What crosses between ranks in a step, forward and then backward."""
@@ -219,7 +223,7 @@ class Local:
                 if kind not in LOCAL and (not backward or op.outputs[0] in self.learned):
                     shape = self.full[op.outputs[0]][1:]
                     size = prod(UNKNOWN if n is None else n for n in shape) * self.tensors[op.outputs[0]].itemsize
-                    yield Exchange(kind, op.name.rpartition("/")[0], backward, size)
+                    yield Exchange(kind, op.name.rpartition("/")[0], backward, size, op.layer)
 
 
 class OnParts:

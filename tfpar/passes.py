@@ -231,8 +231,12 @@ class Pass:
         return {v: x for v, x in zip(program.variables, variables, strict=True) if v in self.engine.trainable}, {
             t: e.value
             for t, e in edges.items()
-            if differentiable(self.graph, t) and (self.watch_inputs or tensor_of(t) in self.graph.producer)
+            if differentiable(self.graph, t) and (self.watch_inputs or self.is_learned(tensor_of(t)))
         }
+
+    def is_learned(self, t: int) -> bool:
+        """Whether the gradient of a tensor is one of weights, too."""
+        return t in (self.graph.producer if self.route.learned is None else self.route.learned)
 
     # ---- for stages that lanes run together
 

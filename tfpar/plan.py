@@ -46,6 +46,7 @@ class Exchange(NamedTuple):
         where: the operation that it belongs to.
         backward: whether on the way back.
         bytes: of one sample of the whole tensor; of all of it, for gradients of weights.
+        scope: its name in TensorFlow's graph and in profiles, after the kind.
         batched: whether `bytes` are those of one sample.
     """
 
@@ -53,6 +54,7 @@ class Exchange(NamedTuple):
     where: str
     backward: bool
     bytes: int
+    scope: str = ""
     batched: bool = True
 
 

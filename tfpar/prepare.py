@@ -16,7 +16,7 @@ from tfpar.divide import divided
 from tfpar.engine import Engine, Route
 from tfpar.errors import ModelError, ScopeError
 from tfpar.layout import REPLICATED, Layout
-from tfpar.local import segments
+from tfpar.local import LocalGraph, segments
 from tfpar.model import KerasGraph, graph_from, one_call
 from tfpar.opening import opened, with_opened_layers
 from tfpar.partition import Partition, partition
@@ -99,9 +99,7 @@ def ranked(strategy: Any, model: keras.Model, data: Any, rows: int) -> tuple[Pla
             found[id(graph)] = divided(graph, count, hardware(strategy), strategy.sequence_parallel, asked)
             layouts = found[id(graph)][0].layouts
             given.update({id(v): layouts.get(n, REPLICATED) for n, v in enumerate(graph.variables)})
-    training, inference = (
-        Route(local.graph, segments(local.graph), drawn=local.drawn) for local, _ in (found[id(g)] for g in graphs)
-    )
+    training, inference = (route_of(local) for local, _ in (found[id(g)] for g in graphs))
     local, weights = found[id(graphs[0])]
     loss = crossentropy_of(model, y) if model.compiled else None
     called = None
@@ -110,13 +108,18 @@ def ranked(strategy: Any, model: keras.Model, data: Any, rows: int) -> tuple[Pla
         local, weights = divided(graphs[0], count, hardware(strategy), strategy.sequence_parallel, asked, loss)
         if local.loss is not None:
             called = training
-            training = Route(local.graph, segments(local.graph), drawn=local.drawn, loss=loss)
+            training = route_of(local)
     plan = Plan(
         training.partition, strategy.mesh, in_turn(training.partition.stages, 1), hardware(strategy), rows,
         weights=weights, exchanges=local.exchanges,
     )  # fmt: skip
     extra = {"layouts": local.layouts, "partial": local.partial, "reduce": strategy.cross_device_ops, "called": called}
     return plan, training, inference, extra
+
+
+def route_of(local: LocalGraph) -> Route:
+    """The way of every rank."""
+    return Route(local.graph, segments(local.graph), drawn=local.drawn, learned=local.learned, loss=local.loss)
 
 
 def replica_graphs(model: keras.Model, x: Any) -> tuple[KerasGraph, KerasGraph]:

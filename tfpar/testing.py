@@ -1,10 +1,14 @@
 """For tests: logical devices on a machine without GPUs, and the comparison of two models, number by number."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
+
+from tfpar.step import steps_of
+from tfpar.traced import Traced
 
 
 def logical_cpus(count: int, threads: int | None = None):
@@ -67,3 +71,31 @@ def different(names: Sequence[str], one: Sequence[Any], other: Sequence[Any], rt
         for name, a, b in zip(names, one, other, strict=True)
         if difference(a, b) > rtol and np.abs(np.asarray(a) - np.asarray(b)).max() > atol
     ]
+
+
+def traced_exchanges(model: Any, *batch: Any) -> list[tuple[str, str]]:
+    """The collectives between ranks in the TensorFlow graph of a training step, each as its kind and where it is.
+
+    A collective counts if it has operations on every device.
+
+    Args:
+        model: compiled, constructed in the scope of a `TensorParallelStrategy`.
+        batch: `x, y` or `x, y, sample_weight`.
+
+    Example:
+        >>> assert traced_exchanges(model, x, y) == planned_exchanges(strategy.explain(model))  # doctest: +SKIP
+    """
+    steps = steps_of(model)
+    function, _ = Traced(steps, steps.train_step).prepared((batch,), None, None)
+    devices: dict[tuple[str, str], set[str]] = {}
+    for op in function.graph.get_operations():
+        found = re.match(r"(?:replica\d+/)?(all-reduce|all-gather|reduce-scatter|maximum)/(.+)/[^/]+$", op.name)
+        if found:
+            devices.setdefault((found[1], found[2].split("/add")[0]), set()).add(op.device)
+    ranks = set(map(str, steps.strategy.mesh.devices))
+    return sorted(key for key, on in devices.items() if len(on) >= len(ranks))
+
+
+def planned_exchanges(plan: Any) -> list[tuple[str, str]]:
+    """The collectives between ranks that a plan announces, in the same form."""
+    return sorted((e.kind, e.scope) for e in plan.exchanges)

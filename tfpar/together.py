@@ -64,7 +64,7 @@ def backward_collective(run: Any, action: Action):
     """Exchange what ranks have of a gradient."""
     collective, places, devices, inputs, (y,) = exchanged(run, action)
     arrived = [run.cotangents[m].get(y) for m in places]
-    if all(arrived):
+    if all(arrived) and (run.watch_inputs or run.is_learned(y)):
         summed = []
         for parts, device in zip(arrived, devices, strict=True):
             with tf.device(device):

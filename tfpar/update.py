@@ -85,13 +85,14 @@ class Update:
         last = {v: min(s for s, _, of in run.gradients if of == v) for _, _, v in run.gradients}
         buckets: dict[int, list[int]] = {}
         for n, v in enumerate(weights):
-            buckets.setdefault(last.get(v, 0), []).append(n)
+            buckets.setdefault(last.get(v, 0) if run.ranks == 1 else 0, []).append(n)
         found: list[list[Any]] = [[] for _ in weights]
         for members in buckets.values():
             gradients = {n: outcome.gradients(run, weights[n]) for n in members}
             complete = [n for n in members if run.ranks > 1 and weights[n] not in self.engine.partial]
             found_in_parts = [n for n in members if n not in complete]
-            totals = all_reduce([gradients[n] for n in found_in_parts], self.lanes, self.strategy.cross_device_ops)
+            with tf.name_scope("all-reduce/weights"):
+                totals = all_reduce([gradients[n] for n in found_in_parts], self.lanes, self.strategy.cross_device_ops)
             for n, total in [*zip(found_in_parts, totals, strict=True), *((n, gradients[n]) for n in complete)]:
                 found[n] = total
         return found

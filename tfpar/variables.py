@@ -131,6 +131,12 @@ class LogicalVariable(MirroredVariable):
             return [sparse_part(value, self._layout.dim, copy.shape, *edges) for copy, *edges in self.edges()]
         return [part_of(tf.convert_to_tensor(value), self._layout.dim, *edges) for _, *edges in self.edges()]
 
+    def whole_from(self, number: int, part: tf.Tensor) -> tf.Tensor:
+        """A tensor of the shape of the whole value, with a part in the place of a copy's, and zeros."""
+        _, start, stop = self.edges()[number]
+        around = [[start, self.shape[d] - stop] if d == self._layout.dim else [0, 0] for d in range(self.shape.rank)]
+        return tf.pad(part, around)
+
     def edges(self) -> list[tuple]:
         """Each copy, with where its part begins and ends."""
         edges = bounds(self.shape[self._layout.dim], len(self._values))
