@@ -14,6 +14,9 @@ STRATEGIES = {
     "layer_placement": lambda: tfpar.LayerPlacementStrategy(["CPU:0", "CPU:1", "CPU:2"]),
     "pipeline": lambda: tfpar.PipelineStrategy(["CPU:0", "CPU:1", "CPU:2"], micro_batches=3),
     "data_parallel": lambda: tfpar.DataParallelStrategy(["CPU:0", "CPU:1", "CPU:2"]),
+    "tensor 2": lambda: tfpar.TensorParallelStrategy(["CPU:0", "CPU:1"]),
+    "tensor 3": lambda: tfpar.TensorParallelStrategy(["CPU:0", "CPU:1", "CPU:2"], sequence_parallel=True),
+    "tensor 4": lambda: tfpar.TensorParallelStrategy(["CPU:0", "CPU:1", "CPU:2", "CPU:3"]),
     "pipeline gpipe": lambda: tfpar.PipelineStrategy(["CPU:0", "CPU:1"], micro_batches=2, schedule="gpipe"),
 }
 BATCHES = {"even": [8, 8], "uneven last": [8, 8, 3], "one-row last": [8, 1], "uneven first": [5, 8]}
@@ -134,12 +137,26 @@ def reference(model_name, config_name):
     return REFERENCES[key]
 
 
-NEEDS = {"layer_placement": "", "data_parallel": "data"}  # which kind of split must leave the numbers; else: micro
+# which kind of split must leave the numbers; else: micro
+NEEDS = {
+    "layer_placement": "",
+    "data_parallel": "data",
+    "tensor 2": "tensor",
+    "tensor 3": "tensor",
+    "tensor 4": "tensor",
+}
+FEWER = {  # how to train, where one strategy does what another does, or is compiled anew for each number of devices
+    "pipeline gpipe": ["sgd"],
+    "layer_placement": ["sgd", "masks", "accumulation"],
+    "data_parallel": [c for c in CONFIGS if c != "adam"],  # with clipping, its update is tested all the same
+    "tensor 2": ["sgd", "masks"],
+    "tensor 3": ["adamw clipnorm"],
+    "tensor 4": ["sample weights, steps_per_execution"],
+}
 CASES = [
     pytest.param(m, c, s, id=f"{m}-{c}-{s}", marks=pytest.mark.xdist_group(f"{m} {c}"))
     for m in ZOO for c in CONFIGS for s in STRATEGIES
-    if NEEDS.get(s, "micro") in ZOO[m].splits and (c == "sgd" or s != "pipeline gpipe")
-    and (c != "adam" or s != "data_parallel")  # with clipping, its update is tested all the same
+    if NEEDS.get(s, "micro") in ZOO[m].splits and c in FEWER.get(s, CONFIGS)
 ]  # fmt: skip
 
 

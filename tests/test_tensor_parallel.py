@@ -58,7 +58,7 @@ class Block(layers.Layer):
         return {**super().get_config(), "heads": self.heads, "dropout": self.rate}
 
 
-def gpt(blocks=2, heads=3, dropout=0.0):
+def gpt(blocks=1, heads=3, dropout=0.0):
     tokens = layers.Input((T,), dtype="int32")
     embedding = layers.ReversibleEmbedding(V, D)
     h = embedding(tokens)
@@ -170,7 +170,7 @@ def test_composite_layers_are_opened():
         "vocabulary-parallel", "column-parallel", "row-parallel",
     }  # fmt: skip
     forward = [e.where for e in plan.exchanges if not e.backward and e.where not in ("loss", "outputs")]
-    assert len(forward) == 1 + 2 * 2  # the embedding's, and two for each block
+    assert len(forward) == 1 + 2  # the embedding's, and two for the block
     assert plan.rank_bytes(0) < 0.4 * sum(w.bytes for w in plan.weights)
 
 
@@ -206,8 +206,7 @@ def test_what_no_rule_divides_runs_on_every_rank():
 # ---- numbers of one device
 
 
-@pytest.mark.parametrize("count", [2, 3, 4])
-@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("count, sequence", [(2, False), (3, False), (3, True), (4, True)])
 def test_gpt_equals_one_device(count, sequence):
     x, y = words()
     one = trained(None, gpt, loss=from_logits, x=x, y=y, metrics=["accuracy"])
@@ -262,7 +261,7 @@ def test_optimizers(name):
     assert_same(one, other, 1e-9, 1e-11)
 
 
-@pytest.mark.parametrize("bug", ["shares of the norm", "no sum", "own seeds", "whole gradient twice"])
+@pytest.mark.parametrize("bug", ["shares of the norm", "no sum", "other edges", "whole gradient twice"])
 def test_planted_bugs_are_caught(bug, monkeypatch):
     x, y = reals()
     optimizer = lambda: keras.optimizers.SGD(0.05, global_clipnorm=0.05)  # noqa: E731
@@ -273,16 +272,14 @@ def test_planted_bugs_are_caught(bug, monkeypatch):
         monkeypatch.setattr(Update, "counted", lambda self: [tf.ones(len(self.places), tf.float64)] * len(self.lanes))
     if bug == "no sum":
         monkeypatch.setitem(collectives.EXCHANGES, "all-reduce", collectives.identity)
-    if bug == "own seeds":
-        monkeypatch.setattr(
-            variables, "bounds", lambda n, parts: [n * k // parts for k in (*range(parts)[::-1], parts)]
-        )
+    if bug == "other edges":
+        monkeypatch.setattr(variables, "bounds", lambda n, parts: [0, n // 3, n])
     if bug == "whole gradient twice":
         original = collectives.Collective.back
         monkeypatch.setattr(
             collectives.Collective, "back", lambda self, gradients, *a: [2 * g for g in original(self, gradients, *a)]
         )  # fmt: skip
-    with pytest.raises(Exception):  # noqa: B017, PT011: other shapes or other numbers
+    with pytest.raises(Exception):  # noqa: B017
         assert_same(one, trained(ranks(2), encoder, optimizer, x=x, y=y), 1e-5, 1e-7)
 
 
@@ -294,9 +291,8 @@ def test_loss_of_divided_logits(loss):
     def build():
         tokens = layers.Input((T,), dtype="int32")
         activation = "softmax" if loss == "softmax" else None
-        return keras.Model(
-            tokens, layers.Dense(V, activation)(layers.LayerNormalization()(layers.Embedding(V, D)(tokens)))
-        )
+        h = layers.LayerNormalization()(layers.Embedding(V, D)(tokens))
+        return keras.Model(tokens, layers.Dense(50, activation)(h))
 
     def compiled(strategy):
         with strategy.scope() if strategy else contextlib.nullcontext():

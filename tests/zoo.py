@@ -9,9 +9,11 @@ T, V, D = 6, 11, 12  # tokens, vocabulary, width: no batch is 12 rows, Keras tak
 class Zoo:
     """A model: how to build it, what it is fed, its loss."""
 
-    def __init__(self, build, data, loss="mse", loss_weights=None, metrics=None, splits="data micro", per_token=False):
+    def __init__(
+        self, build, data, loss="mse", loss_weights=None, metrics=None, splits="data micro tensor", per_token=False
+    ):
         self.build, self.data, self.loss, self.loss_weights, self.metrics = build, data, loss, loss_weights, metrics
-        self.splits = splits  # what leaves the numbers as they are: replicas, micro-batches
+        self.splits = splits  # what leaves the numbers as they are: replicas, micro-batches, ranks
         self.per_token = per_token  # whether the loss has a value for each token
 
 
@@ -161,6 +163,8 @@ ZOO = {
     "convolutional": Zoo(convolutional, pair(floats(8, 8, 3), ints(4)), CROSSENTROPY, None, ["accuracy"]),
     "nested": Zoo(nested, pair(floats(D), floats(3)), metrics=["mae"]),
     "subclassed": Zoo(Subclassed, pair(floats(D), floats(3)), "huber"),
-    "normalized": Zoo(normalized, pair(floats(6, 6, 3), ints(4)), CROSSENTROPY, None, ["accuracy"], splits="data"),
+    "normalized": Zoo(
+        normalized, pair(floats(6, 6, 3), ints(4)), CROSSENTROPY, None, ["accuracy"], splits="data tensor",
+    ),
     "stateful": Zoo(stateful, pair(floats(D), floats(3)), splits=""),
 }  # fmt: skip
