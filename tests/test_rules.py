@@ -71,8 +71,8 @@ CASES = {  # a model, and which of its options must be chosen
     "dense": (model((5,), dense(12, activation="gelu"), dense(5)), "column-parallel row-parallel"),
     "dense, softmax": (model((5,), dense(12, activation="softmax")), "column-parallel, gathered"),
     "einsum": (
-        model(SEQUENCE, layer(layers.EinsumDense, "btc,chd->bthd", (None, 3, 2), bias_axes="hd"),
-              layer(layers.EinsumDense, "...hd,hdc->...c", C, bias_axes="c", activation="softmax")),
+        model(SEQUENCE, layer(layers.EinsumDense, "btc,chd->bthd", (T, 3, 2), bias_axes="hd"),
+              layer(layers.EinsumDense, "bthd,hdc->btc", (T, C), bias_axes="c", activation="softmax")),
         "column-parallel row-parallel",
     ),
     "embedding": (

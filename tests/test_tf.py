@@ -211,3 +211,57 @@ def test_owned_multi_device_iterator():
     assert [[int(x) for x in iterator.get_next()] for _ in range(2)] == [[0, 1], [2, 3]]
     with pytest.raises(tf.errors.OutOfRangeError):
         iterator.get_next()
+
+
+def traced(function, *examples):
+    return tf.function(function, autograph=False).get_concrete_function(*examples)
+
+
+def test_fingerprint_tells_functions_apart_by_what_they_compute():
+    """`renamed` makes the names of nodes not matter; `call_flat` calls one in the place of another."""
+    x = tf.TensorSpec((3,), tf.float32)
+    one = traced(lambda a, b: {"sum": tf.add(a, b, name="one"), "none": None}, x, x)
+    same = traced(lambda a, b: {"sum": tf.add(a, b, name="other"), "none": None}, x, x)
+    others = [
+        traced(lambda a, b: a - b, x, x), traced(lambda a, b: b + a, x, x), traced(lambda a, b: a + b + 1.0, x, x),
+        traced(lambda a, b: a + b, tf.TensorSpec((4,)), tf.TensorSpec((4,))),
+    ]  # fmt: skip
+    mark = _tf.fingerprint(one)
+    assert mark == _tf.fingerprint(same)
+    assert mark not in [_tf.fingerprint(f) for f in others]
+    assert len({_tf.fingerprint(f) for f in others}) == len(others)
+    (found,) = _tf.call_flat(one, [tf.ones(3), tf.ones(3)])
+    assert found.numpy().tolist() == [2.0] * 3
+    assert _tf.renamed("^a", {"a": "7"}) == "^7:0"
+    assert _tf.renamed("a:1", {"a": "7"}) == "7:1"
+
+
+def test_fingerprint_of_what_the_graph_does_not_tell():
+    x, variable = tf.TensorSpec((3,), tf.float32), tf.Variable(tf.ones(3))
+
+    def reversal(scale):
+        @tf.custom_gradient
+        def call(a):
+            return tf.identity(a), lambda g: scale * g
+
+        return call
+
+    inner = tf.function(lambda a: a * 2)
+    for function in (lambda a: a + variable, reversal(-1.0), lambda a: inner(a)):
+        assert _tf.fingerprint(traced(function, x)) is None
+
+
+def test_saveable():
+    """A checkpoint holds what `read` gives, and hands it to `assign`."""
+    seen = []
+
+    class Whole(tf.__internal__.tracking.Trackable):
+        def _gather_saveables_for_checkpoint(self):
+            return _tf.saveable(lambda: tf.constant([1.0, 2.0]), seen.append, tf.float32, "whole")
+
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = tf.train.Checkpoint(whole=Whole()).write(f"{folder}/file")
+        tf.train.Checkpoint(whole=Whole()).read(path)
+    assert [v.numpy().tolist() for v in seen] == [[1.0, 2.0]]

@@ -332,7 +332,9 @@ def only_loss(model: keras.Model) -> Any:
     compiled = model._compile_loss
     if compiled is None or compiled._user_loss_weights is not None or isinstance(compiled._user_loss, list | dict):
         return None
-    return keras.losses.get(compiled._user_loss)
+    loss = keras.losses.get(compiled._user_loss)
+    named = loss is keras.losses.sparse_categorical_crossentropy  # a string gives the function
+    return keras.losses.SparseCategoricalCrossentropy() if named else loss
 
 
 def loss_options(loss: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ BEAM = 64  # ways that are kept while the model is walked through
 FUSED = (
     0.1  # of what elementwise operations move, as if it went through memory: they are computed with their neighbours
 )
+FORCED = 100.0  # what cutting a tensor costs that all ranks have, in bytes that cross: only where a layout demands it
 KERNEL = 1000.0  # what holding a byte of a matrix on every rank costs, in bytes of one sample that cross between ranks
 
 
@@ -156,6 +157,6 @@ def moved(graph: OpGraph, t: int, have: Layout, want: Layout, split: bool, ranks
         return 2 * back if split and have == REPLICATED else 0.0  # a partial gradient is added up
     if want == REPLICATED:
         return size + (back if split else 0.0)
-    if have == REPLICATED and sequence and want.dim == 1:
-        return back
+    if have == REPLICATED:
+        return back if sequence and want.dim == 1 else back + FORCED * size
     return None

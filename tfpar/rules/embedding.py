@@ -1,6 +1,6 @@
 """Embeddings: by parts of the vocabulary, or of the features."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -36,8 +36,12 @@ class OfVocabulary:
 
 
 @rule(layers.Embedding)
-def embedding(site: Site) -> Iterator[Option]:
-    """Of the table `(vocabulary, features)` each rank holds some words, or some features of every word."""
+def embedding(site: Site, also: Sequence[tuple[Any, int]] = ()) -> Iterator[Option]:
+    """Of the table `(vocabulary, features)` each rank holds some words, or some features of every word.
+
+    Args:
+        also: what else the layer has that is divided with the vocabulary.
+    """
     layer, call = site.layer, site.graph.calls[site.index]
     if layer.lora_enabled:
         return
@@ -57,9 +61,9 @@ def embedding(site: Site) -> Iterator[Option]:
         for left in site.sequences():
             moved = site.bytes(site.op.outputs[0])
             yield site.option(
-                "vocabulary-parallel", outputs=[left], weights=[(table, 0)], moved=moved, build=build(left)
+                "vocabulary-parallel", outputs=[left], weights=[(table, 0), *also], moved=moved, build=build(left)
             )
-    if site.divides(layer.output_dim):
+    if site.divides(layer.output_dim) and not also:
         yield site.option("feature-parallel", outputs=[site.last()], weights=[(table, 1)])
 
 
@@ -67,8 +71,9 @@ def embedding(site: Site) -> Iterator[Option]:
 def reversible_embedding(site: Site) -> Iterator[Option]:
     """As an embedding; reversed, as a Dense with its table for a kernel."""
     layer = site.layer
+    also = [] if layer.tie_weights else [(layer.reverse_embeddings, 1)]
     if not site.arguments.get("reverse"):
-        yield from embedding(site)
+        yield from embedding(site, also)
     elif not layer.lora_enabled and site.divides(layer.input_dim):
-        weights = [(layer._embeddings, 0) if layer.tie_weights else (layer.reverse_embeddings, 1)]
+        weights = [(layer._embeddings, 0), *also]
         yield site.option("column-parallel", outputs=[site.last()], weights=weights)

@@ -1,0 +1,88 @@
+"""Each private name of Keras that running layers on parts needs does what tfpar takes it to do."""
+
+import pathlib
+import re
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+from tfpar import _keras_parts
+
+
+def test_every_name_is_tested():
+    mine = pathlib.Path(__file__).read_text()
+    names = re.findall(r"^def (\w+)", pathlib.Path(_keras_parts.__file__).read_text(), re.MULTILINE)
+    assert [n for n in names if n not in mine] == []
+
+
+def built(layer, *shape):
+    layer.build((None, *shape))
+    return layer
+
+
+def test_shaped():
+    layer = built(layers.Dense(4), 6)
+    with _keras_parts.shaped([(layer._kernel, tf.zeros((6, 2))), (layer.bias, tf.zeros(4))]):
+        assert tuple(layer._kernel.shape) == (6, 2)
+        assert tuple(layer.bias.shape) == (4,)
+    assert tuple(layer._kernel.shape) == (6, 4)
+
+
+def test_unchecked():
+    layer = built(layers.DepthwiseConv1D(2), 5, 4)
+    model = keras.Sequential([layer])
+    spec = layer.input_spec
+    with pytest.raises(ValueError, match="incompatible"):
+        layer(tf.zeros((1, 5, 3)))
+    with _keras_parts.unchecked(model):
+        assert layer.input_spec is None
+    assert layer.input_spec is spec
+
+
+def test_replaced():
+    layer = built(layers.Dense(4, "relu"), 6)
+    x, bias = np.ones((2, 6), "float32"), layer.bias
+    with _keras_parts.replaced(layer, bias=None, activation=None):
+        np.testing.assert_allclose(layer(x), x @ layer.kernel.numpy(), rtol=1e-6)
+    assert layer.bias is bias
+    assert layer.activation is keras.activations.relu
+
+
+def test_given_method():
+    layer = layers.Dense(4)
+    with _keras_parts.given_method(layer, "call", lambda x: x * 3):
+        assert float(layer(tf.ones((1, 1)))[0, 0]) == 3
+    assert "call" not in vars(layer)
+
+
+def test_is_plain_layer():
+    class Called(layers.Dense):
+        def __call__(self, x):
+            return super().__call__(x)
+
+    assert _keras_parts.is_plain_layer(layers.Dense(2))
+    for other in (Called(2), layers.Dense(2, activity_regularizer="l1"), layers.Dense(2, dtype="int8_from_float32")):
+        assert not _keras_parts.is_plain_layer(other)
+
+
+@pytest.mark.parametrize("options", [{"clipnorm": 0.5}, {"global_clipnorm": 0.7}])
+@pytest.mark.parametrize("factor", [None, 4.0])
+def test_given_norms(options, factor):
+    rng = np.random.default_rng(0)
+    gradients = [tf.constant(rng.normal(size=n).astype("float32")) for n in (3, 5)]
+    rows = tf.IndexedSlices(gradients[1][:, None], tf.range(5), tf.constant([5, 1]))
+    plain = keras.optimizers.SGD(**options)
+    optimizer = keras.optimizers.SGD(loss_scale_factor=factor, **options)
+    assert _keras_parts.clips_norms(optimizer)
+    assert not _keras_parts.clips_norms(keras.optimizers.SGD(clipvalue=1.0))
+    squares = [tf.reduce_sum(tf.square(g)) * (factor or 1.0) ** 2 for g in gradients]
+    with _keras_parts.given_norms(optimizer, squares):
+        found = optimizer._clip_gradients(gradients)
+        sparse = optimizer._clip_gradients([gradients[0], rows])[1]
+    for a, b in zip(found, plain._clip_gradients(gradients), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+    np.testing.assert_allclose(sparse.values[:, 0], found[1], rtol=1e-6)
+    assert "_clip_gradients" not in vars(optimizer)
