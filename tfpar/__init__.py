@@ -18,7 +18,7 @@ from tfpar.schedule import Action, Kind, Schedule, gpipe, one_f_one_b
 from tfpar.simulate import simulate
 from tfpar.timeline import Timeline
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = [
     "Action", "BatchError", "DataParallelStrategy", "DeviceError", "Hardware", "Kind", "LayerPlacementStrategy",
     "LayoutError", "Mesh",

@@ -35,8 +35,8 @@ def divided(
     """
     sites = [rules.Site(graph, i, ranks, sequence) for i in range(len(graph.calls))]
     options = [list(rules.options(site)) for site in sites]
-    options = [fitting(site, found, given) for site, found in zip(sites, options, strict=True)]
-    chosen = choose(graph.graph, options, ranks, hardware, sequence)
+    fit = [fitting(site, found, given) for site, found in zip(sites, options, strict=True)]
+    chosen = choose(graph.graph, fit, ranks, hardware, sequence)
     local, layouts = Local(graph, ranks), {}
     for i, option in enumerate(chosen):
         local.follow(i, option)

@@ -56,6 +56,11 @@ class Op:
         """The name without the number of the call."""
         return self.name.split(":")[0]
 
+    @property
+    def scope(self) -> str:
+        """The name as TensorFlow takes it for a scope."""
+        return self.name.replace(":", "_")
+
 
 @dataclass(frozen=True)
 class OpGraph:

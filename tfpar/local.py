@@ -223,7 +223,7 @@ class Local:
                 if kind not in LOCAL and (not backward or op.outputs[0] in self.learned):
                     shape = self.full[op.outputs[0]][1:]
                     size = prod(UNKNOWN if n is None else n for n in shape) * self.tensors[op.outputs[0]].itemsize
-                    yield Exchange(kind, op.name.rpartition("/")[0], backward, size, op.layer)
+                    yield Exchange(kind, op.name.rpartition("/")[0], backward, size, op.scope)
 
 
 class OnParts:

@@ -104,7 +104,7 @@ class Pass:
         where = f"replica{replica}/" if self.parts.replicas > 1 else ""
         exchange = self.route.collective(s)
         if exchange is not None:
-            name = self.graph.ops[self.partition.ops(s)[0]].layer
+            name = self.graph.ops[self.partition.ops(s)[0]].scope
             return f"{where}{exchange.forward if kind is Kind.FORWARD else exchange.backward}/{name}"
         where += f"rank{rank}/" if self.ranks > 1 else ""
         what = "forward_backward" if self.turns(action) else kind.name.lower()

@@ -73,6 +73,9 @@ def different(names: Sequence[str], one: Sequence[Any], other: Sequence[Any], rt
     ]
 
 
+KINDS = "all-reduce|all-gather|reduce-scatter|maximum"
+
+
 def traced_exchanges(model: Any, *batch: Any) -> list[tuple[str, str]]:
     """The collectives between ranks in the TensorFlow graph of a training step, each as its kind and where it is.
 
@@ -89,9 +92,9 @@ def traced_exchanges(model: Any, *batch: Any) -> list[tuple[str, str]]:
     function, _ = Traced(steps, steps.train_step).prepared((batch,), None, None)
     devices: dict[tuple[str, str], set[str]] = {}
     for op in function.graph.get_operations():
-        found = re.match(r"(?:replica\d+/)?(all-reduce|all-gather|reduce-scatter|maximum)/(.+)/[^/]+$", op.name)
+        found = re.match(rf"(?:replica\d+/)?({KINDS})/(weights|.+?/(?:{KINDS})(?:-of-gradient)?)/", op.name)
         if found:
-            devices.setdefault((found[1], found[2].split("/add")[0]), set()).add(op.device)
+            devices.setdefault((found[1], found[2]), set()).add(op.device)
     ranks = set(map(str, steps.strategy.mesh.devices))
     return sorted(key for key, on in devices.items() if len(on) >= len(ranks))
 
