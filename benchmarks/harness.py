@@ -63,6 +63,27 @@ def add_options(p, runs):
     p.add_argument("--run", choices=runs, help="one run in this process, its numbers as JSON")
 
 
+def add_device_options(p):
+    p.add_argument("--devices", type=int, default=2)
+    p.add_argument("--split", action="store_true", help="make the devices of one GPU")
+    p.add_argument("--memory", type=int, default=36000, help="MiB of each device of a GPU that is split")
+
+
+def started(options, one):
+    """The GPUs, and the names of the devices to use; without GPUs each is a core, of which `one` uses the first."""
+    import tensorflow as tf
+
+    from tfpar.testing import logical_cpus
+
+    gpus = tf.config.list_physical_devices("GPU")
+    if not gpus:
+        logical_cpus(options.devices, threads=1 if one else options.devices)
+    elif options.split:
+        parts = [tf.config.LogicalDeviceConfiguration(memory_limit=options.memory)] * options.devices
+        tf.config.set_logical_device_configuration(gpus[0], parts)
+    return gpus, [f"{'GPU' if gpus else 'CPU'}:{n}" for n in range(options.devices)]
+
+
 def encoder(options):
     """Transformer encoder blocks, after Vaswani et al., normalised after each part."""
     import keras

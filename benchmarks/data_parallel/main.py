@@ -20,10 +20,8 @@ def parser():
     p.add_argument("--model", choices=tuple(MODELS), default="encoder")
     p.add_argument("--weak", action="store_true", help="one device gets its share of the batch, not all of it")
     p.add_argument("--reduce", choices=("default", "nccl", "copies"), default="default", help="how tfpar adds up")
-    p.add_argument("--devices", type=int, default=2)
+    harness.add_device_options(p)
     p.add_argument("--buckets", type=int, help="into how many parts tfpar divides the gradients")
-    p.add_argument("--split", action="store_true", help="make the devices of one GPU")
-    p.add_argument("--memory", type=int, default=36000, help="MiB of each device of a GPU that is split")
     return p
 
 
@@ -68,16 +66,8 @@ def measure(options):
     import tensorflow as tf
 
     import tfpar
-    from tfpar.testing import logical_cpus
 
-    gpus = tf.config.list_physical_devices("GPU")
-    one = options.run in ("keras", "tfpar, one device")
-    if not gpus:
-        logical_cpus(options.devices, threads=1 if one else options.devices)
-    elif options.split:
-        parts = [tf.config.LogicalDeviceConfiguration(memory_limit=options.memory)] * options.devices
-        tf.config.set_logical_device_configuration(gpus[0], parts)
-    devices = [f"{'GPU' if gpus else 'CPU'}:{n}" for n in range(options.devices)]
+    gpus, devices = harness.started(options, one=options.run in ("keras", "tfpar, one device"))
     keras.config.set_dtype_policy(options.policy)
     ops = {
         "default": None,

@@ -17,9 +17,7 @@ RUNS = ("keras", "keras, all cores", "tfpar, one device", "tfpar", "tfpar, seque
 def parser():
     p = argparse.ArgumentParser(description=__doc__)
     harness.add_options(p, RUNS)
-    p.add_argument("--devices", type=int, default=2)
-    p.add_argument("--split", action="store_true", help="make the devices of one GPU")
-    p.add_argument("--memory", type=int, default=36000, help="MiB of each device of a GPU that is split")
+    harness.add_device_options(p)
     return p
 
 
@@ -27,19 +25,10 @@ def measure(options):
     """The numbers of one run."""
     import keras
     import numpy as np
-    import tensorflow as tf
 
     import tfpar
-    from tfpar.testing import logical_cpus
 
-    gpus = tf.config.list_physical_devices("GPU")
-    one = options.run in ("keras", "tfpar, one device")
-    if not gpus:
-        logical_cpus(options.devices, threads=1 if one else options.devices)
-    elif options.split:
-        parts = [tf.config.LogicalDeviceConfiguration(memory_limit=options.memory)] * options.devices
-        tf.config.set_logical_device_configuration(gpus[0], parts)
-    devices = [f"{'GPU' if gpus else 'CPU'}:{n}" for n in range(options.devices)]
+    gpus, devices = harness.started(options, one=options.run in ("keras", "tfpar, one device"))
     keras.config.set_dtype_policy(options.policy)
     strategy = {
         "tfpar, one device": lambda: tfpar.TensorParallelStrategy(devices[:1]),
