@@ -141,15 +141,9 @@ CASES = {  # a model, and which of its options must be chosen
 }  # fmt: skip
 
 
-UNEVEN = (
-    "einsum",
-    "few groups",
-    "grouped attention",
-    "batch normalization",
-    "separable",
-    "elementary attention",
-    "merging",
-)
+UNEVEN = [
+    "einsum", "few groups", "grouped attention", "batch normalization", "separable", "elementary attention", "merging",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name, count", [*((name, 2) for name in CASES), *((name, 3) for name in UNEVEN)])
