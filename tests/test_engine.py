@@ -15,11 +15,12 @@ from training import check, compiled, data, history
 import tfpar
 from tfpar._moments import Moments
 from tfpar.loss import LossProgram
-from tfpar.passes import RUN, RUN_WHOLE, Pass
+from tfpar.passes import RUN, Pass
 from tfpar.schedule import Action, Kind, gpipe, one_f_one_b
 from tfpar.state import UnknownVariables, whole_moments
 from tfpar.step import steps_of
 from tfpar.testing import difference
+from tfpar.together import COLLECTIVE, WHOLE
 from tfpar.traced import Traced
 
 X, Y = data(16)
@@ -180,7 +181,7 @@ def test_several_stages_on_a_device():
 
 
 def test_the_table_of_actions_is_total():
-    assert set(RUN) == set(RUN_WHOLE) == set(Kind)
+    assert set(RUN) == set(WHOLE) == set(COLLECTIVE) == set(Kind)
 
 
 def test_whole_moments():
