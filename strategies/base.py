@@ -139,7 +139,7 @@ class Extended(MirroredExtended):
             piece = var._get() if isinstance(var, LogicalVariable) else var
             with tf.device(piece.device) if piece.device else contextlib.nullcontext():
                 return fn(piece, *args, **kwargs)
-        if isinstance(replica, LogicalReplica) and self.mesh.tensor > 1 and isinstance(var, LogicalVariable):
+        if self.mesh.tensor > 1 and isinstance(var, LogicalVariable):
             return fn(var, *args, **kwargs)  # all ranks as one: it reads and writes the whole value
         copies = var.copies if isinstance(var, LogicalVariable) else getattr(var, "values", (var,))
         updates = []

@@ -424,3 +424,12 @@ def test_flat_outputs():
 
 def make_model():
     return keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+
+
+def test_stored():
+    """In an autocast scope `value` is a tensor, `stored` the variable."""
+    layer = keras.layers.Dense(1, dtype="mixed_bfloat16")
+    layer.build((None, 2))
+    with _keras.autocast_of(layer):
+        assert not isinstance(layer._kernel.value, tf.Variable)
+        assert _keras.stored(layer._kernel) is layer._kernel._value

@@ -86,3 +86,13 @@ def test_given_norms(options, factor):
         np.testing.assert_allclose(a, b, rtol=1e-6)
     np.testing.assert_allclose(sparse.values[:, 0], found[1], rtol=1e-6)
     assert "_clip_gradients" not in vars(optimizer)
+
+
+def test_converted_arguments():
+    layer = layers.Dense(2, dtype="mixed_bfloat16")
+    x = {"a": tf.ones((1, 2)), "b": keras.KerasTensor((None, 2)), "c": tf.ones(1, tf.int32), "d": 3}
+    found = _keras_parts.converted_arguments(layer, x)
+    assert [keras.backend.standardize_dtype(found[k].dtype) for k in "abc"] == ["bfloat16", "bfloat16", "int32"]
+    assert found["d"] == 3
+    layer._convert_input_args = False
+    assert _keras_parts.converted_arguments(layer, x) is x

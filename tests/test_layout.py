@@ -67,9 +67,9 @@ def test_operations_that_share_a_weight_agree():
         (LAST, LAST, True, False, 0),
         (LAST, REPLICATED, False, False, 128),
         (LAST, REPLICATED, True, False, 2 * 128),
-        (REPLICATED, LAST, True, False, 101 * 128),
+        (REPLICATED, LAST, True, False, 102 * 128),
         (REPLICATED, LAST, True, True, 128),
-        (LAST, Layout(2), True, True, None),
+        (LAST, Layout(2), True, True, 102 * 128),
     ],
 )
 def test_what_a_change_of_layout_moves(have, want, split, sequence, bytes):

@@ -578,3 +578,191 @@ def test_two_models_share_a_layer():
         found.append((model, shared_by.one))
     assert_same(found[0][0], found[1][0], 1e-5, 1e-7)
     assert_same(found[0][1], found[1][1], 1e-5, 1e-7)
+
+
+# ---- what was wrong once
+
+
+def test_mixed_precision_outside_of_training():
+    """Within a model's call, Keras variables read as cast tensors."""
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    x, y = reals()
+    one, other = (trained(s, lambda: encoder(1), x=x, y=y) for s in (None, ranks(2)))
+    assert difference(one.evaluate(x, y, verbose=0), other.evaluate(x, y, verbose=0)) < 1e-2
+    assert difference(one.predict(x, verbose=0).astype("float32"), other.predict(x, verbose=0).astype("float32")) < 2e-2
+
+
+@keras.saving.register_keras_serializable()
+class OtherInInference(keras.Model):
+    """Calls its layers in another order in inference, and one of them only there."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.two = [layers.Dense(D, activation="tanh"), layers.Dense(D)]
+        self.last = layers.Dense(D)
+
+    def build(self, shape):
+        for layer in (*self.two, self.last):
+            layer.build(shape)
+
+    def call(self, x, training=None):
+        return self.two[0](self.two[1](x)) if training else self.last(self.two[1](self.two[0](x)))
+
+
+def test_other_layers_in_inference():
+    x, y = reals()
+    one, other = (trained(s, OtherInInference, x=x, y=y) for s in (None, ranks(2)))
+    assert_same(one, other, 1e-5, 1e-7)
+    assert difference(one.predict(x, verbose=0), other.predict(x, verbose=0)) < 1e-5
+
+
+def test_own_loop():
+    """A tape sees the whole of a divided weight, and updates are of the whole."""
+    x, y = reals()
+    found = []
+    for strategy in (None, ranks(2)):
+        model = trained(strategy, lambda: encoder(1), x=x, y=y)
+        for _ in range(2):
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean(tf.square(model(x, training=True) - y))
+            gradients = tape.gradient(loss, model.trainable_variables)
+            assert [g.shape for g in gradients] == [v.shape for v in model.trainable_variables]
+            model.optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+        found.append(model)
+    assert_same(*found, 1e-5, 1e-6)
+
+
+@keras.saving.register_keras_serializable()
+class Counts(layers.Layer):
+    """Keeps a count beside its layer."""
+
+    def build(self, shape):
+        self.inner = layers.Dense(D)
+        self.inner.build(shape)
+        self.count = self.add_weight(shape=(), initializer="zeros", trainable=False)
+
+    def call(self, x):
+        self.count.assign_add(1.0)
+        return self.inner(x) * (1.0 + self.count)
+
+
+@keras.saving.register_keras_serializable()
+class Casts(layers.Layer):
+    """Computes in another dtype than its model."""
+
+    def build(self, shape):
+        self.inner = layers.Dense(D, dtype=self.dtype_policy)
+        self.inner.build(shape)
+
+    def call(self, x):
+        return self.inner(x) + ops.exp(x)
+
+
+@pytest.mark.parametrize("kind", [Counts, lambda: Casts(dtype="mixed_bfloat16")])
+def test_composites_that_do_more(kind):
+    def build():
+        x = layers.Input((T, D))
+        return keras.Model(x, layers.Dense(D, dtype="float32")(kind()(layers.Dense(D)(x))))
+
+    x, y = reals()
+    one, other = (trained(s, build, keras.optimizers.SGD(1e-3), x=x, y=y) for s in (None, ranks(2)))
+    assert_same(one, other, 1e-5 if kind is Counts else 2e-3, 1e-7)
+
+
+class Normed(layers.Dense):
+    """Another kernel behind an unchanged call."""
+
+    @property
+    def kernel(self):
+        return self._kernel / ops.norm(self._kernel, axis=0)
+
+
+def test_rules_are_for_what_a_layer_inherits_unchanged():
+    from tfpar.rules import rule_of
+
+    assert rule_of(Normed(3)) is None
+
+
+def test_layers_that_get_a_mask():
+    def build():
+        tokens = layers.Input((T,), dtype="int32")
+        h = layers.Embedding(V, D, mask_zero=True)(tokens)
+        h = layers.BatchNormalization()(h)
+        return keras.Model(tokens, layers.Dense(V)(layers.GlobalAveragePooling1D()(h)))
+
+    x, y = words()
+    one, other = (trained(s, build, loss=from_logits, x=x, y=y[:, 0]) for s in (None, ranks(2)))
+    assert_same(one, other, 1e-5, 1e-7)
+
+
+def test_softmax_along_the_sequence():
+    def along(t):
+        return ops.softmax(t, axis=1)
+
+    def build():
+        x = layers.Input((T, D))
+        h = layers.Dense(D, activation=along)(layers.Dense(4 * D, activation="relu")(x))
+        return keras.Model(x, layers.Dense(D)(layers.Dense(4 * D, activation="relu")(layers.LayerNormalization()(h))))
+
+    x, y = reals()
+    one, other = (trained(s, build, x=x, y=y) for s in (None, ranks(2, sequence_parallel=True)))
+    assert_same(one, other, 1e-5, 1e-7)
+
+
+def test_words_that_there_are_not():
+    x, y = words(4)
+    build = lambda: gpt(1)  # noqa: E731
+    with pytest.raises(tf.errors.InvalidArgumentError, match="not in"):
+        trained(ranks(2), build, loss=from_logits, x=x + V, y=y)
+    model = trained(ranks(2), build, loss=from_logits, x=x, y=y + V, epochs=1)
+    assert np.isnan(model.weights[0].numpy()).any()  # the loss was NaN, not a number made up
+
+
+def test_masks_of_heads_and_shared_dropout():
+    mask = np.random.default_rng(0).integers(0, 2, (1, 4, T, T)).astype(bool)
+
+    def build():
+        x = layers.Input((T, D))
+        h = layers.MultiHeadAttention(4, 3)(x, x, attention_mask=mask)
+        return keras.Model(
+            x, layers.Dense(D)(layers.Dropout(0.5, noise_shape=(None, T, 1), seed=1)(layers.Dense(24)(h)))
+        )
+
+    x, y = reals()
+    one, other = (trained(s, build, x=x, y=y) for s in (None, ranks(2)))
+    assert_same(one, other, 1e-5, 1e-7)
+
+
+def test_prediction_before_training_keeps_the_loss_divided():
+    x, y = words()
+    strategy = ranks(2)
+    with strategy.scope():
+        model = gpt(1)
+        model.compile("sgd", from_logits())
+    model.predict(x, verbose=0)
+    model.fit(x, y, verbose=0)
+    assert steps_of(model).engine.training.loss
+
+
+def test_export_says_what_to_do(tmp_path):
+    x, y = reals()
+    model = trained(ranks(2), lambda: encoder(1), x=x, y=y)
+    with pytest.raises(tfpar.ModelError, match="save the model as a .keras file"):
+        model.export(str(tmp_path / "exported"), verbose=False)
+
+
+def test_written_layouts_that_do_not_fit_together():
+    layout = {
+        "query/kernel": (None, "tensor", None),
+        "dense/kernel": (None, "tensor"),
+        "dense_1/kernel": (None, "tensor"),
+    }
+
+    def build():
+        x = layers.Input((T, D))
+        h = layers.MultiHeadAttention(4, 3)(x, x)
+        return keras.Model(x, layers.Dense(D, name="dense_2")(layers.Dense(D, name="dense_1")(h)))
+
+    x, y = reals()
+    one, other = (trained(s, build, x=x, y=y) for s in (None, ranks(2, layout=layout)))
+    assert_same(one, other, 1e-5, 1e-7)

@@ -181,6 +181,11 @@ def in_program() -> bool:
     return in_stateless_scope()
 
 
+def stored(variable: keras.Variable) -> tf.Variable:
+    """What a Keras variable holds; `value` is a tensor where a layer's autocast scope is open."""
+    return variable._value
+
+
 def set_value(variable: keras.Variable, value: tf.Variable):
     """Let a Keras variable hold another TensorFlow variable."""
     variable._value = value

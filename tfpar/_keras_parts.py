@@ -9,6 +9,7 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from keras import tree
 
 from tfpar._keras import layers_in
 
@@ -59,6 +60,14 @@ def given_method(operation: Any, name: str, method: Callable) -> Iterator[None]:
         yield
     finally:
         del vars(operation)[name]
+
+
+def converted_arguments(layer: keras.layers.Layer, arguments: Any) -> Any:
+    """What `Layer.__call__` makes of tensors among its arguments: floats in the layer's compute dtype."""
+    if not layer._convert_input_args:
+        return arguments
+    convert = layer.dtype_policy.convert_input
+    return tree.map_structure(lambda a: convert(a, layer.autocast, layer.input_dtype), arguments)
 
 
 def is_plain_layer(layer: keras.layers.Layer) -> bool:

@@ -52,7 +52,7 @@ def forward_on_tape(engine: Any, schedule: Any, parts: batch.Parts, edges: list[
     sources: dict[int, tf.Tensor] = {}
 
     def recorded(variable: keras.Variable, lane: int) -> tf.Tensor:
-        divided = getattr(variable.value, "layout", REPLICATED) != REPLICATED
+        divided = getattr(_keras.stored(variable), "layout", REPLICATED) != REPLICATED
         if id(variable) not in sources:
             with tf.device(device_of(variable)):
                 sources[id(variable)] = tf.convert_to_tensor(copy_of(variable, 0))
@@ -60,7 +60,7 @@ def forward_on_tape(engine: Any, schedule: Any, parts: batch.Parts, edges: list[
             return sources[id(variable)]
 
         def back(gradient: tf.Tensor) -> list[tf.Tensor]:
-            return [variable.value.whole_from(lane, gradient) if divided else gradient]
+            return [_keras.stored(variable).whole_from(lane, gradient) if divided else gradient]
 
         with tf.device(device_of(variable, lane)):  # the copies are one source: their gradients add up
             return record_gradient([read(variable, lane)], [sources[id(variable)]], back)[0]
@@ -82,7 +82,7 @@ def forward_with_pullback(
     sources = []
     for v, device in trainable:
         with tf.device(device):
-            sources.append(tf.convert_to_tensor(engine.graph.variables[v].value))
+            sources.append(tf.convert_to_tensor(_keras.stored(engine.graph.variables[v])))
     inside = [t for t, x in zip(graph.inputs, flat, strict=True) if x is not None and tape_watches([x])]
     differentiate = bool(inside) or tape_watches(sources)
     run = Pass(

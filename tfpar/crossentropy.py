@@ -97,7 +97,10 @@ def largest(dtype: str):
 
 
 class Terms:
-    """What a rank knows of each token: the exponentials of others, summed, and the logit of its own class, or 0."""
+    """What a rank knows of each token: the exponentials of others, summed, and the logit of its own class, or 0.
+
+    A class that there is not makes the loss NaN.
+    """
 
     __name__, variables = "terms", ()
 
@@ -109,10 +112,15 @@ class Terms:
         if len(y.shape) == len(logits.shape):
             y = y[..., 0]
         first = tf.stack(bounds(self.classes, self.ranks))[rank]
-        own = tf.range(tf.shape(logits)[-1]) == tf.cast(y, "int32")[..., None] - first
+        y = tf.cast(y, "int32")
+        own = tf.range(tf.shape(logits)[-1]) == y[..., None] - first
         zero = tf.zeros((), logits.dtype)
         others = tf.reduce_sum(tf.where(own, zero, tf.exp(logits - maximum)), -1)
-        terms = tf.stack([others, tf.reduce_sum(tf.where(own, logits, zero), -1)], -1)
+        wrong = (y < 0) | (y >= self.classes)
+        if self.loss.ignored is not None:
+            wrong &= y != self.loss.ignored
+        picked = tf.where(wrong, tf.cast(float("nan"), logits.dtype), tf.reduce_sum(tf.where(own, logits, zero), -1))
+        terms = tf.stack([others, picked], -1)
         return with_mask_of(logits_in, terms)
 
 

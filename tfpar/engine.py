@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfpar import batch
+from tfpar import _keras, batch
 from tfpar._tf import unrecorded
 from tfpar.collectives import Collective
 from tfpar.crossentropy import CrossEntropy
@@ -25,8 +25,8 @@ from tfpar.variables import HOST
 
 def copy_of(variable: keras.Variable, replica: int) -> tf.Variable:
     """The variable that holds the value for a lane: a replica, or a rank."""
-    copies = getattr(variable.value, "copies", ())
-    return copies[replica] if len(copies) > 1 else variable.value
+    copies = getattr(_keras.stored(variable), "copies", ())
+    return copies[replica] if len(copies) > 1 else _keras.stored(variable)
 
 
 def device_of(variable: keras.Variable, replica: int = 0) -> str:

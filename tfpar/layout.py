@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from tfpar.cost import BACKWARD, Hardware
+from tfpar.errors import LayoutError
 from tfpar.graph import OpGraph
 
 ROWS = 64  # samples that costs are compared for: how a weight is divided must not depend on the batch
@@ -103,15 +104,13 @@ def choose(
         for way in ways:
             for option in options[i]:
                 cost = way.cost + work(graph, i, option, ranks, hardware)
-                uses = {v: (option.weights.get(v, REPLICATED), option.split) for v in op.variables if users[v] > 1}
+                uses = {v: use(option, v) for v in op.variables if users[v] > 1}
                 if any(way.shared.get(v, use) != use for v, use in uses.items()):
                     continue
                 moves = [
                     moved(graph, t, way.layouts[t], wanted, option.split, ranks, sequence)
                     for t, wanted in dict.fromkeys(zip(op.inputs, option.inputs, strict=True))
                 ]
-                if None in moves:
-                    continue
                 cost += sum(moves) * ROWS / hardware.link_bytes
                 layouts = {t: layout for t, layout in way.layouts.items() if last[t] > i}
                 layouts.update((t, y) for t, y in zip(op.outputs, option.outputs, strict=True) if last[t] > i)
@@ -119,6 +118,8 @@ def choose(
                 key = (*sorted(layouts.items()), *sorted(shared.items()))
                 if key not in best or cost < best[key].cost:
                     best[key] = Way(cost, layouts, shared, (option, way.chosen))
+        if not best:
+            raise LayoutError(f"{op.name} shares weights with operations that can only divide them in another way")
         ways = sorted(best.values(), key=lambda way: way.cost)[:BEAM]
     ends = {
         id(way): way.cost
@@ -133,6 +134,12 @@ def choose(
     return found[::-1]
 
 
+def use(option: Option, v: int) -> tuple:
+    """How an operation uses a weight: all that share it must do alike, for its gradients to be of one kind."""
+    layout = option.weights.get(v, REPLICATED)
+    return layout, option.split, option.outputs if option.split and layout == REPLICATED else ()
+
+
 def work(graph: OpGraph, i: int, option: Option, ranks: int, hardware: Hardware) -> float:
     """The cost of an operation on its own."""
     op = graph.ops[i]
@@ -145,8 +152,8 @@ def work(graph: OpGraph, i: int, option: Option, ranks: int, hardware: Hardware)
     return seconds + (ROWS * option.moved + KERNEL * matrices) / hardware.link_bytes
 
 
-def moved(graph: OpGraph, t: int, have: Layout, want: Layout, split: bool, ranks: int, sequence: bool) -> float | None:
-    """Bytes of one sample of a tensor that its change of layout moves, forward and backward; `None`: not done.
+def moved(graph: OpGraph, t: int, have: Layout, want: Layout, split: bool, ranks: int, sequence: bool) -> float:
+    """Bytes of one sample of a tensor that its change of layout moves, forward and backward.
 
     Args:
         split: whether the operation that wants it computes a part on each rank.
@@ -157,6 +164,6 @@ def moved(graph: OpGraph, t: int, have: Layout, want: Layout, split: bool, ranks
         return 2 * back if split and have == REPLICATED else 0.0  # a partial gradient is added up
     if want == REPLICATED:
         return size + (back if split else 0.0)
-    if have == REPLICATED:
-        return back if sequence and want.dim == 1 else back + FORCED * size
-    return None
+    if have == REPLICATED and sequence and want.dim == 1:
+        return back
+    return back + (1 + FORCED) * size  # cut what all have, or gather and cut

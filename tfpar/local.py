@@ -156,7 +156,7 @@ class Local:
             return self.exchange(x, "identity", "all-reduce", REPLICATED) if shared else x
         if layout == REPLICATED:
             return self.gathered(x, split)
-        return self.exchange(x, "slice", "all-gather", layout)
+        return self.exchange(x if have == REPLICATED else self.gathered(x), "slice", "all-gather", layout)
 
     def follow(self, i: int, option: Option):
         """Add an operation of the source in the way that was chosen for it."""

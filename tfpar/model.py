@@ -96,6 +96,16 @@ class KerasGraph:
         shape, batch = self.symbols[tensor].shape, self.symbols[self.graph.inputs[0]].shape
         return bool(shape) and bool(batch) and shape[0] == batch[0]
 
+    def over(self, variables: tuple[keras.Variable, ...]) -> "KerasGraph":
+        """The same graph with its variables in this order, among others that it does not use."""
+        places = {id(v): n for n, v in enumerate(variables)}
+        ops = tuple(
+            replace(op, variables=tuple(sorted(places[id(self.variables[v])] for v in op.variables)))
+            for op in self.graph.ops
+        )  # fmt: skip
+        graph = replace(self.graph, ops=ops, variables=tuple(describe(v) for v in variables))
+        return replace(self, graph=graph, variables=variables)
+
     def with_variables(self, unknown: UnknownVariables, call: int | None) -> "KerasGraph":
         """The same graph with these variables too, which a call uses."""
         new = [v for v in unknown.variables if all(v is not known for known in self.variables)]

@@ -4,6 +4,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import keras
@@ -39,7 +40,12 @@ def opened(model: keras.Model, x: Any, training: bool) -> KerasGraph:
 
 
 def followed(
-    layer: keras.layers.Layer, call: Callable, symbols: Sequence[Any], samples: Sequence[Any] | None, training: Any
+    layer: keras.layers.Layer,
+    call: Callable,
+    symbols: Sequence[Any],
+    samples: Sequence[Any] | None,
+    training: Any,
+    original: Callable | None = None,
 ) -> KerasGraph:
     """The layers and operations that `call` runs, as a graph.
 
@@ -47,6 +53,7 @@ def followed(
         layer: whose call it is.
         call: of flat tensors.
         symbols, samples: for each of them; without samples, nothing is checked.
+        original: what the graph is to compute; `call`, if not given.
 
     Raises:
         ModelError: as `opened`.
@@ -58,17 +65,21 @@ def followed(
         "or use a Functional or Sequential model"
     )
     try:
-        function = keras.Function(list(symbols), call(*symbols))
+        with RecordingScope([]) as scope:
+            function = keras.Function(list(symbols), call(*symbols))
     except Exception as error:
         raise ModelError(f"{name}.call does not work on symbolic inputs: {brief(error)}\n{cure}.") from error
+    if scope.written:
+        paths = [v.path for v in scope.written.values()]
+        raise ModelError(f"{name}.call changes {paths} beside its layers, which symbolic inputs do not show. {cure}.")
     graph = graph_from(function, explicit=True)
     if samples is None:
         return graph
-    original, changed, _ = perturbed(lambda: call(*samples))
+    expected, changed, _ = perturbed(lambda: (original or call)(*samples))
     try:
         inside, written, _ = perturbed(lambda: graph.run(samples, training))
         same = written == changed and all(
-            np.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True) for a, b in zip(inside, original, strict=True)
+            np.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True) for a, b in zip(inside, expected, strict=True)
         )
     except Exception:  # a symbol was kept where a number is needed
         same = False
@@ -161,11 +172,16 @@ def inside(graph: KerasGraph, i: int, training: bool, checked: set[str]) -> Kera
         return None
     given = _keras.training_argument(layer, call.kwargs.get("training", training) if call.explicit else training)
 
-    def run(*values):
+    def run(*values, function=None):
         left = iter(values)
         args, kwargs = tree.map_structure(lambda a: next(left) if isinstance(a, Ref) else a, (call.args, call.kwargs))
+        if function is None:
+            args, kwargs = _keras_parts.converted_arguments(layer, (args, kwargs))
         with _keras.autocast_of(layer):
-            return layer.call(*args, **{**kwargs, **given})
+            return (function or layer.call)(*args, **{**kwargs, **given})
+
+    if {inner.compute_dtype for inner in _keras.layers_in(layer)} != {layer.compute_dtype}:
+        return None  # its own weights would be read in another dtype
 
     symbols = [keras.KerasTensor(graph.symbols[t].shape, graph.symbols[t].dtype) for t in op.inputs]
     kind = f"{type(layer)} {config_of(layer)} {[(s.shape, s.dtype) for s in symbols]} {given}"
@@ -176,8 +192,9 @@ def inside(graph: KerasGraph, i: int, training: bool, checked: set[str]) -> Kera
         samples = [x[:2] if graph.is_batched(t) else x for x, t in zip(samples, op.inputs, strict=True)]
     try:
         with tf.device(HOST):
-            inner = followed(layer, run, symbols, samples, given.get("training"))
-            adds_losses = samples is not None and perturbed(lambda: run(*samples))[2]
+            original = partial(run, function=layer)
+            inner = followed(layer, run, symbols, samples, given.get("training"), original)
+            adds_losses = samples is not None and perturbed(lambda: original(*samples))[2]
     except Exception:  # it stays one operation, on every rank
         return None
     known = {id(v) for v in layer.variables}

@@ -64,7 +64,7 @@ def write_state(run: Pass):
     for v in dict.fromkeys(v for state in run.state for v in state):
         variable = run.engine.graph.variables[v]
         if v in run.engine.layouts:
-            for rank, copy in enumerate(variable.value.copies):  # every part has a value of its own
+            for rank, copy in enumerate(_keras.stored(variable).copies):  # every part has a value of its own
                 with tf.device(copy.device):
                     copy.assign(run.state[rank][v])
         elif id(variable) not in moved:

@@ -91,7 +91,7 @@ def ranked(strategy: Any, model: keras.Model, data: Any, rows: int) -> tuple[Pla
     graphs = [with_opened_layers(g, t, checked) for g, t in zip(replica_graphs(model, x), (True, False), strict=True)]
     asked = layouts_of(strategy.layout, graphs[0].graph.variables, count) or {}
     given = {id(graphs[0].variables[v]): layout for v, layout in asked.items()}
-    given.update({id(v): v.value.layout for v in graphs[0].variables if is_placed(v)})
+    given.update({id(v): _keras.stored(v).layout for v in graphs[0].variables if is_placed(v)})
     found = {}
     for graph in graphs:
         if id(graph) not in found:
@@ -101,11 +101,15 @@ def ranked(strategy: Any, model: keras.Model, data: Any, rows: int) -> tuple[Pla
             given.update({id(v): layouts.get(n, REPLICATED) for n, v in enumerate(graph.variables)})
     training, inference = (route_of(local) for local, _ in (found[id(g)] for g in graphs))
     local, weights = found[id(graphs[0])]
+    layouts = found[id(graphs[1])][0].layouts | local.layouts
+    weights = tuple(
+        w if v in local.layouts else o for v, (w, o) in enumerate(zip(weights, found[id(graphs[1])][1], strict=True))
+    )  # fmt: skip
     loss = crossentropy_of(model, y) if model.compiled else None
     called = None
     if loss is not None:
         asked = {v: given[id(variable)] for v, variable in enumerate(graphs[0].variables)}
-        local, weights = divided(graphs[0], count, hardware(strategy), strategy.sequence_parallel, asked, loss)
+        local, _ = divided(graphs[0], count, hardware(strategy), strategy.sequence_parallel, asked, loss)
         if local.loss is not None:
             called = training
             training = route_of(local)
@@ -113,7 +117,7 @@ def ranked(strategy: Any, model: keras.Model, data: Any, rows: int) -> tuple[Pla
         training.partition, strategy.mesh, in_turn(training.partition.stages, 1), hardware(strategy), rows,
         weights=weights, exchanges=local.exchanges,
     )  # fmt: skip
-    extra = {"layouts": local.layouts, "partial": local.partial, "reduce": strategy.cross_device_ops, "called": called}
+    extra = {"layouts": layouts, "partial": local.partial, "reduce": strategy.cross_device_ops, "called": called}
     return plan, training, inference, extra
 
 
@@ -129,7 +133,9 @@ def replica_graphs(model: keras.Model, x: Any) -> tuple[KerasGraph, KerasGraph]:
     inputs = _keras.converted_inputs(model, tree.map_structure(few, x))
     try:
         with tf.device(HOST):
-            return opened(model, inputs, True), opened(model, inputs, False)
+            training, inference = opened(model, inputs, True), opened(model, inputs, False)
+        every = (*training.variables, *(v for v in inference.variables if all(v is not k for k in training.variables)))
+        return training.over(every), inference.over(every)
     except ModelError:
         return (one_call(model, inputs),) * 2
 
@@ -219,20 +225,22 @@ def build_losses(strategy: Any, engine: Engine, data: Any):
 
 def replicate(strategy: Any, variable: keras.Variable):
     """Give each replica a copy of a variable of an optimizer that was made outside of the scope."""
-    if not isinstance(variable.value, LogicalVariable):
+    if not isinstance(_keras.stored(variable), LogicalVariable):
         with strategy.planning():
-            _keras.set_value(variable, tf.Variable(variable.value.read_value(), trainable=False, name=variable.name))
+            _keras.set_value(
+                variable, tf.Variable(_keras.stored(variable).read_value(), trainable=False, name=variable.name)
+            )
 
 
 def move(variable: keras.Variable, devices: Sequence[str], layout: Layout = REPLICATED):
     """Place a variable that is still waiting, as a copy or a part on each of these devices."""
-    if isinstance(variable.value, LogicalVariable) and len(variable.value.copies) == 1:
-        variable.value.place(devices, layout)
+    if isinstance(_keras.stored(variable), LogicalVariable) and len(_keras.stored(variable).copies) == 1:
+        _keras.stored(variable).place(devices, layout)
 
 
 def is_placed(variable: keras.Variable) -> bool:
     """Whether ranks have copies or parts of a variable already."""
-    return isinstance(variable.value, LogicalVariable) and len(variable.value.copies) > 1
+    return isinstance(_keras.stored(variable), LogicalVariable) and len(_keras.stored(variable).copies) > 1
 
 
 def check_scope(strategy: Any, variable: keras.Variable):
@@ -241,7 +249,9 @@ def check_scope(strategy: Any, variable: keras.Variable):
     Raises:
         ScopeError: says which, and what to write.
     """
-    ours = isinstance(variable.value, LogicalVariable) and variable.value.distribute_strategy is strategy
+    ours = (
+        isinstance(_keras.stored(variable), LogicalVariable) and _keras.stored(variable).distribute_strategy is strategy
+    )
     if not ours and not _keras.is_seed(variable):
         raise ScopeError(
             f"{variable.path} was created outside of this strategy's scope. Create the layers inside:\n"

@@ -45,6 +45,7 @@ class Steps:
         self.strategy, self.model = strategy, model
         self.engine: Engine | None = None
         self.compiled_as: Any = None
+        self.has_targets = False
         self.whole: set[str] = set()  # operations that were found to need the whole batch
 
     def adopt(self, strategy_for_keras: Any):
@@ -111,7 +112,10 @@ class Steps:
 
     def prepared(self, data: Any, rows: int) -> Engine:
         """The engine, made when the model is first used and again when it was compiled since."""
-        if self.engine is None or self.compiled_as != self.compilation():
+        ranks = self.strategy.mesh.tensor > 1
+        targets = ranks and _keras.unpack_x_y_sample_weight(data)[1] is not None  # the loss is a part of what ranks run
+        if self.engine is None or self.compiled_as != self.compilation() or targets > self.has_targets:
+            self.has_targets = targets
             with self.strategy.planning():
                 before = self.engine.plan if self.engine else None
                 self.use(prepared(self.strategy, self.model, data, rows, before, frozenset(self.whole)))
@@ -170,7 +174,7 @@ class Steps:
             plan = ranked(self.strategy, self.model, (None, None, None), rows)[0]
         else:
             plan = replicated(self.strategy, self.model, None, rows, self.whole)[0]
-        return replace(plan, slot_bytes=tuple(follower_bytes(v.value) for v in graph.variables))
+        return replace(plan, slot_bytes=tuple(follower_bytes(_keras.stored(v)) for v in graph.variables))
 
     # ---- steps, run in the strategy's replica context
 

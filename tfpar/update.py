@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfpar import _keras_parts, outcome
+from tfpar import _keras, _keras_parts, outcome
 from tfpar._tf import LogicalReplica
 from tfpar.collectives import add, all_reduce
 from tfpar.collectives import reduced as summed
@@ -69,7 +69,7 @@ class Update:
         results = []
         for r, device in enumerate(self.lanes):
             with tf.device(device):
-                copies = [v.value.copies[r] for v in self.variables]
+                copies = [_keras.stored(v).copies[r] for v in self.variables]
                 run = function if self.engine.eager else program
                 results.append(run(copies, [parts[r] for parts in reduced], tf.identity(scale), norms[r]))
         return results
@@ -113,7 +113,7 @@ class Update:
     def variables(self) -> list[keras.Variable]:
         """All that the optimizer reads or writes."""
         known = {id(v): v for v in [*self.model.trainable_weights, *self.model.optimizer.variables]}
-        return [v for v in known.values() if isinstance(v.value, LogicalVariable)]
+        return [v for v in known.values() if isinstance(_keras.stored(v), LogicalVariable)]
 
     @contextlib.contextmanager
     def binding(self, copies: Sequence[tf.Variable]) -> Iterator[None]:
@@ -154,8 +154,8 @@ class Update:
         total = []
         for weight, gradient in zip(self.model.trainable_weights, gradients, strict=True):
             if weight.regularizer is not None:
-                with tf.device(weight.value.device):
-                    value = tf.convert_to_tensor(weight.value)
+                with tf.device(_keras.stored(weight).device):
+                    value = tf.convert_to_tensor(_keras.stored(weight))
                     with tf.GradientTape() as tape:
                         tape.watch(value)
                         penalty = weight.regularizer(value)
@@ -168,7 +168,7 @@ class Update:
 
 def whole(variable: keras.Variable) -> tf.Tensor:
     """All of a variable's value, wherever its parts are."""
-    return variable.value.read_value() if layout_of(variable) != REPLICATED else read(variable)
+    return _keras.stored(variable).read_value() if layout_of(variable) != REPLICATED else read(variable)
 
 
 def square(gradient: Any) -> tf.Tensor:
@@ -181,7 +181,7 @@ def square(gradient: Any) -> tf.Tensor:
 
 def layout_of(variable: keras.Variable) -> Layout:
     """How a variable is divided between ranks."""
-    return getattr(variable.value, "layout", REPLICATED)
+    return getattr(_keras.stored(variable), "layout", REPLICATED)
 
 
 ELEMENTWISE = {

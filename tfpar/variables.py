@@ -9,7 +9,16 @@ import numpy as np
 import tensorflow as tf
 
 from tfpar import _keras
-from tfpar._tf import LogicalReplica, MirroredVariable, ResourceVariable, replica_of, saveable
+from tfpar._tf import (
+    LogicalReplica,
+    MirroredVariable,
+    ResourceVariable,
+    record_gradient,
+    replica_of,
+    saveable,
+    unrecorded,
+)
+from tfpar.errors import ModelError
 from tfpar.layout import REPLICATED, Layout, bounds
 
 HOST = "CPU:0"
@@ -85,7 +94,10 @@ class LogicalVariable(MirroredVariable):
         if not self._is_gathered:
             return self._copy().read_value()
         self._copy()
-        return tf.concat([part.read_value() for part in self._values], self._layout.dim)
+        first = self._values[0].read_value()
+        whole = unrecorded(lambda: tf.concat([part.read_value() for part in self._values], self._layout.dim))
+        # to a tape, the first part stands for the variable: its gradient is that of the whole
+        return record_gradient([whole], [first], lambda gradient: [gradient])[0]
 
     def value(self):
         return self.read_value() if self._is_gathered else super().value()
@@ -141,6 +153,14 @@ class LogicalVariable(MirroredVariable):
         """Each copy, with where its part begins and ends."""
         edges = bounds(self.shape[self._layout.dim], len(self._values))
         return list(zip(self._values, edges, edges[1:], strict=False))
+
+    def _export_to_saved_model_graph(self, *args, **kwargs):
+        if self._layout != REPLICATED:
+            raise ModelError(
+                f"{self._common_name} is divided between devices, and a SavedModel holds whole variables: save the "
+                "model as a .keras file, load it outside of the strategy's scope, and export that"
+            )
+        return super()._export_to_saved_model_graph(*args, **kwargs)
 
     def _gather_saveables_for_checkpoint(self):
         if self._layout == REPLICATED:

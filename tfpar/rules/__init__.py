@@ -21,6 +21,7 @@ from tfpar.model import KerasGraph
 
 Rule = Callable[["Site"], Iterable[Option]]
 RULES: dict[type | str, Rule] = {}
+HARMLESS = {"__init__", "__module__", "__doc__", "__qualname__", "__dict__", "__weakref__", "get_config", "from_config"}
 BUILT_IN = (
     "attention", "convolution", "dense", "elementwise", "embedding", "normalization", "pooling", "reshaping",
 )  # fmt: skip
@@ -107,9 +108,11 @@ class Site:
         """
         places = {id(v): n for n, v in enumerate(self.graph.variables)}
         layouts = {places[id(v)]: Layout(d % len(v.shape)) for v, d in weights if v is not None}
+        given = list(inputs or ())
+        given += [REPLICATED] * (len(self.op.inputs) - len(given))  # a mask, which follows the inputs
         return Option(
             name,
-            tuple(inputs) if inputs is not None else (REPLICATED,) * len(self.op.inputs),
+            tuple(given),
             tuple(outputs) if outputs is not None else (REPLICATED,) * len(self.op.outputs),
             layouts, True, moved, build,
         )  # fmt: skip
@@ -133,13 +136,16 @@ def rule(*kinds: type | str) -> Callable[[Rule], Rule]:
 
 
 def rule_of(operation: Any) -> Rule | None:
-    """The rule for an operation: that of its class, or of the one whose `call` it inherits unchanged."""
+    """The rule for an operation: that of its class, or of the one of which it inherits all that it does."""
     if not isinstance(operation, keras.layers.Layer):
         ours = type(operation).__module__.startswith(("keras.src.ops", "keras.ops"))
         return RULES.get(type(operation).__name__) if ours else None
+    changed: set[str] = set()
     for kind in type(operation).__mro__:
         if kind in RULES:
-            return RULES[kind] if type(operation).call is kind.call and _keras_parts.is_plain_layer(operation) else None
+            same = not any(hasattr(kind, name) for name in changed - HARMLESS)
+            return RULES[kind] if same and _keras_parts.is_plain_layer(operation) else None
+        changed |= set(vars(kind))
     return None
 
 

@@ -81,6 +81,9 @@ def projections(layer: Any, *names: str) -> list[tuple[Any, int]]:
 def usual(site: Site, layer: Any) -> bool:
     """Whether the call is one whose output is a sum over heads."""
     plain = all(not d.lora_enabled for d in _keras.layers_in(layer) if isinstance(d, layers.EinsumDense))
+    mask = site.arguments.get("attention_mask")
+    if len(site.shape(mask.tensor) if isinstance(mask, Ref) else getattr(mask, "shape", ())) > 3:
+        return False  # it has heads of its own
     return plain and not site.arguments.get("return_attention_scores") and len(site.op.outputs) == 1
 
 

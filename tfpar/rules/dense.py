@@ -109,7 +109,10 @@ def by_columns(site: Site, layout: Layout, weights: list) -> Iterator[Option]:
 
 def by_rows(site: Site, layout: Layout, weights: list, channels: int = -1, also: dict | None = None):
     """Each rank has a part of the inputs, and outputs are added up."""
-    for left in site.sequences():
+    # what follows the sum must treat the sequence's elements one by one
+    plain = is_elementwise(site.layer.activation) and channels in (-1, len(site.outputs[0]) - 1)
+    plain = plain and (site.layer.bias is None or len(site.layer.bias.shape) == 1)
+    for left in site.sequences() if plain else [REPLICATED]:
         moved = site.bytes(site.op.outputs[0]) * (2 if left == REPLICATED else 2.01)
         build = summed_up(site, left, channels, also or {})
         yield site.option("row-parallel", [layout], [left], weights, moved, build)

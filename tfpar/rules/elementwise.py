@@ -59,9 +59,16 @@ def along_each_dim(site: Site, name: str = "elementwise") -> Iterator[Option]:
 
 rule(
     *OPERATIONS, layers.ReLU, layers.LeakyReLU, layers.ELU, layers.Identity, layers.Add, layers.Subtract,
-    layers.Multiply, layers.Average, layers.Maximum, layers.Minimum, layers.Dropout, layers.GaussianDropout,
+    layers.Multiply, layers.Average, layers.Maximum, layers.Minimum, layers.GaussianDropout,
     layers.GaussianNoise, layers.Rescaling,
 )(along_each_dim)  # fmt: skip
+
+
+@rule(layers.Dropout)
+def dropout(site: Site) -> Iterator[Option]:
+    """Along dims that have a mask of their own."""
+    shape = site.layer.noise_shape or (None,) * len(site.outputs[0])
+    yield from but(along_each_dim(site), [d for d, size in enumerate(shape) if size is not None])
 
 
 @rule(layers.Activation)

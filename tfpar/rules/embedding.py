@@ -26,8 +26,12 @@ class OfVocabulary:
         edges = tf.stack(bounds(layer.input_dim, self.ranks))
         start, stop = edges[rank], edges[rank + 1]
         indices = ops.cast(inputs, "int32")
+        indices = tf.where(indices < 0, indices + layer.input_dim, indices)  # as Keras does
         inside = (indices >= start) & (indices < stop)
-        found = _keras.call_operation(layer, (tf.where(inside, indices - start, 0),), {}, training, self.call.explicit)
+        known = (indices >= 0) & (indices < layer.input_dim)
+        # what no rank has is an error, or zeros, as it is on one device
+        mine = tf.where(inside, indices - start, tf.where(known, 0, layer.input_dim))
+        found = _keras.call_operation(layer, (mine,), {}, training, self.call.explicit)
         found = tf.where(inside[..., None], found, tf.zeros((), found.dtype))
         mask = layers.Embedding.compute_mask(layer, inputs)
         if mask is not None:
