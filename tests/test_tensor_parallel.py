@@ -752,11 +752,7 @@ def test_export_says_what_to_do(tmp_path):
 
 
 def test_written_layouts_that_do_not_fit_together():
-    layout = {
-        "query/kernel": (None, "tensor", None),
-        "dense/kernel": (None, "tensor"),
-        "dense_1/kernel": (None, "tensor"),
-    }
+    layout = {"(query|key|value)/kernel": (None, "tensor", None), "dense_(1|2)/kernel": (None, "tensor")}
 
     def build():
         x = layers.Input((T, D))

@@ -15,6 +15,7 @@ VARIABLES = [
     Variable("up/kernel", 0, shape=(6, 12)), Variable("up/bias", 0, shape=(12,)),
     Variable("down/kernel", 0, shape=(12, 6)), Variable("norm/gamma", 0, shape=(6,)),
 ]  # fmt: skip
+LAYERS = [(0, 1), (2,), (3,)]
 
 
 def layout_map(rules, shape=(1, 2), names=("batch", "model")):
@@ -29,15 +30,15 @@ RULES = {"up/kernel": (None, "model"), "down/kernel": ("model", None)}
 
 
 def test_what_is_not_mentioned():
-    assert layouts_of("auto", VARIABLES, 2) is None
-    found = layouts_of(layout_map(RULES), VARIABLES, 2)
+    assert layouts_of("auto", VARIABLES, LAYERS, 2) is None
+    found = layouts_of(layout_map(RULES), VARIABLES, LAYERS, 2)
     assert found == {0: Layout(1), 2: Layout(0), 3: REPLICATED}  # the bias goes with its kernel
-    assert layouts_of({r"(up|down)/kernel": ("tensor", None)}, VARIABLES, 2)[0] == Layout(0)
+    assert layouts_of({r"(up|down)/kernel": ("tensor", None)}, VARIABLES, LAYERS, 2)[0] == Layout(0)
 
 
 def test_a_whole_path_wins_over_a_pattern():
     rules = {"kernel": (None, "tensor"), "down/kernel": ("tensor", None)}
-    assert layouts_of(rules, VARIABLES, 2)[2] == Layout(0)
+    assert layouts_of(rules, VARIABLES, LAYERS, 2)[2] == Layout(0)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +55,7 @@ def test_a_whole_path_wins_over_a_pattern():
 )
 def test_errors(rules, ranks, message):
     with pytest.raises(tfpar.LayoutError, match=message):
-        layouts_of(rules, VARIABLES, ranks)
+        layouts_of(rules, VARIABLES, LAYERS, ranks)
 
 
 def build():

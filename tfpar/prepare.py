@@ -89,7 +89,8 @@ def ranked(strategy: Any, model: keras.Model, data: Any, rows: int) -> tuple[Pla
     count, checked = strategy.mesh.tensor, set()
     x, y, _ = _keras.unpack_x_y_sample_weight(data)
     graphs = [with_opened_layers(g, t, checked) for g, t in zip(replica_graphs(model, x), (True, False), strict=True)]
-    asked = layouts_of(strategy.layout, graphs[0].graph.variables, count) or {}
+    plain = graphs[0].graph
+    asked = layouts_of(strategy.layout, plain.variables, [op.variables for op in plain.ops], count) or {}
     given = {id(graphs[0].variables[v]): layout for v, layout in asked.items()}
     given.update({id(v): _keras.stored(v).layout for v in graphs[0].variables if is_placed(v)})
     found = {}

@@ -12,12 +12,15 @@ from tfpar.layout import REPLICATED, Layout
 AXIS = "tensor"
 
 
-def layouts_of(asked: Any, variables: Sequence[Variable], ranks: int) -> dict[int, Layout] | None:
+def layouts_of(
+    asked: Any, variables: Sequence[Variable], layers: Sequence[Sequence[int]], ranks: int
+) -> dict[int, Layout] | None:
     """The layout that each of these variables is to have; `None` for `"auto"`.
 
     What is not mentioned is replicated, unless it belongs to a layer of which something is mentioned.
 
     Args:
+        layers: which variables are those of one layer.
         asked: `"auto"`, a `LayoutMap`, or a mapping from regular expressions over paths to a tuple of axes.
 
     Raises:
@@ -41,14 +44,9 @@ def layouts_of(asked: Any, variables: Sequence[Variable], ranks: int) -> dict[in
                 )
             if v not in found or variables[v].path == key:  # the whole path wins over a pattern
                 found[v] = key, layout
-    named = {owner(variables[v].path) for v in found}
-    rest = [v for v, variable in enumerate(variables) if v not in found and owner(variable.path) not in named]
+    free = {v for layer in layers if not found.keys().isdisjoint(layer) for v in layer}
+    rest = [v for v in range(len(variables)) if v not in found and v not in free]
     return {**dict.fromkeys(rest, REPLICATED), **{v: layout for v, (_, layout) in found.items()}}
-
-
-def owner(path: str) -> str:
-    """The path of the layer that a weight belongs to."""
-    return path.rpartition("/")[0]
 
 
 def axis_of(asked: Any, ranks: int) -> str:
