@@ -762,3 +762,31 @@ def test_written_layouts_that_do_not_fit_together():
     x, y = reals()
     one, other = (trained(s, build, x=x, y=y) for s in (None, ranks(2, layout=layout)))
     assert_same(one, other, 1e-5, 1e-7)
+
+
+@keras.saving.register_keras_serializable()
+class Causal(layers.Layer):
+    """Makes a mask of the size of its batch, as a well-known example does."""
+
+    def build(self, shape):
+        self.attention, self.dense = layers.MultiHeadAttention(4, 3), layers.Dense(D)
+        self.attention.build(shape, shape)
+        self.dense.build(shape)
+
+    def call(self, x):
+        rows, tokens = ops.shape(x)[0], ops.shape(x)[1]
+        i, j = ops.arange(tokens)[:, None], ops.arange(tokens)
+        mask = ops.tile(ops.reshape(ops.cast(i >= j, "int32"), (1, tokens, tokens)), (rows, 1, 1))
+        return self.dense(self.attention(x, x, attention_mask=mask))
+
+
+def test_composites_that_ask_for_the_size_of_their_batch():
+    def build():
+        x = layers.Input((T, D))
+        return keras.Model(x, Causal()(x))
+
+    x, y = reals(6)  # batches of 4 and 2
+    strategy = ranks(2)
+    one, other = (trained(s, build, x=x, y=y) for s in (None, strategy))
+    assert_same(one, other, 1e-5, 1e-7)
+    assert "heads in causal" in str(strategy.explain(other))

@@ -190,18 +190,33 @@ def inside(graph: KerasGraph, i: int, training: bool, checked: set[str]) -> Kera
     if kind not in checked:
         samples = [sample(s.shape, s.dtype, rng, graph.is_batched(t)) for s, t in zip(symbols, op.inputs, strict=True)]
         samples = [x[:2] if graph.is_batched(t) else x for x, t in zip(samples, op.inputs, strict=True)]
+    original = partial(run, function=layer)
+
+    def follow(batch: int | None) -> KerasGraph:
+        return followed(layer, run, [of_batch(s, batch) for s in symbols], samples, given.get("training"), original)
+
     try:
         with tf.device(HOST):
-            original = partial(run, function=layer)
-            inner = followed(layer, run, symbols, samples, given.get("training"), original)
+            try:
+                inner = follow(None)
+            except ModelError:  # perhaps it asks for the size: a mask that it makes for one sample fits all
+                inner = follow(1)
             adds_losses = samples is not None and perturbed(lambda: original(*samples))[2]
     except Exception:  # it stays one operation, on every rank
         return None
+    inner = replace(inner, symbols=tuple(of_batch(s, graph.symbols[op.inputs[0]].shape[0], 1) for s in inner.symbols))
     known = {id(v) for v in layer.variables}
     if adds_losses or {id(v) for v in inner.variables} - known or len(inner.graph.outputs) != len(op.outputs):
         return None
     checked.add(kind)
     return with_opened_layers(inner, training, checked)
+
+
+def of_batch(symbol: keras.KerasTensor, batch: int | None, instead_of: int | None = None) -> keras.KerasTensor:
+    """A symbol with this number of samples, where it has as many as `instead_of`."""
+    if not symbol.shape or symbol.shape[0] != instead_of:
+        return symbol
+    return keras.KerasTensor((batch, *symbol.shape[1:]), symbol.dtype)
 
 
 def is_composite(layer: Any) -> bool:
