@@ -398,34 +398,6 @@ def test_unpack_x_y_sample_weight():
     assert _keras.unpack_x_y_sample_weight((1, 2)) == (1, 2, None)
 
 
-# ---- the loss that ranks find together
-
-
-def test_only_loss():
-    """`only_loss` and `loss_options` tell what `compile` was given."""
-    model = make_model()
-    for given, found in (("mse", keras.losses.mean_squared_error), (["mse"], None), (None, None)):
-        model.compile("sgd", given)
-        assert _keras.only_loss(model) is found
-    model.compile("sgd", "sparse_categorical_crossentropy")
-    assert type(_keras.only_loss(model)) is keras.losses.SparseCategoricalCrossentropy
-    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=3))
-    options = _keras.loss_options(_keras.only_loss(model))
-    assert options["from_logits"] is True and options["ignore_class"] == 3
-    model.compile("sgd", "mse", loss_weights=[2.0])
-    assert _keras.only_loss(model) is None
-
-
-def test_flat_outputs():
-    x = keras.Input((2,))
-    assert len(_keras.flat_outputs(keras.Model(x, {"a": x + 1, "b": [x * 2]}))) == 2
-    assert _keras.flat_outputs(keras.Sequential([keras.layers.Dense(1)])) == []
-
-
-def make_model():
-    return keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
-
-
 def test_stored():
     """In an autocast scope `value` is a tensor, `stored` the variable."""
     layer = keras.layers.Dense(1, dtype="mixed_bfloat16")

@@ -96,3 +96,31 @@ def test_converted_arguments():
     assert found["d"] == 3
     layer._convert_input_args = False
     assert _keras_parts.converted_arguments(layer, x) is x
+
+
+# ---- the loss that ranks find together
+
+
+def test_only_loss():
+    """`only_loss` and `loss_options` tell what `compile` was given."""
+    model = make_model()
+    for given, found in (("mse", keras.losses.mean_squared_error), (["mse"], None), (None, None)):
+        model.compile("sgd", given)
+        assert _keras_parts.only_loss(model) is found
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    assert type(_keras_parts.only_loss(model)) is keras.losses.SparseCategoricalCrossentropy
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=3))
+    options = _keras_parts.loss_options(_keras_parts.only_loss(model))
+    assert options["from_logits"] is True and options["ignore_class"] == 3
+    model.compile("sgd", "mse", loss_weights=[2.0])
+    assert _keras_parts.only_loss(model) is None
+
+
+def test_flat_outputs():
+    x = keras.Input((2,))
+    assert len(_keras_parts.flat_outputs(keras.Model(x, {"a": x + 1, "b": [x * 2]}))) == 2
+    assert _keras_parts.flat_outputs(keras.Sequential([keras.layers.Dense(1)])) == []
+
+
+def make_model():
+    return keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])

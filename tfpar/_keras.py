@@ -332,27 +332,6 @@ def evaluate_loss(call: LossCall) -> tuple[tf.Tensor, tf.Tensor]:
     return value, tf.cast(count, value.dtype)
 
 
-def only_loss(model: keras.Model) -> Any:
-    """The loss of a model that was compiled with one, of its one output, without a weight; `None` for others."""
-    compiled = model._compile_loss
-    if compiled is None or compiled._user_loss_weights is not None or isinstance(compiled._user_loss, list | dict):
-        return None
-    loss = keras.losses.get(compiled._user_loss)
-    named = loss is keras.losses.sparse_categorical_crossentropy  # a string gives the function
-    return keras.losses.SparseCategoricalCrossentropy() if named else loss
-
-
-def loss_options(loss: Any) -> dict[str, Any]:
-    """What a loss of Keras passes on to the function that computes it."""
-    return loss._fn_kwargs
-
-
-def flat_outputs(model: keras.Model) -> list[Any]:
-    """The symbolic outputs of a model's graph; none for a model that has no graph."""
-    function = graph_of(model) if isinstance(model, Functional | Sequential) else None
-    return tree.flatten(function._outputs_struct) if function is not None else []
-
-
 def has_plain_reduction(loss: Loss) -> bool:
     """Whether the loss reduces as `keras.losses.Loss` does, so that `evaluate_loss` knows by what it divides."""
     return type(loss).__call__ is Loss.__call__ and loss.reduction not in (None, "none")

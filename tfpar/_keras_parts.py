@@ -1,4 +1,4 @@
-"""Private names of Keras that running layers on parts of their weights needs. Checked against Keras 3.15.1.
+"""Private names of Keras that dividing layers and losses between ranks needs. Checked against Keras 3.15.1.
 
 `tests/test_keras_parts.py` tests each.
 """
@@ -11,7 +11,7 @@ import keras
 import tensorflow as tf
 from keras import tree
 
-from tfpar._keras import layers_in
+from tfpar._keras import Functional, Sequential, graph_of, layers_in
 
 
 @contextlib.contextmanager
@@ -111,3 +111,24 @@ def given_norms(optimizer: Any, squares: Sequence[tf.Tensor]) -> Iterator[None]:
 
     with given_method(optimizer, "_clip_gradients", clip):
         yield
+
+
+def only_loss(model: keras.Model) -> Any:
+    """The loss of a model that was compiled with one, of its one output, without a weight; `None` for others."""
+    compiled = model._compile_loss
+    if compiled is None or compiled._user_loss_weights is not None or isinstance(compiled._user_loss, list | dict):
+        return None
+    loss = keras.losses.get(compiled._user_loss)
+    named = loss is keras.losses.sparse_categorical_crossentropy  # a string gives the function
+    return keras.losses.SparseCategoricalCrossentropy() if named else loss
+
+
+def loss_options(loss: Any) -> dict[str, Any]:
+    """What a loss of Keras passes on to the function that computes it."""
+    return loss._fn_kwargs
+
+
+def flat_outputs(model: keras.Model) -> list[Any]:
+    """The symbolic outputs of a model's graph; none for a model that has no graph."""
+    function = graph_of(model) if isinstance(model, Functional | Sequential) else None
+    return tree.flatten(function._outputs_struct) if function is not None else []

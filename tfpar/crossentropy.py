@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from tfpar import _keras
+from tfpar import _keras, _keras_parts
 from tfpar.layout import REPLICATED, Layout, bounds
 from tfpar.local import Local
 from tfpar.model import Ref
@@ -53,10 +53,10 @@ class CrossEntropy(NamedTuple):
 
 def crossentropy_of(model: keras.Model, y: Any) -> CrossEntropy | None:
     """The cross-entropy that a model is compiled with, if that is its one loss."""
-    loss = _keras.only_loss(model)
+    loss = _keras_parts.only_loss(model)
     if type(loss) is not keras.losses.SparseCategoricalCrossentropy or not hasattr(y, "shape"):
         return None
-    if _keras.loss_options(loss).get("axis", -1) != -1 or len(_keras.flat_outputs(model)) != 1:
+    if _keras_parts.loss_options(loss).get("axis", -1) != -1 or len(_keras_parts.flat_outputs(model)) != 1:
         return None
     symbol = _keras.symbolic(y)
     return CrossEntropy(loss.from_logits, loss.ignore_class, loss.dtype, (symbol.shape, symbol.dtype))
