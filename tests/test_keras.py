@@ -127,6 +127,10 @@ def test_masks():
     assert _keras.get_keras_mask(x) is None
     _keras.set_keras_mask(x, tf.constant([True]))
     assert bool(_keras.get_keras_mask(x)[0])
+    y, z = tf.constant([2.0]), tf.constant([3.0])
+    _keras.set_keras_mask(z, tf.constant([False]))
+    assert bool(_keras.get_keras_mask(_keras.with_mask_of(x, y))[0])
+    assert not bool(_keras.get_keras_mask(_keras.with_mask_of(x, z))[0])
 
 
 @pytest.mark.parametrize("wrap", [tf.function, lambda f: f], ids=["graph", "eager"])

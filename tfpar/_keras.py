@@ -176,6 +176,14 @@ def set_logits(tensor: Any, logits: Any):
     tensor._keras_logits = logits
 
 
+def with_mask_of(source: Any, x: Any) -> Any:
+    """A tensor with the mask of another, unless it has one."""
+    mask = get_keras_mask(source)
+    if mask is not None and get_keras_mask(x) is None:
+        set_keras_mask(x, mask)
+    return x
+
+
 def in_program() -> bool:
     """Whether a stateless scope is open: layers are being run with values given for their variables."""
     return in_stateless_scope()

@@ -9,7 +9,7 @@ from keras import tree
 
 from tfpar import _keras, batch, outcome
 from tfpar._tf import record_gradient, tape_watches, unrecorded
-from tfpar.engine import copy_of, device_of, read
+from tfpar.engine import copy_of, device_of, layout_of, read
 from tfpar.errors import ModelError
 from tfpar.layout import REPLICATED
 from tfpar.loss import structured
@@ -52,7 +52,7 @@ def forward_on_tape(engine: Any, schedule: Any, parts: batch.Parts, edges: list[
     sources: dict[int, tf.Tensor] = {}
 
     def recorded(variable: keras.Variable, lane: int) -> tf.Tensor:
-        divided = getattr(_keras.stored(variable), "layout", REPLICATED) != REPLICATED
+        divided = layout_of(variable) != REPLICATED
         if id(variable) not in sources:
             with tf.device(device_of(variable)):
                 sources[id(variable)] = tf.convert_to_tensor(copy_of(variable, 0))

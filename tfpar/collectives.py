@@ -9,7 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfpar._tf import batch_reduce
-from tfpar.layout import bounds
+from tfpar.layout import bounds, part_of
 
 
 def add(a: Any, b: Any) -> Any:
@@ -60,13 +60,18 @@ def summed(parts: Sequence[Any], device: str) -> Any:
     return total
 
 
+def on_each(devices: Sequence[str], make: Callable[[int], Any]) -> list[Any]:
+    """What `make` gives for each replica or rank, made on its device."""
+    values = []
+    for r, device in enumerate(devices):
+        with tf.device(device):
+            values.append(make(r))
+    return values
+
+
 def copied(value: Any, devices: Sequence[str]) -> list[Any]:
     """A value on each device."""
-    copies = []
-    for device in devices:
-        with tf.device(device):
-            copies.append(tf.nest.map_structure(tf.identity, value, expand_composites=True))
-    return copies
+    return on_each(devices, lambda _: tf.nest.map_structure(tf.identity, value, expand_composites=True))
 
 
 NCCL = (tf.float16, tf.float32, tf.float64)  # which dtypes TensorFlow's NCCL kernels add up; not bfloat16
@@ -74,44 +79,37 @@ NCCL = (tf.float16, tf.float32, tf.float64)  # which dtypes TensorFlow's NCCL ke
 
 # ---- between the ranks of a tensor axis: a value for each, on its device
 
+Values = Sequence[tf.Tensor]
 
-def identity(values: Sequence[tf.Tensor], devices: Sequence[str], dim: int, extent: Any, ops: Any) -> list[tf.Tensor]:
+
+def identity(values: Values, devices: Sequence[str], dim: int = 0, extent: Any = None, ops: Any = None) -> Values:
     """The same values."""
     return list(values)
 
 
-def reduced(values: Sequence[tf.Tensor], devices: Sequence[str], dim: int, extent: Any, ops: Any) -> list[tf.Tensor]:
+def reduced(values: Values, devices: Sequence[str], dim: int = 0, extent: Any = None, ops: Any = None) -> Values:
     """The sum, everywhere, to the last bit the same."""
     if ops is not None and values[0].dtype in NCCL:
         return batch_reduce(ops, [values])[0]
-    rows = values[0].shape.rank
-    if len(devices) == 2 or not rows:
+    if len(devices) == 2 or not values[0].shape.rank:
         return [summed(values, device) for device in devices]
-    return gathered(scattered(values, devices, 0, None, None), devices, 0, None, None)  # each adds up a part
+    return gathered(scattered(values, devices), devices)  # each adds up a part
 
 
-def gathered(values: Sequence[tf.Tensor], devices: Sequence[str], dim: int, extent: Any, ops: Any) -> list[tf.Tensor]:
+def gathered(values: Values, devices: Sequence[str], dim: int = 0, extent: Any = None, ops: Any = None) -> Values:
     """All parts along `dim`, everywhere."""
-    whole = []
-    for device in devices:
-        with tf.device(device):
-            whole.append(tf.concat(list(values), dim))
-    return whole
+    return on_each(devices, lambda _: tf.concat(list(values), dim))
 
 
-def cut(values: Sequence[tf.Tensor], devices: Sequence[str], dim: int, extent: Any, ops: Any) -> list[tf.Tensor]:
+def cut(values: Values, devices: Sequence[str], dim: int = 0, extent: Any = None, ops: Any = None) -> Values:
     """Of what all have, each its part."""
-    parts = []
-    for r, device in enumerate(devices):
-        with tf.device(device):
-            parts.append(part(values[r], dim, r, len(devices), extent))
-    return parts
+    return on_each(devices, lambda r: part(values[r], dim, r, len(devices), extent))
 
 
-def scattered(values: Sequence[tf.Tensor], devices: Sequence[str], dim: int, extent: Any, ops: Any) -> list[tf.Tensor]:
+def scattered(values: Values, devices: Sequence[str], dim: int = 0, extent: Any = None, ops: Any = None) -> Values:
     """Of the sum, each its part."""
     if ops is not None and values[0].dtype in NCCL:
-        return cut(reduced(values, devices, dim, extent, ops), devices, dim, extent, ops)
+        return cut(reduced(values, devices, ops=ops), devices, dim, extent)
     return [
         summed([part(value, dim, r, len(devices), extent) for value in values], device)
         for r, device in enumerate(devices)
@@ -123,24 +121,17 @@ def part(value: tf.Tensor, dim: int, r: int, ranks: int, extent: Any = None) -> 
     extent = value.shape[dim] if extent is None else extent
     edges = bounds(tf.shape(value)[dim] if extent is None else extent, ranks)
     with tf.device(value.device or None):
-        return value[(slice(None),) * dim + (slice(edges[r], edges[r + 1]),)]
+        return part_of(value, dim, edges[r], edges[r + 1])
 
 
-def maximum(values: Sequence[tf.Tensor], devices: Sequence[str], dim: int, extent: Any, ops: Any) -> list[tf.Tensor]:
+def maximum(values: Values, devices: Sequence[str], dim: int = 0, extent: Any = None, ops: Any = None) -> Values:
     """The largest of one element that each has along the last dim, everywhere."""
-    return [
-        tf.reduce_max(whole, -1, keepdims=True)
-        for whole in gathered(values, devices, values[0].shape.rank - 1, None, None)
-    ]
+    return on_each(devices, lambda _: tf.reduce_max(tf.concat(list(values), -1), -1, keepdims=True))
 
 
-def numbers(values: Sequence[tf.Tensor], devices: Sequence[str], dim: int, extent: Any, ops: Any) -> list[tf.Tensor]:
+def numbers(values: Values, devices: Sequence[str], dim: int = 0, extent: Any = None, ops: Any = None) -> Values:
     """To each its number."""
-    found = []
-    for r, device in enumerate(devices):
-        with tf.device(device):
-            found.append(tf.constant(r))
-    return found
+    return on_each(devices, tf.constant)
 
 
 EXCHANGES: dict[str, Callable] = {
@@ -167,19 +158,18 @@ class Collective:
     backward: str
     dim: int = 0
     extent: int | None = None
-    variables: tuple = ()
 
-    def there(self, values: Sequence[tf.Tensor], devices: Sequence[str], ops: Any = None) -> list[tf.Tensor]:
+    def there(self, values: Values, devices: Sequence[str], ops: Any = None) -> Values:
         """What each rank has afterwards."""
         return EXCHANGES[self.forward](values, devices, self.dim, self.extent, ops)
 
-    def back(self, gradients: Sequence[tf.Tensor], devices: Sequence[str], ops: Any = None) -> list[tf.Tensor]:
+    def back(self, gradients: Values, devices: Sequence[str], ops: Any = None) -> Values:
         """The gradients of what each rank had before."""
         return EXCHANGES[self.backward](gradients, devices, self.dim, self.extent, ops)
 
-    def of_mask(self, masks: Sequence[tf.Tensor], devices: Sequence[str]) -> list[tf.Tensor]:
+    def of_mask(self, masks: Values, devices: Sequence[str]) -> Values:
         """The Keras masks of what each rank has afterwards."""
         if masks[0] is None or self.dim >= masks[0].shape.rank:
             return list(masks)
         exchange = {"reduce-scatter": "slice", "all-reduce": "identity"}.get(self.forward, self.forward)
-        return EXCHANGES[exchange](masks, devices, self.dim, self.extent, None)
+        return EXCHANGES[exchange](masks, devices, self.dim, self.extent)

@@ -121,7 +121,7 @@ class Terms:
             wrong &= y != self.loss.ignored
         picked = tf.where(wrong, tf.cast(float("nan"), logits.dtype), tf.reduce_sum(tf.where(own, logits, zero), -1))
         terms = tf.stack([others, picked], -1)
-        return with_mask_of(logits_in, terms)
+        return _keras.with_mask_of(logits_in, terms)
 
 
 class TwoClasses:
@@ -136,12 +136,4 @@ class TwoClasses:
         tiny = tf.as_dtype(terms.dtype).as_numpy_dtype(1e-37)
         others = maximum[..., 0] + tf.math.log(tf.maximum(terms[..., 0], tiny))
         both = [terms[..., 1], others]
-        return with_mask_of(terms, tf.stack(both[::-1] if self.loss.place else both, -1))
-
-
-def with_mask_of(source: Any, x: tf.Tensor) -> tf.Tensor:
-    """A tensor with the Keras mask of another."""
-    mask = _keras.get_keras_mask(source)
-    if mask is not None:
-        _keras.set_keras_mask(x, mask)
-    return x
+        return _keras.with_mask_of(terms, tf.stack(both[::-1] if self.loss.place else both, -1))

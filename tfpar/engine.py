@@ -12,12 +12,13 @@ from tfpar import _keras, batch
 from tfpar._tf import unrecorded
 from tfpar.collectives import Collective
 from tfpar.crossentropy import CrossEntropy
-from tfpar.layout import Layout
+from tfpar.layout import REPLICATED, Layout
+from tfpar.local import is_collective
 from tfpar.model import KerasGraph
 from tfpar.partition import Partition
 from tfpar.plan import Plan
 from tfpar.probe import Probe
-from tfpar.program import Edge, Program
+from tfpar.program import Edge, Function, Program
 from tfpar.schedule import Schedule, in_turn
 from tfpar.state import UnknownVariables
 from tfpar.variables import HOST
@@ -34,6 +35,11 @@ def device_of(variable: keras.Variable, replica: int = 0) -> str:
     return copy_of(variable, replica).device
 
 
+def layout_of(variable: keras.Variable) -> Layout:
+    """How a variable is divided between ranks."""
+    return getattr(_keras.stored(variable), "layout", REPLICATED)
+
+
 def read(variable: keras.Variable, replica: int = 0) -> tf.Tensor:
     """A variable's value on the current device; TensorFlow reads it only where it lives."""
     with tf.device(device_of(variable, replica)):
@@ -41,7 +47,7 @@ def read(variable: keras.Variable, replica: int = 0) -> tf.Tensor:
     return tf.identity(value)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Route:
     """The way of a pass through the model.
 
@@ -76,11 +82,7 @@ class Route:
     def collectives(self) -> dict[int, Collective]:
         """The exchanges between ranks, each a stage of its own."""
         calls = zip(self.partition.stage_of, self.graph.calls, strict=True)
-        return {s: call.operation for s, call in calls if isinstance(call.operation, Collective)}
-
-    def collective(self, stage: int) -> Collective | None:
-        """The exchange that a stage is, if it is one."""
-        return self.collectives.get(stage)
+        return {s: call.operation for s, call in calls if is_collective(call)}
 
     def knowing(self, unknown: UnknownVariables) -> "Route":
         """The same way, in which a call has the variables that it was found to use."""
@@ -114,7 +116,7 @@ class Engine:
     partial: Set[int] = frozenset()
     reduce: Any = None
     has_masks: bool = False  # outputs have masks that their symbols do not show
-    programs: dict[tuple[int, int, bool | None], Program] = field(default_factory=dict)
+    programs: dict[tuple[Route, int, bool | None], Program] = field(default_factory=dict)
     raw: dict[int, Callable] = field(default_factory=dict)  # of tensors that are functions of their logits, which
 
     def __post_init__(self):
@@ -132,7 +134,7 @@ class Engine:
 
     def program(self, route: Route, stage: int, training: bool | None) -> Program:
         """The program of a stage of one of the ways, made once."""
-        key = self.routes.index(route), stage, training
+        key = route, stage, training
         if key not in self.programs:
             self.programs[key] = Program(
                 route.graph, route.partition.ops(stage), route.partition.edges(stage), self.model, training,
@@ -151,6 +153,10 @@ class Engine:
         called = self.called.knowing(unknown) if self.called else None
         plan = replace(self.plan, partition=training.partition)
         return replace(self, plan=plan, training=training, inference=inference, called=called, programs={})
+
+    def traced(self, function: Callable) -> Callable:
+        """A function of tensors as programs run: traced once, compiled where asked."""
+        return function if self.eager else Function(function, self.jit_compile)
 
     def schedule(self, strategy: Any, parts: batch.Parts, training: bool | None) -> Schedule:
         """The order of the actions of each replica."""

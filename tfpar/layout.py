@@ -12,9 +12,7 @@ from tfpar.graph import OpGraph
 
 ROWS = 64  # samples that costs are compared for: how a weight is divided must not depend on the batch
 BEAM = 64  # ways that are kept while the model is walked through
-FUSED = (
-    0.1  # of what elementwise operations move, as if it went through memory: they are computed with their neighbours
-)
+FUSED = 0.1  # of what elementwise operations move, the share that costs: they are computed with their neighbours
 FORCED = 100.0  # what cutting a tensor costs that all ranks have, in bytes that cross: only where a layout demands it
 KERNEL = 1000.0  # what holding a byte of a matrix on every rank costs, in bytes of one sample that cross between ranks
 
@@ -27,6 +25,11 @@ def bounds(count: Any, parts: int) -> list[Any]:
         [0, 2, 5, 7, 10]
     """
     return [count * part // parts for part in range(parts + 1)]
+
+
+def part_of(value: Any, dim: int, start: Any, stop: Any) -> Any:
+    """A part of a tensor along one dim."""
+    return value[(slice(None),) * dim + (slice(start, stop),)]
 
 
 class Layout(NamedTuple):

@@ -12,7 +12,7 @@ from tfpar._tf import independent
 from tfpar.engine import Engine, Route, each, tensors_of
 from tfpar.passes import Pass, present
 from tfpar.probe import Combine, loss_combination, reads_variables
-from tfpar.program import Edge, Function, Program, differentiable, restored
+from tfpar.program import Edge, Program, differentiable, restored
 from tfpar.state import HasMask
 from tfpar.variables import HOST
 
@@ -53,12 +53,8 @@ class LossProgram:
 
     def __init__(self, engine: Engine):
         self.engine = engine
-        self.call = self.traced(self.run)
+        self.call = engine.traced(self.run)
         self.turns: dict[tuple[Program, batch.Parts], Callable] = {}
-
-    def traced(self, function: Callable) -> Callable:
-        """A function as the engine runs its programs."""
-        return function if self.engine.eager else Function(function, self.engine.jit_compile)
 
     def values(self, outputs: dict[int, Edge], y: Any, sample_weight: Any, totals: list[tf.Tensor] | None):
         """Each loss's share of the batch's, and their weighted sum.
@@ -116,7 +112,7 @@ class LossProgram:
                 found = tape.gradient(scaled, sources)
                 return result, values, loss, present(inside, found), present(outside, found[len(inside) :])
 
-            self.turns[program, run.parts] = self.traced(turn)
+            self.turns[program, run.parts] = self.engine.traced(turn)
         return self.turns[program, run.parts]
 
 

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import keras
@@ -44,11 +45,18 @@ class Call:
 
     def __call__(self, tensors: dict[int, Any], training: bool | None):
         """Run, taking from and adding to `tensors`."""
-        args, kwargs = tree.map_structure(
-            lambda a: tensors[a.tensor] if isinstance(a, Ref) else a, (self.args, self.kwargs)
-        )
+        args, kwargs = self.arguments(lambda ref: tensors[ref.tensor])
         results = _keras.call_operation(self.operation, args, kwargs, training, self.explicit)
         tensors.update(zip(self.outputs, tree.flatten(results), strict=True))
+
+    def arguments(self, of: Callable[[Ref], Any]) -> tuple[Any, Any]:
+        """Its arguments, with what `of` gives for each `Ref`, asked in order."""
+        return tree.map_structure(lambda a: of(a) if isinstance(a, Ref) else a, (self.args, self.kwargs))
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """The tensors among its arguments, in order."""
+        return tuple(a.tensor for a in tree.flatten((self.args, self.kwargs)) if isinstance(a, Ref))
 
     @property
     def variables(self) -> list[keras.Variable]:
@@ -90,6 +98,11 @@ class KerasGraph:
         for call in self.calls:
             call(tensors, training)
         return tree.map_structure(lambda t: tensors[t], self.outputs)
+
+    @cached_property
+    def places(self) -> dict[int, int]:
+        """The number of each variable, by its `id`."""
+        return {id(v): n for n, v in enumerate(self.variables)}
 
     def is_batched(self, tensor: int) -> bool:
         """Whether dimension 0 is the batch: as open, or as fixed, as that of the model's input."""
@@ -138,7 +151,7 @@ class Builder:
         """A new operation; returns its output tensors."""
         outputs = tuple(self.tensor(r) for r in results)
         call = Call(operation, args, kwargs, outputs, explicit)
-        inputs = tuple(a.tensor for a in tree.flatten((args, kwargs)) if isinstance(a, Ref))
+        inputs = call.inputs
         for variable in call.variables:
             if id(variable) not in self.places:
                 self.places[id(variable)] = len(self.variables)

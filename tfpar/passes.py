@@ -79,7 +79,7 @@ class Pass:
         """Emit the schedule's actions of these kinds, each for every lane, or once for those that it concerns."""
         self.schedule = schedule
         for s, kind, m in schedule.order:
-            exchange = self.route.collective(s) is not None
+            exchange = s in self.route.collectives
             together = self.lanes if s in self.route.whole else self.ranks if exchange else 1
             for lane in range(0, self.lanes, together) if kind in kinds else ():
                 action = Action(s, kind, lane * self.parts.micro_batches + m)
@@ -102,7 +102,7 @@ class Pass:
         s, kind, m = action
         replica, rank = divmod(self.lane(m), self.ranks)
         where = f"replica{replica}/" if self.parts.replicas > 1 else ""
-        exchange = self.route.collective(s)
+        exchange = self.route.collectives.get(s)
         if exchange is not None:
             name = self.graph.ops[self.partition.ops(s)[0]].scope
             return f"{where}{exchange.forward if kind is Kind.FORWARD else exchange.backward}/{name}"

@@ -13,7 +13,7 @@ from tfpar import _keras, _moments, batch
 from tfpar.cost import HARDWARE, Hardware
 from tfpar.crossentropy import crossentropy_of
 from tfpar.divide import divided
-from tfpar.engine import Engine, Route
+from tfpar.engine import Engine, Route, layout_of
 from tfpar.errors import ModelError, ScopeError
 from tfpar.layout import REPLICATED, Layout
 from tfpar.local import LocalGraph, segments
@@ -92,7 +92,7 @@ def ranked(strategy: Any, model: keras.Model, data: Any, rows: int) -> tuple[Pla
     plain = graphs[0].graph
     asked = layouts_of(strategy.layout, plain.variables, [op.variables for op in plain.ops], count) or {}
     given = {id(graphs[0].variables[v]): layout for v, layout in asked.items()}
-    given.update({id(v): _keras.stored(v).layout for v in graphs[0].variables if is_placed(v)})
+    given.update({id(v): layout_of(v) for v in graphs[0].variables if is_placed(v)})
     found = {}
     for graph in graphs:
         if id(graph) not in found:

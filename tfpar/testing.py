@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tfpar.collectives import EXCHANGES, LOCAL
 from tfpar.step import steps_of
 from tfpar.traced import Traced
 
@@ -73,7 +74,7 @@ def different(names: Sequence[str], one: Sequence[Any], other: Sequence[Any], rt
     ]
 
 
-KINDS = "all-reduce|all-gather|reduce-scatter|maximum"
+KINDS = "|".join(kind for kind in EXCHANGES if kind not in LOCAL)
 
 
 def traced_exchanges(model: Any, *batch: Any) -> list[tuple[str, str]]:

@@ -79,7 +79,7 @@ def exchanged(run: Any, action: Action) -> tuple:
     (i,) = run.partition.ops(s)
     op = run.graph.ops[i]
     places = [first + k * run.parts.micro_batches for k in range(run.ranks)]
-    return run.route.collective(s), places, [run.device(s, run.lane(m)) for m in places], op.inputs, op.outputs
+    return run.route.collectives[s], places, [run.device(s, run.lane(m)) for m in places], op.inputs, op.outputs
 
 
 WHOLE = {Kind.FORWARD: forward_whole, Kind.BACKWARD: backward_whole}

@@ -12,12 +12,11 @@ import tensorflow as tf
 
 from tfpar import _keras, _keras_parts, outcome
 from tfpar._tf import LogicalReplica
-from tfpar.collectives import add, all_reduce
+from tfpar.collectives import add, all_reduce, on_each
 from tfpar.collectives import reduced as summed
-from tfpar.engine import Engine, device_of, read
-from tfpar.layout import REPLICATED, Layout
+from tfpar.engine import Engine, device_of, layout_of, read
+from tfpar.layout import REPLICATED
 from tfpar.passes import Pass
-from tfpar.program import Function
 from tfpar.variables import LogicalVariable
 
 
@@ -33,8 +32,7 @@ class Update:
         self.strategy, self.engine, self.model = strategy, engine, engine.model
         mesh = strategy.mesh
         self.lanes = [mesh.device(data=r, tensor=k) for r in range(mesh.data) for k in range(mesh.tensor)]
-        self.program = Function(self.bound, engine.jit_compile)
-        self.squares = Function(self.squared, engine.jit_compile)
+        self.program, self.squares = engine.traced(self.bound), engine.traced(self.squared)
 
     def penalties(self) -> list[tf.Tensor]:
         """What regularizers make of the weights."""
@@ -57,22 +55,19 @@ class Update:
             return
         norms = [None] * len(self.lanes)
         if self.engine.layouts and _keras_parts.clips_norms(self.model.optimizer):
-            found = self.of_lanes(self.squares, self.squared, reduced, scale, norms)
+            found = self.of_lanes(self.squares, reduced, scale, norms)
             # what all ranks have counts once
-            norms = summed([n * w for n, w in zip(found, self.counted(), strict=True)], self.lanes, 0, None, None)
-        self.of_lanes(self.program, self.bound, reduced, scale, norms)
+            norms = summed([n * w for n, w in zip(found, self.counted(), strict=True)], self.lanes)
+        self.of_lanes(self.program, reduced, scale, norms)
 
-    def of_lanes(
-        self, program: Function, function: Callable, reduced: list[list[Any]], scale: Any, norms: list
-    ) -> list:
+    def of_lanes(self, program: Callable, reduced: list[list[Any]], scale: Any, norms: list) -> list:
         """The results of a program on each lane, for its copies and gradients."""
-        results = []
-        for r, device in enumerate(self.lanes):
-            with tf.device(device):
-                copies = [_keras.stored(v).copies[r] for v in self.variables]
-                run = function if self.engine.eager else program
-                results.append(run(copies, [parts[r] for parts in reduced], tf.identity(scale), norms[r]))
-        return results
+
+        def run(r: int) -> Any:
+            copies = [_keras.stored(v).copies[r] for v in self.variables]
+            return program(copies, [parts[r] for parts in reduced], tf.identity(scale), norms[r])
+
+        return on_each(self.lanes, run)
 
     def counted(self) -> list[tf.Tensor]:
         """For each lane, with what weight each of its gradients counts in a norm."""
@@ -89,18 +84,18 @@ class Update:
         found: list[list[Any]] = [[] for _ in weights]
         for members in buckets.values():
             gradients = {n: outcome.gradients(run, weights[n]) for n in members}
-            complete = [n for n in members if run.ranks > 1 and weights[n] not in self.engine.partial]
-            found_in_parts = [n for n in members if n not in complete]
+            summands = [n for n in members if run.ranks == 1 or weights[n] in self.engine.partial]
             with tf.name_scope("all-reduce/weights"):
-                totals = all_reduce([gradients[n] for n in found_in_parts], self.lanes, self.strategy.cross_device_ops)
-            for n, total in [*zip(found_in_parts, totals, strict=True), *((n, gradients[n]) for n in complete)]:
-                found[n] = total
+                totals = all_reduce([gradients[n] for n in summands], self.lanes, self.strategy.cross_device_ops)
+            gradients.update(zip(summands, totals, strict=True))
+            for n in members:
+                found[n] = gradients[n]
         return found
 
     @property
     def places(self) -> list[int | None]:
         """The variable of the graph that each weight to train is."""
-        places = {id(variable): v for v, variable in enumerate(self.engine.graph.variables)}
+        places = self.engine.graph.places
         return [places.get(id(weight)) for weight in self.model.trainable_weights]
 
     def whole_gradient(self, v: int | None, parts: Sequence[Any]) -> Any:
@@ -118,7 +113,7 @@ class Update:
     @contextlib.contextmanager
     def binding(self, copies: Sequence[tf.Variable]) -> Iterator[None]:
         """Inside, variables are the copies of one lane."""
-        variables = [v.value for v in self.variables]
+        variables = [_keras.stored(v) for v in self.variables]
         for variable, copy in zip(variables, copies, strict=True):
             copy.handle._distributed_container = weakref.ref(variable)
         bound = {id(variable): copy for variable, copy in zip(variables, copies, strict=True)}
@@ -177,11 +172,6 @@ def square(gradient: Any) -> tf.Tensor:
         return tf.zeros((), tf.float64)
     values = gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
     return tf.cast(tf.reduce_sum(tf.square(values)), tf.float64)
-
-
-def layout_of(variable: keras.Variable) -> Layout:
-    """How a variable is divided between ranks."""
-    return getattr(_keras.stored(variable), "layout", REPLICATED)
 
 
 ELEMENTWISE = {

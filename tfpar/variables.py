@@ -19,7 +19,7 @@ from tfpar._tf import (
     unrecorded,
 )
 from tfpar.errors import ModelError
-from tfpar.layout import REPLICATED, Layout, bounds
+from tfpar.layout import REPLICATED, Layout, bounds, part_of
 
 HOST = "CPU:0"
 
@@ -137,22 +137,21 @@ class LogicalVariable(MirroredVariable):
 
     def divided(self, value: Any) -> list[Any]:
         """A value for all as what each copy is given of it."""
-        if self._layout == REPLICATED:
-            return [value] * len(self._values)
-        if isinstance(value, tf.IndexedSlices):
-            return [sparse_part(value, self._layout.dim, copy.shape, *edges) for copy, *edges in self.edges()]
-        return [part_of(tf.convert_to_tensor(value), self._layout.dim, *edges) for _, *edges in self.edges()]
+        if self._layout != REPLICATED and isinstance(value, tf.IndexedSlices):
+            parts = zip(self._values, self.edges, strict=True)
+            return [sparse_part(value, self._layout.dim, copy.shape, *edges) for copy, edges in parts]
+        return parts_of(value, self._layout, len(self._values))
 
     def whole_from(self, number: int, part: tf.Tensor) -> tf.Tensor:
         """A tensor of the shape of the whole value, with a part in the place of a copy's, and zeros."""
-        _, start, stop = self.edges()[number]
+        start, stop = self.edges[number]
         around = [[start, self.shape[d] - stop] if d == self._layout.dim else [0, 0] for d in range(self.shape.rank)]
         return tf.pad(part, around)
 
-    def edges(self) -> list[tuple]:
-        """Each copy, with where its part begins and ends."""
-        edges = bounds(self.shape[self._layout.dim], len(self._values))
-        return list(zip(self._values, edges, edges[1:], strict=False))
+    @property
+    def edges(self) -> list[tuple[int, int]]:
+        """Where the part of each copy begins and ends."""
+        return list(pairwise(bounds(self.shape[self._layout.dim], len(self._values))))
 
     def _export_to_saved_model_graph(self, *args, **kwargs):
         if self._layout != REPLICATED:
@@ -208,16 +207,12 @@ def copies_of(variable: LogicalVariable, old: tf.Variable, devices: Sequence[str
     return tuple(found)
 
 
-def parts_of(value: tf.Tensor, layout: Layout, ranks: int) -> list[tf.Tensor]:
+def parts_of(value: Any, layout: Layout, ranks: int) -> list[Any]:
     """What each rank has of a value."""
     if layout == REPLICATED:
         return [value] * ranks
+    value = tf.convert_to_tensor(value)
     return [part_of(value, layout.dim, *edges) for edges in pairwise(bounds(value.shape[layout.dim], ranks))]
-
-
-def part_of(value: tf.Tensor, dim: int, start: int, stop: int) -> tf.Tensor:
-    """A part along one dim."""
-    return value[(slice(None),) * dim + (slice(start, stop),)]
 
 
 def sparse_part(value: tf.IndexedSlices, dim: int, shape: Any, start: int, stop: int) -> tf.IndexedSlices:

@@ -53,10 +53,7 @@ class End:
                 y = y + ops.reshape(ops.convert_to_tensor(self.bias), shape)
             if self.layer.activation is not None:
                 y = self.layer.activation(y)
-        mask = _keras.get_keras_mask(x)
-        if mask is not None and _keras.get_keras_mask(y) is None:
-            _keras.set_keras_mask(y, mask)
-        return y
+        return _keras.with_mask_of(x, y)
 
 
 def summed_up(site: Site, layout: Layout, channels: int, also: dict):

@@ -98,11 +98,7 @@ class NormalizePart:
             y = y * ops.cast(self.scale, y.dtype)
         if self.offset is not None:
             y = y + ops.cast(self.offset, y.dtype)
-        y = tf.cast(y, self.layer.compute_dtype)
-        mask = _keras.get_keras_mask(x)
-        if mask is not None:
-            _keras.set_keras_mask(y, mask)
-        return y
+        return _keras.with_mask_of(x, tf.cast(y, self.layer.compute_dtype))
 
 
 @rule(layers.GroupNormalization)
