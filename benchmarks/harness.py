@@ -98,7 +98,7 @@ def encoder(options):
     return keras.Model(x, layers.Dense(options.width, dtype="float32")(h))
 
 
-def measured_fit(options, strategy, build, x, y, gpus, loss="mse", jit_compile="auto"):
+def measured_fit(options, strategy, build, x, y, gpus, loss="mse", jit_compile="auto", optimizer=None):
     """Seconds of tracing, of the first step, of the fastest, CPU seconds, the loss, the largest memory of any GPU."""
     import keras
     import tensorflow as tf
@@ -108,7 +108,7 @@ def measured_fit(options, strategy, build, x, y, gpus, loss="mse", jit_compile="
     data = tf.data.Dataset.from_tensors((tf.constant(x), tf.constant(y))).cache().repeat()
     with strategy.scope() if strategy else contextlib.nullcontext():
         model = build(options)
-        model.compile(keras.optimizers.SGD(0.01), loss, jit_compile=jit_compile)
+        model.compile(optimizer or keras.optimizers.SGD(0.01), loss, jit_compile=jit_compile)
     calls = []  # of TensorFlow functions; the longest is the first step itself, with the optimisation of its graph
 
     def timed(context, *args, call=context.Context.call_function):

@@ -18,29 +18,31 @@ from tfpar._tf import (
     update_regroup,
 )
 from tfpar.batch import Parts
+from tfpar.convert import convert
 from tfpar.errors import DeviceError, ModelError, ScheduleError, ScopeError
 from tfpar.feed import Feed, can_be_fed
-from tfpar.layout import REPLICATED
+from tfpar.layout import WHOLE
 from tfpar.mesh import Mesh
 from tfpar.plan import Plan
 from tfpar.schedule import SCHEDULES, Schedule
 from tfpar.step import Steps, steps_of
-from tfpar.variables import HOST, LogicalVariable, parts_of
+from tfpar.variables import HOST, Home, LogicalVariable, parts_of
 
 MirroredStrategy = tf.distribute.MirroredStrategy
+SEGMENTS = (1, 1, 8, 8)  # for each kind of ZeRO, into how many a model is cut if it is not said
 Placement = str | Sequence[str] | Mapping[str, int]
 
 
 class Extended(MirroredExtended):
     """The `tf.distribute` side of a strategy: its variables, and what `strategy.run` and `strategy.reduce` do."""
 
-    def __init__(self, strategy: "Strategy", mesh: Mesh, cross_device_ops: Any = None):
+    def __init__(self, strategy: "Strategy", mesh: Mesh, cross_device_ops: Any = None, on_all: bool = False):
         self.mesh = mesh
         self.replicas = tuple(mesh.device(data=r) for r in range(mesh.data))
         ops = cross_device_ops or tf.distribute.ReductionToOneDevice()
         super().__init__(strategy, devices=list(self.replicas), cross_device_ops=ops)
         # variables of stages and ranks wait in host memory until a plan says where they belong
-        self.new_variables_on = self.replicas if mesh.stage * mesh.tensor == 1 else (HOST,)
+        self.new_variables_on = self.replicas if on_all else (HOST,)
 
     @contextlib.contextmanager
     def creating_on(self, device: str) -> Iterator[None]:
@@ -51,9 +53,15 @@ class Extended(MirroredExtended):
         finally:
             self.new_variables_on = before
 
+    @contextlib.contextmanager
+    def as_one(self) -> Iterator[None]:
+        """Inside, one replica stands for all."""
+        with self._container_strategy().scope(), LogicalReplica(self._container_strategy()):
+            yield
+
     def run_as_one(self, fn: Callable, *args: Any) -> Any:
         """`fn` in one replica that stands for all."""
-        with self._container_strategy().scope(), LogicalReplica(self._container_strategy()):
+        with self.as_one():
             return fn(*args)
 
     @property
@@ -76,25 +84,26 @@ class Extended(MirroredExtended):
             kwargs["synchronization"] = tf.VariableSynchronization.ON_WRITE
         reference = kwargs.pop("colocate_with", None)
         follows = isinstance(reference, LogicalVariable)
-        devices = [copy.device for copy in reference.copies] if follows else self.new_variables_on
+        devices, sharding = reference.follow if follows else Home(self.new_variables_on, WHOLE)
         aggregation = kwargs.get("aggregation") or tf.VariableAggregation.NONE
-        copies, layout, shape = [], REPLICATED, None
+        copies, shape = [], None
         with tf.init_scope():
             if len(devices) > 1 and callable(kwargs["initial_value"]):
                 with tf.device(HOST):
                     kwargs["initial_value"] = kwargs["initial_value"]()  # once: the copies begin alike
             if len(devices) > 1 and follows:
-                whole = tf.convert_to_tensor(kwargs["initial_value"])
-                layout, shape = (reference.layout if whole.shape == reference.shape else REPLICATED), whole.shape
-                parts = parts_of(whole, layout, len(devices))
+                with tf.device(HOST):
+                    whole = tf.convert_to_tensor(kwargs["initial_value"])
+                    (devices, sharding), shape = reference.follow.of(whole.shape == reference.shape), whole.shape
+                    parts = parts_of(whole, sharding, len(devices))
             for number, device in enumerate(devices):
                 with tf.device(device):
                     if copies:
                         kwargs["name"] = f"{copies[0].name.split(':')[0]}/replica_{number}/"
-                    if layout != REPLICATED:
+                    if sharding.divides:
                         kwargs.update(initial_value=parts[number], shape=None)
                     copies.append(next_creator(**kwargs))
-            variable = LogicalVariable(self._container_strategy(), copies, aggregation, layout=layout, shape=shape)
+            variable = LogicalVariable(self._container_strategy(), copies, aggregation, None, sharding, shape)
         if follows:
             reference.followed_by(variable)
         return variable
@@ -139,7 +148,7 @@ class Extended(MirroredExtended):
             piece = var._get() if isinstance(var, LogicalVariable) else var
             with tf.device(piece.device) if piece.device else contextlib.nullcontext():
                 return fn(piece, *args, **kwargs)
-        if self.mesh.tensor > 1 and isinstance(var, LogicalVariable):
+        if isinstance(var, LogicalVariable) and (self.mesh.tensor > 1 or var.is_divided):
             return fn(var, *args, **kwargs)  # all ranks as one: it reads and writes the whole value
         copies = var.copies if isinstance(var, LogicalVariable) else getattr(var, "values", (var,))
         updates = []
@@ -174,10 +183,11 @@ class Strategy(MirroredStrategy):
         schedule: `"1f1b"`, `"gpipe"`, or a function `(stages, micro_batches) -> Schedule`.
         placement: which layers go together, see `tfpar.partition.partition`.
         batch_norm: `"global"`: replicas normalise with the statistics of the whole batch; `"local"`: with their own.
-        buckets: into how many parts the gradients of a replica are divided, each reduced as soon as it is there.
+        buckets: into how many segments the model is cut for exchanges between replicas.
         cross_device_ops: how tensors of several replicas are added up; see `tfpar.collectives`.
         layout: how weights are divided between ranks, see `TensorParallelStrategy`.
         sequence_parallel: whether ranks divide activations along the sequence between layers that they divide.
+        zero, offload: what replicas divide, and what waits in host memory, see `MeshStrategy`.
 
     Raises:
         DeviceError: a device that does not exist, or one that repeats.
@@ -191,10 +201,12 @@ class Strategy(MirroredStrategy):
         schedule: str | Callable[[int, int], Schedule] = "1f1b",
         placement: Placement = "auto",
         batch_norm: str = "global",
-        buckets: int = 1,
+        buckets: int | None = None,
         cross_device_ops: tf.distribute.CrossDeviceOps | None = None,
         layout: Any = "auto",
         sequence_parallel: bool = False,
+        zero: int = 0,
+        offload: str | None = None,
     ):
         if not isinstance(micro_batches, int) or micro_batches < 1:
             raise ScheduleError(f"micro_batches is a whole number of at least 1; received {micro_batches!r}")
@@ -208,10 +220,17 @@ class Strategy(MirroredStrategy):
             raise ModelError(f'batch_norm is "global" or "local"; received {batch_norm!r}')
         if mesh.data > 1 and cross_device_ops is None and mesh.on_gpus and each_gpu_is_one_device():
             cross_device_ops = tf.distribute.NcclAllReduce()
-        self.batch_norm, self.buckets, self.cross_device_ops = batch_norm, buckets, cross_device_ops
+        if zero not in (0, 1, 2, 3):
+            raise ModelError(f"zero is 0, 1, 2 or 3; received {zero!r}")
+        if offload not in (None, "optimizer"):
+            raise ModelError(f'offload is None or "optimizer"; received {offload!r}')
+        self.batch_norm, self.buckets, self.cross_device_ops = batch_norm, buckets or SEGMENTS[zero], cross_device_ops
         self.layout, self.sequence_parallel = layout, sequence_parallel
+        self.zero, self.offload = (max(zero, 1) if offload else zero) if mesh.data > 1 else 0, offload
         self._schedule = schedule if callable(schedule) else SCHEDULES[schedule]
-        super(MirroredStrategy, self).__init__(Extended(self, mesh, cross_device_ops))
+        super(MirroredStrategy, self).__init__(
+            Extended(self, mesh, cross_device_ops, on_all=mesh.data == mesh.size and not self.zero and not offload)
+        )
 
     @property
     def micro_batches(self) -> int:
@@ -266,13 +285,34 @@ class Strategy(MirroredStrategy):
         Raises:
             ScopeError: a model of another strategy, or of none.
         """
+        return self._steps(model).plan(batch_size)
+
+    def convert(self, model: Any, other: "Strategy") -> Any:
+        """Move a live model of this strategy, its optimizer and metrics, to another one: to train on one mesh, say, and
+        predict on another. A callback, a checkpoint or a loop that holds the model or its variables goes on with them.
+
+        Args:
+            model: one that was constructed in this strategy's scope; it is changed.
+            other: where to; `MeshStrategy(Mesh())` for one device.
+
+        Returns:
+            The model.
+
+        Raises:
+            ScopeError: a model of another strategy, or of none.
+        """
+        self._steps(model)
+        convert(model, other)
+        return model
+
+    def _steps(self, model: Any) -> Steps:
         steps = steps_of(model)
         if steps is None or steps.strategy is not self:
             raise ScopeError(
                 f"{model.name} was not constructed in this strategy's scope:\n"
                 "    with strategy.scope():\n        model = ..."
             )
-        return steps.plan(batch_size)
+        return steps
 
 
 class ForKeras(Strategy):

@@ -18,6 +18,7 @@ class DataParallelStrategy(Strategy):
         buckets: into how many parts the gradients are divided, each reduced as soon as it is there.
         cross_device_ops: how gradients are added up, as for `tf.distribute.MirroredStrategy`; NCCL on physical GPUs,
             else copies, if not given.
+        zero, offload: what replicas divide in place of each having all of it, see `MeshStrategy`.
 
     Example:
         >>> strategy = tfpar.DataParallelStrategy()  # doctest: +SKIP
@@ -31,9 +32,11 @@ class DataParallelStrategy(Strategy):
         batch_norm: str = "global",
         buckets: int | None = None,
         cross_device_ops: tf.distribute.CrossDeviceOps | None = None,
+        zero: int = 0,
+        offload: str | None = None,
     ):
         names = local_devices(devices)
         super().__init__(
-            Mesh(data=len(names), devices=names), schedule="gpipe", batch_norm=batch_norm, buckets=buckets or 1,
-            cross_device_ops=cross_device_ops,
+            Mesh(data=len(names), devices=names), schedule="gpipe", batch_norm=batch_norm, buckets=buckets,
+            cross_device_ops=cross_device_ops, zero=zero, offload=offload,
         )  # fmt: skip

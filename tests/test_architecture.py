@@ -23,9 +23,11 @@ PLANNING = [
     "plan",
 ]
 RUNNING = [
-    "_tf", "_keras", "_keras_parts", "_moments", "variables", "batch", "feed", "flops", "state", "_keras_run", "model",
+    "_tf", "_keras", "_keras_parts", "_moments", "variables", "detached", "batch", "feed", "flops", "state",
+    "_keras_run", "_keras_backup", "model",
     "collectives", "local", "crossentropy", "rules", "divide", "probe", "opening", "program", "whole", "engine",
-    "together", "passes", "outcome", "update", "loss", "call", "prepare", "traced", "step", "measure", "testing",
+    "backward", "together", "passes", "outcome", "update", "loss", "call", "routes", "prepare", "faults", "traced",
+    "saving", "step", "callbacks", "convert", "measure", "testing",
 ]  # fmt: skip
 ORDER = [*PLANNING, *RUNNING, "strategies"]
 FILES = sorted(f for d in ("tfpar", "strategies") for f in (ROOT / d).rglob("*.py"))

@@ -1,5 +1,8 @@
 """Every strategy, every model, every hard case: through `model.fit`, each equals one device."""
 
+import itertools
+import math
+
 import keras
 import numpy as np
 import pytest
@@ -14,12 +17,22 @@ STRATEGIES = {
     "layer_placement": lambda: tfpar.LayerPlacementStrategy(["CPU:0", "CPU:1", "CPU:2"]),
     "pipeline": lambda: tfpar.PipelineStrategy(["CPU:0", "CPU:1", "CPU:2"], micro_batches=3),
     "data_parallel": lambda: tfpar.DataParallelStrategy(["CPU:0", "CPU:1", "CPU:2"]),
-    "tensor 2": lambda: tfpar.TensorParallelStrategy(["CPU:0", "CPU:1"]),
-    "tensor 3": lambda: tfpar.TensorParallelStrategy(["CPU:0", "CPU:1", "CPU:2"], sequence_parallel=True),
-    "tensor 4": lambda: tfpar.TensorParallelStrategy(["CPU:0", "CPU:1", "CPU:2", "CPU:3"]),
-    "pipeline gpipe": lambda: tfpar.PipelineStrategy(["CPU:0", "CPU:1"], micro_batches=2, schedule="gpipe"),
+    "tensor": lambda: tfpar.TensorParallelStrategy(["CPU:0", "CPU:1", "CPU:2"], sequence_parallel=True),
 }
+MESHES = [(d, s, t) for d, s, t in itertools.product((1, 2, 4, 8), repeat=3) if d * s * t in (2, 4, 8)]
+OPTIONS = [  # of a mesh, one after the other
+    {},
+    {"micro_batches": 2},
+    {"zero": 1},
+    {"zero": 2, "micro_batches": 2},
+    {"zero": 3},
+    {"sequence_parallel": True, "micro_batches": 2, "schedule": "gpipe"},
+    {"zero": 3, "micro_batches": 3},
+    {"offload": "optimizer"},
+]
 BATCHES = {"even": [8, 8], "uneven last": [8, 8, 3], "one-row last": [8, 1], "uneven first": [5, 8]}
+
+PREDICTED = "uneven last"
 
 
 class Config:
@@ -105,11 +118,11 @@ def dataset(batches):
     return data.apply(tf.data.experimental.assert_cardinality(len(batches)))
 
 
-def run_all(model, zoo, config):
-    """Fit from the same start for every pattern of batches: the history and all variables after each, then predict."""
+def run_all(model, zoo, config, patterns=tuple(BATCHES)):
+    """Fit from the same start for each pattern of batches: the history and all variables after each, then predict."""
     start, results = None, {}
-    for name, sizes in BATCHES.items():
-        batches = batches_of(zoo, config, sizes)
+    for name in patterns:
+        batches = batches_of(zoo, config, BATCHES[name])
         if start is None:
             model(batches[0][0])  # creates the variables of a model that waits for an input
             model.optimizer.build(model.trainable_variables)
@@ -119,8 +132,9 @@ def run_all(model, zoo, config):
             variable.assign(value)
         history = model.fit(dataset(batches), epochs=2, verbose=0).history
         results[name] = [*history.items(), *named_values(model).items()]
-    predictions = model.predict(dataset(batches_of(zoo, config, BATCHES["uneven last"])), verbose=0)
-    results["predictions"] = [*enumerate(keras.tree.flatten(predictions))]
+        if name == PREDICTED:
+            predictions = model.predict(dataset(batches), verbose=0)
+            results["predictions"] = [*enumerate(keras.tree.flatten(predictions))]
     return results
 
 
@@ -136,44 +150,70 @@ def reference(model_name, config_name):
     return REFERENCES[key]
 
 
-# which kind of split must leave the numbers; else: micro
-NEEDS = {
-    "layer_placement": "",
-    "data_parallel": "data",
-    "tensor 2": "tensor",
-    "tensor 3": "tensor",
-    "tensor 4": "tensor",
-}
-FEWER = {  # how to train, where one strategy does what another does, or is compiled anew for each number of devices
-    "pipeline gpipe": ["sgd"],
+# which kind of split must leave the numbers
+NEEDS = {"layer_placement": "", "pipeline": "micro", "data_parallel": "data", "tensor": "tensor"}
+FEWER = {  # how to train, where a mesh does the same
     "layer_placement": ["sgd", "accumulation"],
-    "data_parallel": [c for c in CONFIGS if c != "sgd"],  # with accumulation it is tested all the same
-    "tensor 2": ["sgd", "masks"],
-    "tensor 3": ["adamw clipnorm"],
-    "tensor 4": ["sample weights, steps_per_execution"],
+    "pipeline": ["masks", "accumulation"],
+    "data_parallel": ["masks", "accumulation"],
+    "tensor": ["adamw clipnorm"],
 }
+
+DEEP = ("branches", "gpt", "nested", "normalized", "convolutional")  # enough layers for eight stages
+
+
+def splits(mesh, options):
+    """What a mesh splits so that some models have other numbers."""
+    data, _, tensor = mesh
+    parts = {"data": data > 1, "micro": options.get("micro_batches", 1) > 1, "tensor": tensor > 1}
+    return {kind for kind, split in parts.items() if split}
+
+
+def on_meshes():
+    """Every model on every mesh, each time with other options and trained in another way."""
+    turn = itertools.count()
+    for (at, (m, zoo)), (place, mesh) in itertools.product(enumerate(ZOO.items()), enumerate(MESHES)):
+        n = next(turn)
+        options = [OPTIONS[(n + k) % len(OPTIONS)] for k in range(len(OPTIONS))]
+        fit = [o for o in options if splits(mesh, o) <= {*zoo.splits.split()}]
+        in_turn = (at + place) % {2: 4, 4: 6, 8: 8}[math.prod(mesh)] == 0  # the others with -m every
+        if fit and (mesh[1] < 8 or m in DEEP):
+            yield m, list(CONFIGS)[n % len(CONFIGS)], (mesh, fit[0]), [] if in_turn else [pytest.mark.every]
+
+
+CASES = [(m, c, s, []) for m in ZOO for s in STRATEGIES for c in FEWER[s] if NEEDS[s] in ZOO[m].splits]
 CASES = [
-    pytest.param(m, c, s, id=f"{m}-{c}-{s}", marks=pytest.mark.xdist_group(f"{m} {c}"))
-    for m in ZOO for c in CONFIGS for s in STRATEGIES
-    if NEEDS.get(s, "micro") in ZOO[m].splits and c in FEWER.get(s, CONFIGS)
-]  # fmt: skip
+    pytest.param(m, c, s, id=f"{m}-{c}-{s}", marks=[pytest.mark.xdist_group(f"{m} {c}"), *marks])
+    for m, c, s, marks in sorted([*CASES, *on_meshes()], key=lambda case: case[:2])
+]
 
 
-@pytest.mark.parametrize("model_name, config_name, strategy_name", CASES)
-def test_equals_one_device(model_name, config_name, strategy_name):
+def made(strategy):
+    """A strategy by its name, or on a mesh."""
+    if isinstance(strategy, str):
+        return STRATEGIES[strategy]()
+    mesh, options = strategy
+    return tfpar.MeshStrategy(tfpar.Mesh(*mesh), **options)
+
+
+@pytest.mark.parametrize("model_name, config_name, strategy", CASES)
+def test_equals_one_device(model_name, config_name, strategy):
     zoo, config = ZOO[model_name], CONFIGS[config_name]
     keras.config.set_floatx(config.floatx)
     keras.config.set_dtype_policy(config.floatx)
     expected = reference(model_name, config_name)
-    strategy = STRATEGIES[strategy_name]()
+    patterns = BATCHES if isinstance(strategy, str) else [PREDICTED]  # a mesh is traced long
+    strategy = made(strategy)
     with strategy.scope():
         model = built(zoo, config)
-        found = run_all(model, zoo, config)
+        found = run_all(model, zoo, config, patterns)
     wrong = []
-    for name, values in expected.items():
+    for name in found:
+        values = expected[name]
         names, one = zip(*values, strict=True)
         _, other = zip(*found[name], strict=True)
         assert any(np.any(a) for a in one)
         wrong += different([f"{name}: {n}" for n in names], one, other, **config.tolerance)
     assert not wrong, "\n".join(wrong)
-    assert len({copy.device for v in model.weights for copy in v.value.copies}) > 1
+    used = {copy.device[-5:] for v in model.weights for copy in v.value.copies}
+    assert used <= {*strategy.mesh.devices} and len(used) > strategy.mesh.size / 2  # a stage may have no weights

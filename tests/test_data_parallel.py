@@ -662,7 +662,7 @@ def equal_shares(patch):
 
 def local_statistics(patch):
     patch.setattr(_moments, "is_batch_normalization", lambda operation: False)
-    patch.setattr("tfpar.prepare.hidden_normalizations", lambda graph: set())
+    patch.setattr("tfpar.routes.hidden_normalizations", lambda graph: set())
 
 
 @pytest.mark.parametrize("bug", [None, mean_for_sum, own_gradients, equal_shares, local_statistics])

@@ -79,13 +79,36 @@ def test_given_norms(options, factor):
     assert _keras_parts.clips_norms(optimizer)
     assert not _keras_parts.clips_norms(keras.optimizers.SGD(clipvalue=1.0))
     squares = [tf.reduce_sum(tf.square(g)) * (factor or 1.0) ** 2 for g in gradients]
-    with _keras_parts.given_norms(optimizer, squares):
+    with _keras_parts.given_norms(optimizer, squares, tf.add_n(squares)):
         found = optimizer._clip_gradients(gradients)
         sparse = optimizer._clip_gradients([gradients[0], rows])[1]
     for a, b in zip(found, plain._clip_gradients(gradients), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
     np.testing.assert_allclose(sparse.values[:, 0], found[1], rtol=1e-6)
     assert "_clip_gradients" not in vars(optimizer)
+
+
+def test_unwritten():
+    variable = keras.Variable([1.0, 2.0])
+    with _keras_parts.unwritten([variable]):
+        variable.assign([3.0, 4.0])
+        with pytest.raises(ValueError, match="shape"):
+            variable.assign([3.0])
+    assert np.array_equal(variable.numpy(), [1.0, 2.0])
+    variable.assign([3.0, 4.0])
+    assert np.array_equal(variable.numpy(), [3.0, 4.0])
+
+
+@pytest.mark.parametrize(
+    "optimizer, count",
+    [(keras.optimizers.SGD(), 0), (keras.optimizers.Adam(amsgrad=True), 6), (keras.optimizers.Adafactor(), 6)],
+)
+def test_slots_of(optimizer, count):
+    weights = [keras.Variable(np.zeros((2, 3)), name=name) for name in "ab"]
+    optimizer.build(weights)
+    found = list(_keras_parts.slots_of(optimizer))
+    assert len(found) == count and all(any(slot is v for v in optimizer.variables) for slot, _ in found)
+    assert [weight.name for _, weight in found] == ["a", "b"] * (count // 2)
 
 
 def test_converted_arguments():

@@ -265,3 +265,35 @@ def test_saveable():
         path = tf.train.Checkpoint(whole=Whole()).write(f"{folder}/file")
         tf.train.Checkpoint(whole=Whole()).read(path)
     assert [v.numpy().tolist() for v in seen] == [[1.0, 2.0]]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_made_again(compiled):
+    """The way back uses what it gets again, also where the function kept something that it computed of that alone."""
+
+    @tf.function(jit_compile=compiled)
+    def function(w, x):
+        return tf.tanh(tf.matmul(x, tf.transpose(tf.cast(w, "float64"))))
+
+    w, x = tf.constant([[1.0, 2.0], [3.0, 4.0]]), tf.constant([[0.1, 0.2]], "float64")
+    traced = function.get_concrete_function(w, x)
+
+    def gradients(again):
+        @tf.function
+        def outer(w, x):
+            with tf.GradientTape() as tape:
+                tape.watch([w, x])
+                y = _tf.call_flat(traced, [w, x])[0]
+            known = len(y.op.outputs)
+            found = tape.gradient(y, [w, x])
+            kept = [z for z in y.op.outputs[known:] if z.consumers()]
+            if again:
+                _tf.made_again(y.op, traced, known, [lambda: 2.0 * w])
+                assert len([z for z in y.op.outputs[known:] if z.consumers()]) < len(kept)
+            return found
+
+        return outer(w, x)
+
+    (dw, dx), (dw_again, dx_again) = gradients(False), gradients(True)
+    np.testing.assert_allclose(dw_again, dw)
+    np.testing.assert_allclose(dx_again, 2.0 * dx)

@@ -15,6 +15,23 @@ STRATEGIES = {
     "pipeline": lambda: tfpar.PipelineStrategy(["CPU:0", "CPU:1"], micro_batches=2),
 }
 
+OPTIMIZERS = {
+    "adam, global norm": lambda: keras.optimizers.Adam(0.01, global_clipnorm=0.05),
+    "adamw, norms": lambda: keras.optimizers.AdamW(0.01, clipnorm=0.02),
+    "values, loss scale": lambda: keras.optimizers.SGD(0.05, clipvalue=0.01, loss_scale_factor=8.0),
+    "norm, loss scale": lambda: keras.optimizers.SGD(0.05, global_clipnorm=0.05, loss_scale_factor=8.0),
+    "accumulation": lambda: keras.optimizers.SGD(0.05, gradient_accumulation_steps=2, global_clipnorm=0.3),
+    "average": lambda: keras.optimizers.Adam(0.01, use_ema=True, ema_overwrite_frequency=2),
+    "dynamic scale": lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.01)),
+    "muon": lambda: keras.optimizers.Muon(0.01),
+    "adafactor": lambda: keras.optimizers.Adafactor(0.01),
+    "lamb": lambda: keras.optimizers.Lamb(0.01),
+    **{
+        name: lambda name=name: getattr(keras.optimizers, name)(0.01)
+        for name in ("Nadam", "Lion", "RMSprop", "Adagrad", "Adadelta", "Adamax", "Ftrl")
+    },
+}
+
 
 def data(rows=ROWS):
     rng = np.random.default_rng(0)

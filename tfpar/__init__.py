@@ -6,11 +6,13 @@ from tfpar.cost import Hardware, StageCost
 from tfpar.errors import (
     BatchError,
     DeviceError,
+    FileError,
     LayoutError,
     ModelError,
     PartitionError,
     ScheduleError,
     ScopeError,
+    StageError,
     TfparError,
 )
 from tfpar.mesh import Mesh
@@ -18,12 +20,12 @@ from tfpar.schedule import Action, Kind, Schedule, gpipe, one_f_one_b
 from tfpar.simulate import simulate
 from tfpar.timeline import Timeline
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 __all__ = [
-    "Action", "BatchError", "DataParallelStrategy", "DeviceError", "Hardware", "Kind", "LayerPlacementStrategy",
-    "LayoutError", "Mesh",
-    "ModelError", "PartitionError", "PipelineStrategy", "Schedule", "ScheduleError", "ScopeError", "StageCost",
-    "TensorParallelStrategy", "TfparError", "Timeline", "gpipe", "one_f_one_b", "simulate",
+    "Action", "BackupAndRestore", "BatchError", "CheckNumerics", "DataParallelStrategy", "DeviceError", "FileError",
+    "Hardware", "Kind", "LayerPlacementStrategy", "LayoutError", "Mesh", "MeshStrategy", "ModelError", "PartitionError",
+    "PipelineStrategy", "Schedule", "ScheduleError", "ScopeError", "StageCost", "StageError", "TensorParallelStrategy",
+    "TfparError", "Timeline", "gpipe", "one_f_one_b", "simulate",
 ]  # fmt: skip
 
 

@@ -80,17 +80,39 @@ def is_plain_layer(layer: keras.layers.Layer) -> bool:
     )
 
 
+@contextlib.contextmanager
+def unwritten(variables: Sequence[keras.Variable]) -> Iterator[None]:
+    """Inside, these variables take no new values; whether a value fits is checked."""
+    with contextlib.ExitStack() as stack:
+        for variable in variables:
+            stack.enter_context(given_method(variable, "_direct_assign", lambda value: None))
+        yield
+
+
+def slots_of(optimizer: Any) -> Iterator[tuple[keras.Variable, keras.Variable]]:
+    """What a built optimizer keeps for each weight, with the weight."""
+    weights = optimizer._trainable_variables
+    for name, values in vars(optimizer).items():
+        if isinstance(values, list) and len(values) == len(weights) and name not in NOT_SLOTS:
+            pairs = zip(values, weights, strict=True)
+            yield from ((slot, weight) for slot, weight in pairs if isinstance(slot, keras.Variable))
+
+
+NOT_SLOTS = ("_variables", "_trainable_variables")
+
+
 def clips_norms(optimizer: Any) -> bool:
     """Whether an optimizer clips gradients by their norms."""
     return bool(optimizer.clipnorm or optimizer.global_clipnorm)
 
 
 @contextlib.contextmanager
-def given_norms(optimizer: Any, squares: Sequence[tf.Tensor]) -> Iterator[None]:
+def given_norms(optimizer: Any, squares: Sequence[tf.Tensor], total: tf.Tensor) -> Iterator[None]:
     """Inside, an optimizer clips its gradients by these squared norms in place of its own.
 
     Args:
         squares: one for each gradient, before its loss scale is taken out.
+        total: of all gradients, also those that the optimizer is not given.
     """
     factor = 1.0 if optimizer.loss_scale_factor is None else float(optimizer.loss_scale_factor)
 
@@ -100,7 +122,7 @@ def given_norms(optimizer: Any, squares: Sequence[tf.Tensor]) -> Iterator[None]:
             limit = optimizer.clipnorm
             scales = [limit / tf.maximum(norm, limit) for norm in norms]
         else:
-            limit, norm = optimizer.global_clipnorm, tf.sqrt(tf.add_n([tf.square(n) for n in norms]))
+            limit, norm = optimizer.global_clipnorm, tf.sqrt(total) / factor
             scales = [limit * tf.minimum(1.0 / norm, 1.0 / limit) + (norm - norm)] * len(norms)
         return [scaled(g, tf.cast(s, g.dtype)) for g, s in zip(gradients, scales, strict=True)]
 

@@ -21,8 +21,8 @@ from tensorflow.python.training.saving.saveable_object import SaveableObject, Sa
 __all__ = [
     "LogicalReplica", "MirroredExtended", "MirroredVariable", "OwnedMultiDeviceIterator", "PerReplica",
     "ResourceVariable", "awaited", "batch_reduce", "call_flat", "fingerprint", "following_inputs", "independent",
-    "outside_replica", "record_gradient", "replica_of", "saveable", "select_replica", "tape_watches", "unrecorded",
-    "update_regroup", "without_device",
+    "made_again", "outside_replica", "record_gradient", "replica_of", "saveable", "select_replica", "tape_watches",
+    "unrecorded", "update_regroup", "without_device",
 ]  # fmt: skip
 
 
@@ -188,6 +188,45 @@ def renamed(name: str, names: dict[str, str]) -> str:
     """An input of a node with the number of the node in place of its name."""
     before, _, output = name.lstrip("^").partition(":")
     return f"{'^' if name[0] == '^' else ''}{names[before]}:{output or 0}"
+
+
+def made_again(call: tf.Operation, function: Any, known: int, inputs: Sequence[Callable[[], tf.Tensor] | None]):
+    """Let the way back of a function compute anew what depends on some inputs only, so that nothing holds on to those.
+
+    Args:
+        call: of the function, its gradient taken.
+        function: what it calls, traced.
+        known: the outputs that the call had before its gradient was taken; those since are kept for the way back.
+        inputs: for each of the first inputs, what gives it again.
+    """
+    sources = {id(x.op): given for x, given in zip(function.graph.inputs, inputs, strict=False) if given is not None}
+    known_of: dict[int, bool] = {}
+    made: dict[int, tf.Operation] = {}
+
+    def follows(op: tf.Operation) -> bool:
+        if id(op) not in known_of:
+            plain = op.inputs and not op.control_inputs and not op.op_def.is_stateful and "Call" not in op.type
+            given = id(op) in sources or op.type == "Const"
+            known_of[id(op)] = given or bool(plain and all(follows(x.op) for x in op.inputs))
+        return known_of[id(op)]
+
+    def again(op: tf.Operation) -> tf.Operation:
+        if id(op) not in made:
+            made[id(op)] = sources[id(op)]().op if id(op) in sources else copied(op, [anew(x) for x in op.inputs])
+        return made[id(op)]
+
+    def anew(x: tf.Tensor) -> tf.Tensor:
+        return again(x.op).outputs[x.value_index]
+
+    def copied(op: tf.Operation, inputs: list[tf.Tensor]) -> tf.Operation:
+        dtypes = [y.dtype for y in op.outputs]
+        return call.graph._create_op_internal(op.type, inputs, dtypes, attrs=op.node_def.attr, op_def=op.op_def)
+
+    for output, inside in zip(call.outputs[known:], function.graph.outputs[known:], strict=False):
+        for user in output.consumers() if inside.op.type != "Const" and follows(inside.op) else ():
+            for index, given in enumerate(user.inputs):
+                if given is output:
+                    user._update_input(index, anew(inside))
 
 
 def call_flat(function: Any, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:

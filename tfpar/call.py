@@ -9,9 +9,9 @@ from keras import tree
 
 from tfpar import _keras, batch, outcome
 from tfpar._tf import record_gradient, tape_watches, unrecorded
-from tfpar.engine import copy_of, device_of, layout_of, read
+from tfpar.engine import copy_of, device_of, read
 from tfpar.errors import ModelError
-from tfpar.layout import REPLICATED
+from tfpar.layout import WHOLE
 from tfpar.loss import structured
 from tfpar.passes import Pass
 from tfpar.program import Edge
@@ -37,22 +37,25 @@ def call(
     parts = parts.fit(rows) if isinstance(rows, int) else parts
     masks = [None] * len(flat) if mask is None else tree.flatten(mask)
     edges = [Edge(x, m) for x, m in zip(flat, masks, strict=True)]
-    schedule = engine.schedule(steps.strategy, parts, training)
-    run = forward_on_tape if steps.strategy.mesh.stage == 1 else forward_with_pullback
+    route = engine.called if training and engine.called else engine.route(training)
+    schedule = engine.schedule(steps.strategy, parts, route)
+    run = forward_with_pullback if steps.strategy.mesh.stage == steps.strategy.mesh.size > 1 else forward_on_tape
     weights = batch.shares([stop - start for start, stop in pairwise(batch.bounds(rows, parts.count))])
-    finished, outputs, added = run(engine, schedule, parts, edges, weights, training)
+    finished, outputs, added = run(engine, schedule, parts, edges, weights, training, route)
     outcome.write_state(finished)
     if added:
         losses[:] = _keras.added_losses(model, list(added.values()))
     return structured(engine, outputs, finished.route)
 
 
-def forward_on_tape(engine: Any, schedule: Any, parts: batch.Parts, edges: list[Edge], weights: Any, training: Any):
+def forward_on_tape(
+    engine: Any, schedule: Any, parts: batch.Parts, edges: list[Edge], weights: Any, training: Any, route: Any
+):
     """All parts forward, each operation recorded: every tape can go back, as often as it likes."""
     sources: dict[int, tf.Tensor] = {}
 
     def recorded(variable: keras.Variable, lane: int) -> tf.Tensor:
-        divided = layout_of(variable) != REPLICATED
+        divided = getattr(_keras.stored(variable), "sharding", WHOLE).divides
         if id(variable) not in sources:
             with tf.device(device_of(variable)):
                 sources[id(variable)] = tf.convert_to_tensor(copy_of(variable, 0))
@@ -65,14 +68,13 @@ def forward_on_tape(engine: Any, schedule: Any, parts: batch.Parts, edges: list[
         with tf.device(device_of(variable, lane)):  # the copies are one source: their gradients add up
             return record_gradient([read(variable, lane)], [sources[id(variable)]], back)[0]
 
-    route = engine.called if training else None
     run = Pass(engine, parts, batch.split(edges, parts.count), weights, training, read=recorded, route=route)
     run.run(schedule, Kind.FORWARD)
     return run, outcome.outputs(run), outcome.added_losses(run)
 
 
 def forward_with_pullback(
-    engine: Any, schedule: Any, parts: batch.Parts, edges: list[Edge], weights: Any, training: Any
+    engine: Any, schedule: Any, parts: batch.Parts, edges: list[Edge], weights: Any, training: Any, route: Any
 ):
     """All parts forward; a tape that asks for the gradient gets it from the stages, each on its device."""
     graph = engine.graph.graph
@@ -87,7 +89,7 @@ def forward_with_pullback(
     differentiate = bool(inside) or tape_watches(sources)
     run = Pass(
         engine, parts, batch.split(hidden, parts.count), weights, training,
-        differentiate=differentiate, watch_inputs=bool(inside),
+        differentiate=differentiate, watch_inputs=bool(inside), route=route,
     )  # fmt: skip
     run.run(schedule, Kind.FORWARD)
     outputs, added = outcome.outputs(run), outcome.added_losses(run)

@@ -4,6 +4,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import tensorflow as tf
@@ -44,6 +45,39 @@ def all_reduce(values: Sequence[Sequence[Any]], devices: Sequence[str], ops: Any
             load[at] += size(parts[0])
             result[n] = copied(summed(parts, devices[at]), devices)
     return result
+
+
+def reduce_scatter(parts: Sequence[Any], devices: Sequence[str], dim: int, shape: Sequence[int]) -> list[Any]:
+    """The sum of what replicas have, if they have something of this shape, divided along `dim`: to each its shard."""
+    found = [x for x in parts if x is not None]
+    if not found:
+        return [None] * len(devices)
+    sparse = all(isinstance(x, tf.IndexedSlices) for x in found)
+    shards = []
+    for device, edges in zip(devices, pairwise(bounds(shape[dim], len(devices))), strict=True):
+        parts = [sparse_part(x, dim, shape, *edges) if sparse else dense_part(x, dim, *edges) for x in found]
+        shards.append(summed(parts, device))
+    return shards
+
+
+def dense_part(value: Any, dim: int, start: Any, stop: Any) -> tf.Tensor:
+    """A part of a tensor along `dim`, placed where the tensor is."""
+    value = tf.convert_to_tensor(value)
+    with tf.device(value.device or None):
+        return part_of(value, dim, start, stop)
+
+
+def sparse_part(value: tf.IndexedSlices, dim: int, shape: Sequence[int], start: int, stop: int) -> tf.IndexedSlices:
+    """A shard of a sparse gradient, of as many rows: those of other shards are zero, so that XLA knows all shapes."""
+    values, indices = value.values, value.indices
+    if dim:
+        values = part_of(values, dim, start, stop)
+    else:
+        inside = (indices >= start) & (indices < stop)
+        values = tf.where(tf.reshape(inside, [-1] + [1] * (len(shape) - 1)), values, tf.zeros((), values.dtype))
+        indices = tf.where(inside, indices - tf.cast(start, indices.dtype), tf.zeros((), indices.dtype))
+    dense = [stop - start if d == dim else n for d, n in enumerate(shape)]
+    return tf.IndexedSlices(values, indices, tf.constant(dense, tf.int32))
 
 
 def size(value: Any) -> int:
@@ -120,8 +154,7 @@ def part(value: tf.Tensor, dim: int, r: int, ranks: int, extent: Any = None) -> 
     """The part of rank `r` along `dim`, of which there are `extent` elements; placed where the value is."""
     extent = value.shape[dim] if extent is None else extent
     edges = bounds(tf.shape(value)[dim] if extent is None else extent, ranks)
-    with tf.device(value.device or None):
-        return part_of(value, dim, edges[r], edges[r + 1])
+    return dense_part(value, dim, edges[r], edges[r + 1])
 
 
 def maximum(values: Values, devices: Sequence[str], dim: int = 0, extent: Any = None, ops: Any = None) -> Values:

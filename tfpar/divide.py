@@ -2,7 +2,7 @@
 
 # i: operation, v: variable
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 
 from tfpar import rules
@@ -22,6 +22,7 @@ def divided(
     sequence: bool,
     given: Mapping[int, Layout],
     loss: CrossEntropy | None = None,
+    whole: Set[str] = frozenset(),
 ) -> tuple[LocalGraph, tuple[Weight, ...]]:
     """What each rank runs of a model, and how its weights are divided.
 
@@ -29,12 +30,14 @@ def divided(
         sequence: whether activations may be divided along the sequence (sequence parallelism).
         given: the layouts of variables of the graph that must have a certain one.
         loss: of the model's output; ranks find it together, if each has a part of the logits.
+        whole: names of operations that every rank computes all of.
 
     Raises:
         LayoutError: no rule divides a weight as it is given.
     """
     sites = [rules.Site(graph, i, ranks, sequence) for i in range(len(graph.calls))]
     options = [list(rules.options(site)) for site in sites]
+    options = [o[:1] if site.op.name in whole else o for site, o in zip(sites, options, strict=True)]
     fit = [fitting(site, found, given) for site, found in zip(sites, options, strict=True)]
     chosen = choose(graph.graph, fit, ranks, hardware, sequence)
     local, layouts = Local(graph, ranks), {}

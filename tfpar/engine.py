@@ -9,7 +9,6 @@ import keras
 import tensorflow as tf
 
 from tfpar import _keras, batch
-from tfpar._tf import unrecorded
 from tfpar.collectives import Collective
 from tfpar.crossentropy import CrossEntropy
 from tfpar.layout import REPLICATED, Layout
@@ -19,20 +18,20 @@ from tfpar.partition import Partition
 from tfpar.plan import Plan
 from tfpar.probe import Probe
 from tfpar.program import Edge, Function, Program
-from tfpar.schedule import Schedule, in_turn
+from tfpar.schedule import Schedule, in_segments
 from tfpar.state import UnknownVariables
-from tfpar.variables import HOST
+from tfpar.variables import HOST, LogicalVariable, copy_on_device
 
 
-def copy_of(variable: keras.Variable, replica: int) -> tf.Variable:
-    """The variable that holds the value for a lane: a replica, or a rank."""
+def copy_of(variable: keras.Variable, lane: int) -> tf.Variable:
+    """The variable that holds the value for a lane: a rank of a replica."""
     copies = getattr(_keras.stored(variable), "copies", ())
-    return copies[replica] if len(copies) > 1 else _keras.stored(variable)
+    return copies[lane] if len(copies) > 1 else _keras.stored(variable)
 
 
-def device_of(variable: keras.Variable, replica: int = 0) -> str:
+def device_of(variable: keras.Variable, lane: int = 0) -> str:
     """Where a variable lives."""
-    return copy_of(variable, replica).device
+    return copy_of(variable, lane).device
 
 
 def layout_of(variable: keras.Variable) -> Layout:
@@ -40,11 +39,10 @@ def layout_of(variable: keras.Variable) -> Layout:
     return getattr(_keras.stored(variable), "layout", REPLICATED)
 
 
-def read(variable: keras.Variable, replica: int = 0) -> tf.Tensor:
-    """A variable's value on the current device; TensorFlow reads it only where it lives."""
-    with tf.device(device_of(variable, replica)):
-        value = unrecorded(lambda: tf.convert_to_tensor(copy_of(variable, replica)))
-    return tf.identity(value)
+def read(variable: keras.Variable, lane: int = 0) -> tf.Tensor:
+    """What a lane has of a variable's value, its replicas' shards put together, on the current device."""
+    value = _keras.stored(variable)
+    return value.of_lane(lane) if isinstance(value, LogicalVariable) else copy_on_device(value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +50,9 @@ class Route:
     """The way of a pass through the model.
 
     Args:
-        graph, partition: the operations, and the stage of each.
-        whole: stages that take the parts of all replicas at once.
+        graph, partition: the operations, and the segment of each: what is one program. A stage has one or more.
+        source: the model's own operations, of which `graph` was made.
+        whole: segments that take the parts of all replicas at once.
         drawn: states of random numbers from which the ranks of a replica draw differently.
         learned: the tensors that depend on weights to train, if that is known.
         loss: where ranks find the loss of a part of the outputs each, which; the targets are the last input then, and
@@ -62,6 +61,7 @@ class Route:
 
     graph: KerasGraph
     partition: Partition
+    source: KerasGraph
     whole: Set[int] = frozenset()
     drawn: Set[int] = frozenset()
     learned: Set[int] | None = None
@@ -74,25 +74,37 @@ class Route:
         return outputs[-1:] if self.loss else outputs
 
     @cached_property
+    def stages(self) -> tuple[int, ...]:
+        """The stage of each segment."""
+        return tuple(self.graph.graph.ops[self.partition.ops(s)[0]].stage for s in range(self.partition.stages))
+
+    @cached_property
     def probe(self) -> Probe:
-        """What is known of how the results of its operations combine."""
-        return Probe(self.graph)
+        """What is known of how the results of the model's operations combine."""
+        return Probe(self.source)
+
+    def in_source(self, i: int) -> int | None:
+        """The model's own operation that an operation stands for."""
+        name = self.graph.graph.ops[i].name
+        return next((n for n, op in enumerate(self.source.graph.ops) if op.name == name), None)
 
     @cached_property
     def collectives(self) -> dict[int, Collective]:
-        """The exchanges between ranks, each a stage of its own."""
+        """The exchanges between ranks, each a segment of its own."""
         calls = zip(self.partition.stage_of, self.graph.calls, strict=True)
         return {s: call.operation for s, call in calls if is_collective(call)}
 
     def knowing(self, unknown: UnknownVariables) -> "Route":
         """The same way, in which a call has the variables that it was found to use."""
-        graph = self.graph.with_variables(unknown, unknown.call if unknown.graph is self.graph else None)
-        return replace(self, graph=graph, partition=Partition(graph.graph, self.partition.stage_of))
+        call = unknown.call if unknown.graph is self.graph else None
+        graph = self.graph.with_variables(unknown, call)
+        source = self.source.with_variables(unknown, None if call is None else self.in_source(call))
+        return replace(self, graph=graph, source=source, partition=Partition(graph.graph, self.partition.stage_of))
 
 
 @dataclass
 class Engine:
-    """A model cut into programs, one for each stage.
+    """A model cut into programs, one for each segment of a stage.
 
     Args:
         plan: which operations and variables go where.
@@ -102,6 +114,7 @@ class Engine:
         jit_compile, eager: how programs run.
         layouts, partial: of the variables that ranks have parts of, how; of the others, of which ranks find parts of
             the gradient.
+        zero: what replicas divide: 1 slots, 2 gradients too, 3 weights too.
         reduce: the `tf.distribute.CrossDeviceOps` that add up tensors of ranks; copies, if not given.
     """
 
@@ -115,6 +128,7 @@ class Engine:
     layouts: dict[int, Layout] = field(default_factory=dict)
     partial: Set[int] = frozenset()
     reduce: Any = None
+    zero: int = 0
     has_masks: bool = False  # outputs have masks that their symbols do not show
     programs: dict[tuple[Route, int, bool | None], Program] = field(default_factory=dict)
     raw: dict[int, Callable] = field(default_factory=dict)  # of tensors that are functions of their logits, which
@@ -132,12 +146,12 @@ class Engine:
         """The way of a pass."""
         return self.training if training else self.inference
 
-    def program(self, route: Route, stage: int, training: bool | None) -> Program:
-        """The program of a stage of one of the ways, made once."""
-        key = route, stage, training
+    def program(self, route: Route, segment: int, training: bool | None) -> Program:
+        """The program of a segment of one of the ways, made once."""
+        key = route, segment, training
         if key not in self.programs:
             self.programs[key] = Program(
-                route.graph, route.partition.ops(stage), route.partition.edges(stage), self.model, training,
+                route.graph, route.partition.ops(segment), route.partition.edges(segment), self.model, training,
                 self.jit_compile, self.eager, self.raw,
             )  # fmt: skip
         return self.programs[key]
@@ -151,32 +165,51 @@ class Engine:
         """The same model, in which a call has the variables that it was found to use."""
         training, inference = self.training.knowing(unknown), self.inference.knowing(unknown)
         called = self.called.knowing(unknown) if self.called else None
-        plan = replace(self.plan, partition=training.partition)
+        cut, variables = self.plan.partition, training.source.graph.variables
+        plan = replace(self.plan, partition=Partition(cut.graph.with_variables(variables), cut.stage_of))
         return replace(self, plan=plan, training=training, inference=inference, called=called, programs={})
 
-    def traced(self, function: Callable) -> Callable:
+    @property
+    def lanes(self) -> int:
+        """How many devices a stage has."""
+        return self.plan.mesh.data * self.plan.mesh.tensor
+
+    def shards(self, v: int) -> Layout:
+        """How replicas divide what updates a variable."""
+        value = _keras.stored(self.graph.variables[v])
+        return value.follow.sharding.shards if isinstance(value, LogicalVariable) else REPLICATED
+
+    def gathers(self, v: int) -> bool:
+        """Whether replicas have shards of a variable."""
+        value = _keras.stored(self.graph.variables[v])
+        return isinstance(value, LogicalVariable) and value.sharding.shards != REPLICATED
+
+    def traced(self, function: Callable, compiled: bool = True) -> Callable:
         """A function of tensors as programs run: traced once, compiled where asked."""
-        return function if self.eager else Function(function, self.jit_compile)
+        return function if self.eager else Function(function, self.jit_compile and compiled)
 
-    def schedule(self, strategy: Any, parts: batch.Parts, training: bool | None) -> Schedule:
-        """The order of the actions of each replica."""
-        if self.plan.mesh.data * self.plan.mesh.tensor > 1:
-            return in_turn(self.route(training).partition.stages, parts.micro_batches)
-        return strategy.schedule(parts.micro_batches)
+    def schedule(self, strategy: Any, parts: batch.Parts, route: Route) -> Schedule:
+        """The order of the actions of each lane."""
+        return in_segments(strategy.schedule(parts.micro_batches), route.stages)
 
-    def masks(self, inputs: Sequence[Edge], training: bool | None) -> dict[int, Any]:
-        """The masks of the model's outputs for a whole batch.
+    def masks(self, inputs: Sequence[Edge], training: bool | None) -> list[Any]:
+        """The masks of the model's outputs for a whole batch, by their places.
 
-        The stages run on all of it, here and not in functions of their own: what leads to no mask is pruned.
+        All operations run on all of it, here and not in functions of their own: what leads to no mask is pruned.
         """
-        route = self.route(training)
-        known = dict(zip(self.graph.graph.inputs, inputs, strict=True))
+        graph = self.route(training).source
+        program = Program(
+            graph, range(len(graph.calls)), graph.graph.outputs, self.model, training, False, True, self.raw
+        )  # fmt: skip
         with tf.device(HOST):
-            for s in range(route.partition.stages):
-                program = self.program(route, s, training)
-                variables = [read(self.graph.variables[v]) for v in program.variables]
-                known.update(program.run(variables, {t: known[t] for t in route.partition.needs(s)}).edges)
-        return {t: known[t].mask for t in self.graph.graph.outputs}
+            variables = [whole(graph.variables[v]) for v in program.variables]
+            edges = program(variables, dict(zip(graph.graph.inputs, inputs, strict=False))).edges
+        return [edges[t].mask for t in graph.graph.outputs]
+
+
+def whole(variable: keras.Variable) -> tf.Tensor:
+    """All of a variable's value, wherever its parts are."""
+    return _keras.stored(variable).read_value() if layout_of(variable) != REPLICATED else read(variable)
 
 
 def each(function: Callable, values: Any) -> Any:

@@ -35,6 +35,14 @@ class BatchError(TfparError):
     """A batch that cannot be divided: empty, or with parts of unequal length."""
 
 
+class FileError(TfparError, OSError):
+    """A file that cannot be read into a model; the model stays as it is."""
+
+
+class StageError(TfparError):
+    """A step that failed on a device; the message names the stage, the micro-batch and the layer."""
+
+
 def brief(error: Exception) -> str:
     """What an exception says, without what Keras adds about arguments."""
     added = re.search(r"\x1b\[1m(.*?)\x1b\[0m", str(error), re.DOTALL)

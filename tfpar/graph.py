@@ -1,7 +1,7 @@
 """A model as plain data: its operations in order, the tensors between them, the variables they use."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from tfpar.errors import ModelError
@@ -43,6 +43,7 @@ class Op:
         inputs, outputs: indices into `OpGraph.tensors`.
         variables: indices into `OpGraph.variables`.
         flops: floating-point operations of the forward pass of one sample.
+        stage: where it runs, once the model is cut.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Op:
     outputs: tuple[int, ...]
     variables: tuple[int, ...] = ()
     flops: float = 0.0
+    stage: int = 0
 
     @property
     def layer(self) -> str:
@@ -99,6 +101,10 @@ class OpGraph:
             for t in dict.fromkeys(op.inputs):
                 found[t].append(index)
         return {t: tuple(ops) for t, ops in found.items()}
+
+    def with_variables(self, variables: tuple[Variable, ...]) -> "OpGraph":
+        """The same graph among more variables."""
+        return replace(self, variables=variables)
 
     def variable_bytes(self, ops: Iterable[int]) -> int:
         """Bytes of the variables that these operations use, each counted once."""

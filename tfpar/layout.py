@@ -3,7 +3,7 @@
 # i: operation, t: tensor, v: variable, T: ranks
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from tfpar.cost import BACKWARD, Hardware
@@ -47,6 +47,57 @@ class Layout(NamedTuple):
 
 
 REPLICATED = Layout()
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """What each lane of a mesh holds of a variable; lane `r * ranks + k` is rank `k` of replica `r`.
+
+    Args:
+        layout: how ranks divide it.
+        ranks: how many they are.
+        shards: how replicas divide what a rank has (ZeRO).
+
+    Example:
+        >>> Sharding(Layout(0), ranks=2, shards=Layout(1)).region((4, 6), lane=3, lanes=4)
+        ((2, 4), (3, 6))
+    """
+
+    layout: Layout = REPLICATED
+    ranks: int = 1
+    shards: Layout = REPLICATED
+
+    @property
+    def divides(self) -> bool:
+        """Whether no lane has all of it."""
+        return self.layout != REPLICATED or self.shards != REPLICATED
+
+    def region(self, shape: Sequence[int], lane: int, lanes: int) -> tuple[tuple[int, int], ...]:
+        """Where the part of a lane begins and ends, along each dim."""
+        replica, rank = divmod(lane, self.ranks)
+        region = [(0, n) for n in shape]
+        for layout, part, parts in ((self.layout, rank, self.ranks), (self.shards, replica, lanes // self.ranks)):
+            if layout.dim is not None:
+                start, stop = region[layout.dim]
+                edges = bounds(stop - start, parts)
+                region[layout.dim] = start + edges[part], start + edges[part + 1]
+        return tuple(region)
+
+    def shape(self, shape: Sequence[int], lane: int, lanes: int) -> tuple[int, ...]:
+        """The shape of what a lane has."""
+        return tuple(stop - start for start, stop in self.region(shape, lane, lanes))
+
+
+WHOLE = Sharding()
+
+
+def sharded(shape: Sequence[int], sharding: Sharding, replicas: int) -> Sharding:
+    """The same, what a rank has divided between replicas too: along its longest dim, if that is long enough."""
+    part = sharding.shape(shape, 0, sharding.ranks * replicas)
+    dim = max(range(len(part)), key=lambda d: part[d], default=None)
+    if replicas == 1 or dim is None or part[dim] < replicas:
+        return sharding
+    return replace(sharding, shards=Layout(dim))
 
 
 @dataclass(frozen=True)

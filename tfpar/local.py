@@ -14,7 +14,6 @@ from tfpar.collectives import LOCAL, Collective
 from tfpar.graph import Op, OpGraph, Tensor
 from tfpar.layout import REPLICATED, Layout, Option
 from tfpar.model import UNKNOWN, Call, KerasGraph, Ref
-from tfpar.partition import Partition
 from tfpar.plan import Exchange
 
 
@@ -59,10 +58,9 @@ class Local:
         self.full: list[tuple] = []  # shapes of the whole tensors
         self.converted: dict[Any, int] = {}
         self.known: dict[int, int] = {}  # of each tensor of the source, that of a rank
-        self.name, self.split, self.flops = "", False, 0.0
+        self.name, self.split, self.flops, self.stage = "", False, 0.0, 0
         self.logits: dict[int, int] = {}  # of each tensor that is a softmax, what a rank has of its logits
         self.users: dict[int, set[bool]] = {}  # of each variable, whether parts or all of something is computed with it
-        self.places = {id(v): n for n, v in enumerate(source.variables)}
         self.learned: set[int] = set()  # tensors that depend on weights to train: their gradients are wanted
         self.inputs = [self.tensor(source.symbols[t].shape, source.symbols[t].dtype) for t in source.graph.inputs]
         self.known.update(zip(source.graph.inputs, self.inputs, strict=True))
@@ -85,9 +83,9 @@ class Local:
 
     def add(self, call: Call, name: str, flops: float = 0.0) -> tuple[int, ...]:
         """A new operation of every rank."""
-        variables = sorted({self.places[id(v)] for v in call.variables})
-        inputs = tuple(a.tensor for a in tree.flatten((call.args, call.kwargs)) if isinstance(a, Ref))
-        self.ops.append(Op(name, inputs, call.outputs, tuple(variables), flops))
+        variables = sorted({self.source.places[id(v)] for v in call.variables})
+        inputs = call.inputs
+        self.ops.append(Op(name, inputs, call.outputs, tuple(variables), flops, self.stage))
         self.calls.append(call)
         for v in variables:
             self.users.setdefault(v, set()).add(self.split)
@@ -116,14 +114,14 @@ class Local:
     def exchange(self, x: int, forward: str, backward: str, layout: Layout, dim: int | None = None) -> int:
         """A tensor after ranks have exchanged what they have of it."""
         dim = next((d for d in (dim, layout.dim, self.layouts[x].dim) if d is not None), 0)
-        known = self.converted.get((x, forward, backward, dim))
-        if known is not None:
-            return known
+        key = x, forward, backward, dim, self.stage  # a later stage does not send back
+        if key in self.converted:
+            return self.converted[key]
         shape, dtype = self.full[x], self.symbols[x].dtype
         y = self.tensor(shape, dtype, layout)
         kind = forward if forward not in LOCAL else f"{backward}-of-gradient"
         self.add(Call(Collective(forward, backward, dim, shape[dim]), (Ref(x),), {}, (y,)), f"{self.name}/{kind}")
-        self.converted[x, forward, backward, dim] = y
+        self.converted[key] = y
         return y
 
     def reduced(self, x: int, layout: Layout = REPLICATED) -> int:
@@ -142,10 +140,11 @@ class Local:
 
     def rank(self) -> int:
         """The number of the rank, a scalar."""
-        if "rank" not in self.converted:
-            self.converted["rank"] = self.tensor((), "int32")
-            self.add(Call(Collective("rank", "identity"), (), {}, (self.converted["rank"],)), "rank")
-        return self.converted["rank"]
+        key = "rank", self.stage
+        if key not in self.converted:
+            self.converted[key] = self.tensor((), "int32")
+            self.add(Call(Collective("rank", "identity"), (), {}, (self.converted[key],)), f"{self.name}/rank")
+        return self.converted[key]
 
     def wanted(self, t: int, layout: Layout, split: bool) -> int:
         """A tensor of the source in this layout, for an operation of which ranks compute parts or all."""
@@ -161,7 +160,7 @@ class Local:
     def follow(self, i: int, option: Option):
         """Add an operation of the source in the way that was chosen for it."""
         op, call = self.source.graph.ops[i], self.source.calls[i]
-        self.name, self.split = op.name, option.split
+        self.name, self.split, self.stage = op.name, option.split, op.stage
         self.flops = op.flops / (self.ranks if option.split else 1)
         inputs = [self.wanted(t, y, option.split) for t, y in zip(op.inputs, option.inputs, strict=True)]
         if option.build is not None:
@@ -242,7 +241,7 @@ class OnParts:
 def with_tensors(call: Call, tensors: Sequence[int]) -> tuple[Any, Any]:
     """The arguments of a call with these tensors in place of its own, in order."""
     left = iter(tensors)
-    return tree.map_structure(lambda a: Ref(next(left)) if isinstance(a, Ref) else a, (call.args, call.kwargs))
+    return call.arguments(lambda _: Ref(next(left)))
 
 
 def is_collective(call: Call) -> bool:
@@ -258,12 +257,3 @@ def one(values: Sequence[int]) -> Any:
 def same(x: Any) -> Any:
     """The tensor itself, with all that Keras attached to it."""
     return x
-
-
-def segments(graph: KerasGraph) -> Partition:
-    """Each collective a stage of its own, and what lies between two of them."""
-    stage_of: list[int] = []
-    for i, call in enumerate(graph.calls):
-        begins = i and (is_collective(call) or is_collective(graph.calls[i - 1]))
-        stage_of.append((stage_of[-1] if i else 0) + bool(begins))
-    return Partition(graph.graph, tuple(stage_of))

@@ -9,8 +9,9 @@ from keras import tree
 
 from tfpar import _keras, batch
 from tfpar._tf import independent
+from tfpar.backward import present, watched
 from tfpar.engine import Engine, Route, each, tensors_of
-from tfpar.passes import Pass, present
+from tfpar.passes import Pass
 from tfpar.probe import Combine, loss_combination, reads_variables
 from tfpar.program import Edge, Program, differentiable, restored
 from tfpar.state import HasMask
@@ -63,22 +64,24 @@ class LossProgram:
             outputs: the model's, for the part.
             totals: for each loss, what the mean over the whole batch divides by; `None` if this is all of it.
         """
-        model, loss = self.engine.model, self.engine.training.loss
-        values, weighted = [], []
-        if loss is None:
-            y_pred = structured(self.engine, outputs)
-        else:
-            (t,) = self.engine.training.ends
-            value = loss.prediction(outputs[t].value)
-            y, y_pred = loss.targets(y), restored(t, {t: Edge(value, outputs[t].mask)}, {})
-        calls = _keras.loss_calls(model, y, y_pred, sample_weight)
-        for n, call in enumerate(calls):
+        model, values, weighted = self.engine.model, [], []
+        for n, call in enumerate(self.calls(outputs, y, sample_weight)):
             value, count = _keras.evaluate_loss(call)
             if totals is not None:
                 value = value * tf.math.divide_no_nan(count, tf.cast(totals[n], count.dtype))
             values.append(tf.cast(value, _keras.loss_dtype(model)))
             weighted.append(values[-1] if call.weight is None else values[-1] * call.weight)
         return values, tf.add_n(weighted)
+
+    def calls(self, outputs: dict[int, Edge], y: Any, sample_weight: Any) -> list[Any]:
+        """What each loss is called with."""
+        model, loss = self.engine.model, self.engine.training.loss
+        if loss is None:
+            return _keras.loss_calls(model, y, structured(self.engine, outputs), sample_weight)
+        (t,) = self.engine.training.ends
+        value = loss.prediction(outputs[t].value)
+        y_pred = restored(t, {t: Edge(value, outputs[t].mask)}, {})
+        return _keras.loss_calls(model, loss.targets(y), y_pred, sample_weight)
 
     def run(self, outputs: dict[int, Edge], y: Any, sample_weight: Any, totals: list[tf.Tensor] | None, scale: Any):
         """The values, and the gradient of `scale` times their sum by the outputs."""
@@ -95,7 +98,7 @@ class LossProgram:
         if (program, run.parts) not in self.turns:
 
             def turn(variables, edges, y, sample_weight, totals, scale, share):
-                inside, outside = run.sources(program, variables, edges)
+                inside, outside = watched(run, program, variables, edges)
                 sources = [*inside.values(), *outside.values()]
                 with tf.GradientTape() as tape:
                     tape.watch(sources)
@@ -147,7 +150,7 @@ class Head:
     def can_turn(self) -> bool:
         """Whether what the mean over the batch divides by follows from shapes that are known before the outputs are."""
         engine = self.program.engine
-        symbols = [engine.graph.symbols[t] for t in engine.graph.graph.outputs]
+        symbols = [engine.graph.symbols[t] for t in engine.training.ends]
         plain = all(None not in s.shape[1:] and s.shape and _keras.get_keras_mask(s) is None for s in symbols)
         return self.parts == 1 or (plain and not engine.has_masks)
 
@@ -155,7 +158,8 @@ class Head:
         """The cotangents of the model's outputs for part `m`."""
         if self.parts > 1 and self.totals is None:
             masked = any(e.mask is not None for e in outputs.values())
-            masks = self.program.engine.masks(whole_inputs(run), self.training) if masked else {}
+            masks = self.program.engine.masks(whole_inputs(run), self.training) if masked else []
+            masks = dict(zip(run.route.ends, masks, strict=True)) if masked else {}
             self.totals = self.whole_counts({t: (e.value.shape, e.value.dtype) for t, e in outputs.items()}, masks)
         y, sample_weight = each(tf.identity, self.targets[run.part(m)])
         values, loss, cotangents = self.program.call(outputs, y, sample_weight, self.totals, self.scale)
@@ -167,7 +171,7 @@ class Head:
         """The last stage's result for part `m`, the gradients of its variables, and the cotangents of its edges."""
         if self.parts > 1 and self.totals is None:
             symbols = self.program.engine.graph.symbols
-            self.totals = self.whole_counts({t: (symbols[t].shape, symbols[t].dtype) for t in run.graph.outputs}, {})
+            self.totals = self.whole_counts({t: (symbols[t].shape, symbols[t].dtype) for t in run.route.ends}, {})
         y, sample_weight = each(tf.identity, self.targets[run.part(m)])
         result, values, loss, gradients, cotangents = self.program.turn(run, program)(
             variables, edges, y, sample_weight, self.totals, self.scale, run.weights[run.part(m)]
@@ -187,13 +191,12 @@ class Head:
 
         It depends on shapes, weights and masks, not on predictions: zeros stand for those.
         """
-        engine = self.program.engine
         with tf.device(HOST):
             rows = batch.count(self.y)
             like = {t: Edge(tf.zeros([rows, *shape[1:]], dtype), masks.get(t)) for t, (shape, dtype) in outputs.items()}
             for t, (shape, _) in outputs.items():
                 like[t].value.set_shape([None, *shape[1:]])
-            calls = _keras.loss_calls(engine.model, self.y, structured(engine, like), self.sample_weight)
+            calls = self.program.calls(like, self.y, self.sample_weight)
             return [_keras.evaluate_loss(call)[1] for call in calls]
 
     def total(self) -> tf.Tensor:

@@ -56,12 +56,13 @@ def timeline(steps: Steps, times: dict[str, tuple[tf.Tensor, tf.Tensor]]) -> Tim
     """The times of a run as spans."""
     plan = steps.engine.plan
     parts = Parts(1, len({name.split("F")[1] for name in times if "F" in name}))
-    actions: list[Action] = [a for a in steps.engine.schedule(steps.strategy, parts, True).order if str(a) in times]
+    schedule = steps.engine.schedule(steps.strategy, parts, steps.engine.training)
+    actions: list[Action] = [a for a in schedule.order if str(a) in times]
     begin = min(float(start) for start, _ in times.values())
     return Timeline(
         tuple(
             Span(
-                a.micro_batch if plan.mesh.data > 1 else plan.schedule.device_of[a.stage],  # a replica has one part
+                a.micro_batch if plan.mesh.data > 1 else schedule.device_of[a.stage],  # a replica has one part
                 a,
                 float(times[str(a)][0]) - begin,
                 float(times[str(a)][1]) - begin,

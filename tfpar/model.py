@@ -109,6 +109,12 @@ class KerasGraph:
         shape, batch = self.symbols[tensor].shape, self.symbols[self.graph.inputs[0]].shape
         return bool(shape) and bool(batch) and shape[0] == batch[0]
 
+    def in_stages(self, stage_of: Sequence[int]) -> "KerasGraph":
+        """The same graph, each operation with its stage, those of earlier stages first."""
+        order = sorted(range(len(stage_of)), key=lambda i: stage_of[i])
+        ops = tuple(replace(self.graph.ops[i], stage=stage_of[i]) for i in order)
+        return replace(self, graph=replace(self.graph, ops=ops), calls=tuple(self.calls[i] for i in order))
+
     def over(self, variables: tuple[keras.Variable, ...]) -> "KerasGraph":
         """The same graph with its variables in this order, among others that it does not use."""
         places = {id(v): n for n, v in enumerate(variables)}

@@ -124,7 +124,7 @@ def with_opened_layers(graph: KerasGraph, training: bool, checked: set[str]) -> 
         return graph
     ops, calls, tensors, symbols = [], [], list(graph.graph.tensors), list(graph.symbols)
     renamed: dict[int, int] = {}  # outputs of opened layers
-    places = {id(v): n for n, v in enumerate(graph.variables)}
+    places = graph.places
     for i, (op, call) in enumerate(zip(graph.graph.ops, graph.calls, strict=True)):
         if i not in found:
             ops.append(replace(op, inputs=tuple(renamed.get(t, t) for t in op.inputs)))
@@ -141,7 +141,8 @@ def with_opened_layers(graph: KerasGraph, training: bool, checked: set[str]) -> 
         for inner_op, inner_call in zip(inner.graph.ops, inner.calls, strict=True):
             ops.append(
                 replace(
-                    inner_op, name=f"{op.name}/{inner_op.name}", inputs=tuple(into[t] for t in inner_op.inputs),
+                    inner_op, name=f"{op.name}/{inner_op.name}", stage=op.stage,
+                    inputs=tuple(into[t] for t in inner_op.inputs),
                     outputs=tuple(into[t] for t in inner_op.outputs),
                     variables=tuple(sorted(variables[v] for v in inner_op.variables)),
                 )
@@ -158,9 +159,7 @@ def with_opened_layers(graph: KerasGraph, training: bool, checked: set[str]) -> 
 
 def with_refs(call: Call, places: dict[int, int]) -> Call:
     """A call on other tensors."""
-    args, kwargs = tree.map_structure(
-        lambda a: Ref(places.get(a.tensor, a.tensor)) if isinstance(a, Ref) else a, (call.args, call.kwargs)
-    )
+    args, kwargs = call.arguments(lambda ref: Ref(places.get(ref.tensor, ref.tensor)))
     return replace(call, args=args, kwargs=kwargs)
 
 
@@ -174,7 +173,7 @@ def inside(graph: KerasGraph, i: int, training: bool, checked: set[str]) -> Kera
 
     def run(*values, function=None):
         left = iter(values)
-        args, kwargs = tree.map_structure(lambda a: next(left) if isinstance(a, Ref) else a, (call.args, call.kwargs))
+        args, kwargs = call.arguments(lambda _: next(left))
         if function is None:
             args, kwargs = _keras_parts.converted_arguments(layer, (args, kwargs))
         with _keras.autocast_of(layer):

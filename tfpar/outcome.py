@@ -1,19 +1,22 @@
 """What a finished pass leaves: outputs, losses, gradients and state of the whole batch."""
 
-# s: stage, m: micro-batch of a lane, t: tensor of the graph, v: variable, i: operation, k: its k-th added loss
+# s: segment, m: micro-batch of a lane, t: tensor of the graph, v: variable, i: operation, k: its k-th added loss
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
 
 from tfpar import _keras, _moments, batch
-from tfpar.engine import device_of, read
-from tfpar.passes import Pass, add
+from tfpar.collectives import add
+from tfpar.engine import device_of, layout_of, read
+from tfpar.layout import REPLICATED
+from tfpar.passes import Pass
 from tfpar.probe import Combine
 from tfpar.program import Edge, tensor_of, with_logits
 from tfpar.state import whole_moments
 from tfpar.variables import HOST
-from tfpar.whole import NormalizeWith
+from tfpar.whole import TakeMoments
 
 
 def outputs(run: Pass) -> dict[int, Edge]:
@@ -22,27 +25,25 @@ def outputs(run: Pass) -> dict[int, Edge]:
     for t in with_logits(run.values[0], run.graph.outputs):
         source = run.graph.producer.get(tensor_of(t))
         with tf.device(HOST if source is None else run.device(run.partition.stage_of[source])):
-            found[t] = run.whole(t)
+            found[t] = run.joined(t, run.firsts)
     return found
 
 
 def added_losses(run: Pass) -> dict[tuple[int, int], tf.Tensor]:
     """What layers added to the loss, for the whole batch."""
     total: dict[tuple[int, int], tf.Tensor] = {}
-    for (_, m), result in run.results.items():
-        for (i, k), weight in run.loss_weights(result, run.weights[run.part(m)]).items() if not run.rank(m) else ():
+    for (s, m), result in run.results.items():
+        for (i, k), weight in run.loss_weights(result, run.share(s, m)).items() if not run.rank(m) else ():
             loss = result.losses[i][k]
             part = tf.math.multiply_no_nan(loss, tf.cast(weight, loss.dtype))  # no rows have no mean
             total[i, k] = total[i, k] + part if (i, k) in total else part
     return total
 
 
-def gradients(run: Pass, v: int | None) -> list[Any]:
+def gradients(run: Pass, v: int) -> list[Any]:
     """The gradient of a variable, if there is one, for each lane on its device; `None` if nothing depends on it."""
-    if v is None:
-        return [None] * run.lanes
     found = []
-    for lane in range(run.lanes):
+    for lane in range(run.engine.lanes):
         parts = [g for (_, owner, of), g in run.gradients.items() if (owner, of) == (lane, v)]
         with tf.device(device_of(run.engine.graph.variables[v], lane)):
             total = parts[0] if parts else None
@@ -63,30 +64,33 @@ def write_state(run: Pass):
     moved = move_statistics(run) if len(run.inputs) > 1 else set()
     for v in dict.fromkeys(v for state in run.state for v in state):
         variable = run.engine.graph.variables[v]
+        if id(variable) in moved:
+            continue
         if v in run.engine.layouts:
-            for rank, copy in enumerate(_keras.stored(variable).copies):  # every part has a value of its own
+            for lane, copy in enumerate(_keras.stored(variable).copies):  # every rank has a value of its own
                 with tf.device(copy.device):
-                    copy.assign(run.state[rank][v])
-        elif id(variable) not in moved:
+                    copy.assign(combined(run, v, lane % run.ranks))
+        else:
             with tf.device(device_of(variable)):
-                variable.assign(combined(run, v, [run.state[m][v] for m in run.firsts if v in run.state[m]]))
+                variable.assign(combined(run, v))
 
 
-def combined(run: Pass, v: int, parts: list[tf.Tensor]) -> tf.Tensor:
-    """The value of a variable after the batch, from those after each part."""
+def combined(run: Pass, v: int, rank: int = 0) -> tf.Tensor:
+    """The value of a variable, or of a rank's part, after the batch, from those after each part."""
     variable = run.engine.graph.variables[v]
+    places = [m for m in run.all if run.rank(m) == rank and v in run.state[m]]
+    parts = [run.state[m][v] for m in places]
     if len(parts) == 1 or _keras.is_seed(variable):
         return parts[0]
     s = max(s for (s, m), result in run.results.items() if v in result.state)
     writer = run.program(s).writers[v]
-    shared = isinstance(run.route.graph.calls[writer].operation, NormalizeWith)
-    kind = Combine.SAME if shared else run.found(writer, "state", id(variable))
+    kind = run.found(writer, "state", id(variable))
     if kind is Combine.SAME:
         return parts[0]
     if kind is Combine.MEAN:
-        return tf.add_n([p * tf.cast(w, p.dtype) for p, w in zip(parts, run.weights, strict=True)])
+        return tf.add_n([p * tf.cast(run.share(s, m), p.dtype) for p, m in zip(parts, places, strict=True)])
     if kind is Combine.SUM:
-        before = read(variable)
+        before = read(variable, rank)
         return before + tf.add_n([p - before for p in parts])
     raise run.needs_whole(
         writer,
@@ -98,13 +102,43 @@ def combined(run: Pass, v: int, parts: list[tf.Tensor]) -> tf.Tensor:
 def move_statistics(run: Pass) -> set[int]:
     """Move the statistics of each BatchNormalization by those of the whole batch; returns which variables moved."""
     moved: set[int] = set()
-    for s in set(range(run.partition.stages)) - set(run.route.whole):
-        layers = run.program(s).normalizations
-        for number, layer in enumerate(layers):
-            calls = zip(*(run.results[s, m].moments.get(number, []) for m in range(len(run.inputs))), strict=True)
-            for parts in calls:
-                with tf.device(device_of(layer.moving_mean)):
-                    stacked = _moments.Moments(*(tf.stack(values) for values in zip(*parts, strict=True)))
-                    _moments.move_statistics(layer, *whole_moments(stacked))
-                moved |= {id(v) for v in _moments.moving_statistics(layer)}
+    for layer, parts in statistics(run):
+        with tf.device(device_of(layer.moving_mean)):
+            _moments.move_statistics(layer, *whole_moments(parts))
+        moved |= {id(v) for v in _moments.moving_statistics(layer)}
     return moved
+
+
+def statistics(run: Pass) -> Iterator[tuple[Any, _moments.Moments]]:
+    """Each BatchNormalization that moves, and mean, variance and count of each part, (parts, channels) and (parts,)."""
+    places, written = run.engine.graph.places, {v for state in run.state for v in state}
+
+    def moves(layer: Any) -> bool:
+        return places.get(id(layer.moving_mean)) in written
+
+    def of_ranks(layer: Any, of: Callable[[int], _moments.Moments]) -> _moments.Moments:
+        count = run.ranks if layout_of(layer.moving_mean) != REPLICATED else 1
+        mean, variance, counts = zip(*(of(rank) for rank in range(count)), strict=True)
+        return _moments.Moments(tf.concat(mean, -1), tf.concat(variance, -1), counts[0])
+
+    for op, call in zip(run.graph.ops, run.route.graph.calls, strict=True):
+        if isinstance(call.operation, TakeMoments) and moves(layer := call.operation.call.operation):
+
+            def taken(rank: int, outputs: Any = op.outputs) -> _moments.Moments:
+                parts = [run.values[m] for m in run.all if run.rank(m) == rank]
+                return _moments.Moments(*(tf.concat([values[t].value for values in parts], 0) for t in outputs))
+
+            yield layer, of_ranks(layer, taken)
+    for s in range(run.partition.stages):
+        for number, layer in enumerate([] if s in run.route.collectives else run.program(s).normalizations):
+            results = [(run.rank(m), found) for (of, m), found in run.results.items() if of == s]
+            calls = len(results[0][1].moments.get(number, []))
+            if len(results) <= run.ranks:  # run for all at once: it has moved by itself
+                continue
+            for n in range(calls):
+
+                def recorded(rank: int, n: int = n, number: int = number, results: Any = results) -> _moments.Moments:
+                    parts = [found.moments[number][n] for of, found in results if of == rank]
+                    return _moments.Moments(*(tf.stack(values) for values in zip(*parts, strict=True)))
+
+                yield layer, of_ranks(layer, recorded)

@@ -2,8 +2,9 @@
 
 # i, j: positions in the order of operations, s: stage
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -72,6 +73,15 @@ class Partition:
     def home(self, variable: int) -> int:
         """The stage that owns a variable: the first one that uses it; stage 0 for one that no operation uses."""
         return next((s for op, s in zip(self.graph.ops, self.stage_of, strict=True) if variable in op.variables), 0)
+
+
+def segmented(graph: OpGraph, labels: Sequence[Any], alone: Set[int] = frozenset()) -> Partition:
+    """Neighbours with the same label together, each operation of `alone` by itself."""
+    segment_of: list[int] = []
+    for i, label in enumerate(labels):
+        begins = i and (label != labels[i - 1] or i in alone or i - 1 in alone)
+        segment_of.append((segment_of[-1] if i else 0) + bool(begins))
+    return Partition(graph, tuple(segment_of))
 
 
 def balanced(graph: OpGraph, stages: int, hardware: Hardware, rows: int = 1) -> Partition:

@@ -1,11 +1,12 @@
 """One batch on its way through the stages: emits each action on its device, in its order, into one tf.function."""
 
-# s: stage, l: lane, a rank of a replica, m: micro-batch of a lane, t: tensor of the graph, v: variable, i: operation,
-# k: its k-th added loss
+# s: segment of a stage, l: lane, a rank of a replica, m: micro-batch of a lane, t: tensor of the graph, v: variable,
+# i: operation, k: its k-th added loss
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import keras
@@ -13,11 +14,11 @@ import tensorflow as tf
 
 from tfpar import _keras, batch
 from tfpar._tf import awaited, independent
-from tfpar.collectives import add
+from tfpar.backward import again_of, keep, vjp
 from tfpar.engine import Engine, Route, each, read, tensors_of
 from tfpar.errors import ModelError
 from tfpar.probe import Combine
-from tfpar.program import Edge, Program, Result, differentiable, tensor_of, with_logits
+from tfpar.program import Edge, Program, Result, tensor_of, with_logits
 from tfpar.schedule import Action, Kind, Schedule
 from tfpar.state import NeedsWholeBatch
 from tfpar.together import COLLECTIVE, WHOLE
@@ -42,6 +43,7 @@ class Pass:
         read: a variable's value for a replica, on the current device.
         clock: whether to note when each action starts and stops.
         route: the way through the model; that of `training`, if not given.
+        scatters: whether replicas divide gradients between them as soon as they are there.
     """
 
     engine: Engine
@@ -56,6 +58,7 @@ class Pass:
     read: Callable[[keras.Variable, int], tf.Tensor] = read
     clock: bool = False
     route: Route | None = None
+    scatters: bool = False
 
     def __post_init__(self):
         self.route = self.route or self.engine.route(self.training)
@@ -69,23 +72,54 @@ class Pass:
         self.results: dict[tuple[int, int], Result] = {}
         self.pullbacks: dict[tuple[int, int], Callable] = {}
         self.cotangents: list[dict[int, list[tf.Tensor]]] = [{} for _ in self.all]
-        self.gradients: dict[tuple[int, int, int], Any] = {}  # by stage, lane and variable
-        self.known: dict[tuple[int, int, int], tf.Tensor] = {}  # by stage, lane and variable
+        self.gradients: dict[tuple[int, int, int], Any] = {}  # by segment, lane and variable
+        self.waiting: dict[tuple, dict[int, Any]] = {}  # gradients that lack those of other replicas
+        self.known: dict[tuple[int, int, int], tf.Tensor] = {}  # by segment, lane and variable
         self.last: dict[tuple[int, int], list[Any]] = {}  # by lane and device, what tells that it is free
+        self.before: dict[tuple[int, int], list[Any]] = {}  # the same, an action earlier
         self.starts: dict[Action, tf.Tensor] = {}
         self.stops: dict[Action, tf.Tensor] = {}
 
     def run(self, schedule: Schedule, *kinds: Kind) -> "Pass":
-        """Emit the schedule's actions of these kinds, each for every lane, or once for those that it concerns."""
+        """Emit the schedule's actions of these kinds, each on its device."""
+        for action, emit in self.actions(schedule, *kinds):
+            with tf.device(self.device(action.stage, self.lane(action.micro_batch))), tf.name_scope(self.scope(action)):
+                try:
+                    emit()
+                except Exception as error:
+                    error.add_note(f"in {self.scope(action)}: {', '.join(self.names(action.stage))}")
+                    raise
+        return self
+
+    def names(self, s: int) -> list[str]:
+        """The operations of a segment."""
+        return [self.graph.ops[i].name for i in self.partition.ops(s)]
+
+    def actions(self, schedule: Schedule, *kinds: Kind) -> Iterator[tuple[Action, Callable]]:
+        """The schedule's actions of these kinds, for every lane or for those that go together, and what emits each."""
         self.schedule = schedule
         for s, kind, m in schedule.order:
-            exchange = s in self.route.collectives
-            together = self.lanes if s in self.route.whole else self.ranks if exchange else 1
-            for lane in range(0, self.lanes, together) if kind in kinds else ():
+            ways = COLLECTIVE if s in self.route.collectives else WHOLE if s in self.route.whole else RUN
+            for lane in range(self.lanes) if kind in kinds else ():
                 action = Action(s, kind, lane * self.parts.micro_batches + m)
-                with tf.device(self.device(s, lane)), tf.name_scope(self.scope(action)):
-                    (COLLECTIVE if exchange else WHOLE if s in self.route.whole else RUN)[kind](self, action)
-        return self
+                if self.together(s, action.micro_batch)[0] == action.micro_batch:
+                    yield action, partial(ways[kind], self, action)
+
+    def together(self, s: int, m: int) -> list[int]:
+        """The micro-batches, of several lanes, that go through a segment together with this one; the first leads."""
+        lane, micro_batch = divmod(m, self.parts.micro_batches)
+        replica, rank = divmod(lane, self.ranks)
+        lanes = [lane]
+        if s in self.route.whole:
+            lanes = list(range(rank, self.lanes, self.ranks))
+        elif s in self.route.collectives:
+            lanes = list(range(replica * self.ranks, (replica + 1) * self.ranks))
+        return [lane * self.parts.micro_batches + micro_batch for lane in lanes]
+
+    def share(self, s: int, m: int) -> Any:
+        """The share in the batch of what goes through a segment together."""
+        parts = [self.weights[self.part(n)] for n in (self.together(s, m) if s in self.route.whole else [m])]
+        return tf.add_n(parts) if len(parts) > 1 else parts[0]
 
     @property
     def lanes(self) -> int:
@@ -93,7 +127,7 @@ class Pass:
         return self.parts.replicas * self.ranks
 
     def device(self, s: int, lane: int = 0) -> str:
-        """The device of a stage of a lane."""
+        """The device of a segment of a lane."""
         replica, rank = divmod(lane, self.ranks)
         return self.engine.plan.mesh.device(data=replica, stage=self.schedule.device_of[s], tensor=rank)
 
@@ -108,7 +142,9 @@ class Pass:
             return f"{where}{exchange.forward if kind is Kind.FORWARD else exchange.backward}/{name}"
         where += f"rank{rank}/" if self.ranks > 1 else ""
         what = "forward_backward" if self.turns(action) else kind.name.lower()
-        return f"{where}stage{s}/mb{m % self.parts.micro_batches}/{what}"
+        stages = self.route.stages
+        segment = f"segment{s}/" if len(stages) > stages[-1] + 1 else ""
+        return f"{where}stage{stages[s]}/{segment}mb{m % self.parts.micro_batches}/{what}"
 
     def again(self) -> "Pass":
         """The same forward passes, for another way back."""
@@ -118,7 +154,7 @@ class Pass:
         return other
 
     def program(self, s: int) -> Program:
-        """What a stage runs."""
+        """What a segment runs."""
         return self.engine.program(self.route, s, self.training)
 
     def lane(self, m: int) -> int:
@@ -141,7 +177,7 @@ class Pass:
     # ---- actions, under the device of their stage
 
     def forward(self, action: Action):
-        """Run a stage on a part."""
+        """Run a segment on a part."""
         s, _, m = action
         program = self.program(s)
         edges = self.started(action, with_logits(self.values[m], self.partition.needs(s)))
@@ -158,9 +194,9 @@ class Pass:
         self.results[s, m] = result
 
     def ran(self, s: int, m: int, program: Program, variables: list[tf.Tensor], edges: dict[int, Edge]) -> Result:
-        """The result of a stage's program, and for later its way back."""
+        """The result of a segment's program, and for later its way back."""
         if self.differentiate:
-            result, self.pullbacks[s, m] = self.vjp(program, variables, edges)
+            result, self.pullbacks[s, m] = vjp(self, program, variables, edges, again_of(self, s, m, program))
         else:
             result = program(variables, edges)
         independent(tensors_of(result))
@@ -179,7 +215,7 @@ class Pass:
         return line[here + 1] == line[here]._replace(kind=Kind.BACKWARD)
 
     def backward(self, action: Action):
-        """Take a part back through a stage: gradients of variables are added up, those of edges passed on."""
+        """Take a part back through a segment: gradients of variables are added up, those of edges passed on."""
         s, _, m = action
         if self.turns(action):
             return
@@ -189,17 +225,16 @@ class Pass:
             cotangents = self.arrived(s, m)
         else:
             cotangents = self.started(action, self.arrived(s, m))
-        variables, edges = self.pullbacks.pop((s, m))(cotangents, self.added_cotangents(self.results[s, m], m))
+        variables, edges = self.pullbacks.pop((s, m))(cotangents, self.added_cotangents(s, m))
         independent(tensors_of((variables, edges)))
         self.returned(action, variables, edges)
 
     def returned(self, action: Action, variables: dict[int, Any], edges: dict[int, tf.Tensor]):
-        """Keep what came back through a stage."""
+        """Keep what came back through a segment."""
         s, _, m = action
-        for v, gradient in variables.items():
-            known = self.gradients.get((s, self.lane(m), v))
-            self.gradients[s, self.lane(m), v] = gradient if known is None else add(known, gradient)
-        self.stopped(action, (edges, [self.gradients[s, self.lane(m), v] for v in variables]))
+        keep(self, s, m, variables)
+        of_weights = [self.gradients.get((s, self.lane(m), v), gradient) for v, gradient in variables.items()]
+        self.stopped(action, (edges, of_weights))
         self.send(m, edges)
 
     def send(self, m: int, cotangents: dict[int, tf.Tensor]):
@@ -207,56 +242,29 @@ class Pass:
         for t, cotangent in cotangents.items():
             self.cotangents[m].setdefault(t, []).append(cotangent)
 
-    def vjp(self, program: Program, variables: list[tf.Tensor], edges: dict[int, Edge]) -> tuple[Result, Callable]:
-        """A program's result, and a function from its cotangents to those of its variables and edges."""
-        inside, outside = self.sources(program, variables, edges)
-        sources = [*inside.values(), *outside.values()]
-        with tf.GradientTape(persistent=self.head is None) as tape:  # a user may ask more than once
-            tape.watch(sources)
-            result = program(variables, edges)
-
-        def pullback(cotangents: dict[int, tf.Tensor], added: dict[tuple[int, int], tf.Tensor]):
-            targets = [result.edges[t].value for t in cotangents] + [result.losses[i][k] for i, k in added]
-            if not targets:
-                return {}, {}
-            found = tape.gradient(targets, sources, [*cotangents.values(), *added.values()])
-            return present(inside, found), present(outside, found[len(inside) :])
-
-        return result, pullback
-
-    def sources(
-        self, program: Program, variables: list[tf.Tensor], edges: dict[int, Edge]
-    ) -> tuple[dict[int, tf.Tensor], dict[int, tf.Tensor]]:
-        """The variables and the edges of a program of which gradients are wanted."""
-        return {v: x for v, x in zip(program.variables, variables, strict=True) if v in self.engine.trainable}, {
-            t: e.value
-            for t, e in edges.items()
-            if differentiable(self.graph, t) and (self.watch_inputs or self.is_learned(tensor_of(t)))
-        }
-
     def is_learned(self, t: int) -> bool:
         """Whether the gradient of a tensor is one of weights, too."""
         return t in (self.graph.producer if self.route.learned is None else self.route.learned)
 
-    # ---- for stages that lanes run together
+    # ---- for segments that lanes run together
 
     def is_batched(self, t: int) -> bool:
         """Whether dimension 0 of a tensor, or of its logits, is the batch."""
         return self.route.graph.is_batched(tensor_of(t))
 
-    def whole(self, t: int) -> Edge:
-        """A tensor for the whole batch."""
-        parts = [self.values[m][t] for m in self.firsts]
+    def joined(self, t: int, places: Sequence[int]) -> Edge:
+        """A tensor of several parts as one."""
+        parts = [self.values[m][t] for m in places]
         if not self.is_batched(t):
             return parts[0]
         return Edge(batch.joined([p.value for p in parts]), batch.joined([p.mask for p in parts]))
 
-    def divided(self, s: int, t: int, value: Any) -> list[Any]:
-        """A tensor of a stage for the whole batch as those of its parts, which have as many rows as what came in."""
+    def divided(self, s: int, t: int, value: Any, places: Sequence[int]) -> list[Any]:
+        """A tensor of several parts together as those of each, which have as many rows as what came in."""
         if value is None or not self.is_batched(t):
-            return [value] * len(self.values)
+            return [value] * len(places)
         like = next(filter(self.is_batched, [*self.partition.needs(s), *self.graph.inputs]))
-        return batch.split_like(value, [batch.count([values[like].value]) for values in self.values])
+        return batch.split_like(value, [batch.count([self.values[m][like].value]) for m in places])
 
     # ---- the order on a device
 
@@ -275,7 +283,8 @@ class Pass:
         done = tf.group(*map(awaited, tensors_of(values)))
         if self.clock:
             done = self.stops[action] = now([done])
-        self.last[self.place(action)] = [done]
+        place = self.place(action)
+        self.before[place], self.last[place] = self.last.get(place, []), [done]
 
     def place(self, action: Action) -> tuple[int, int]:
         """The lane and the device of an action."""
@@ -289,6 +298,9 @@ class Pass:
         if v in self.state[m]:
             return tf.identity(self.state[m][v])
         if (s, lane, v) not in self.known:
+            if self.engine.gathers(v):  # for this action alone, while the one before it runs
+                with tf.control_dependencies(self.before.get((lane, self.schedule.device_of[s]), [])):
+                    return self.read(variable, lane)
             self.known[s, lane, v] = self.read(variable, lane)
         value = self.known[s, lane, v]
         if not _keras.is_seed(variable):
@@ -297,19 +309,20 @@ class Pass:
         return _keras.nth_seed(value, m if v in self.route.drawn else self.part(m))
 
     def arrived(self, s: int, m: int) -> dict[int, tf.Tensor]:
-        """The cotangents of a stage's edges, summed over those that used them."""
+        """The cotangents of a segment's edges, summed over those that used them."""
         parts = with_logits(self.cotangents[m], self.partition.edges(s))
         return {t: tf.add_n(p) if len(p) > 1 else p[0] for t, p in parts.items()}
 
-    def added_cotangents(self, result: Result, m: int) -> dict[tuple[int, int], tf.Tensor]:
-        """The gradient of each loss that a stage added for a part."""
+    def added_cotangents(self, s: int, m: int) -> dict[tuple[int, int], tf.Tensor]:
+        """The gradient of each loss that a segment added for a part."""
+        result = self.results[s, m]
         return {
             (i, k): tf.cast(weight, (loss := result.losses[i][k]).dtype) * tf.cast(self.cotangent_of(i, k), loss.dtype)
-            for (i, k), weight in self.loss_weights(result, self.weights[self.part(m)]).items()
+            for (i, k), weight in self.loss_weights(result, self.share(s, m)).items()
         }
 
     def loss_weights(self, result: Result, share: Any) -> dict[tuple[int, int], Any]:
-        """The weight of each loss that a stage added for a part with this share of the batch."""
+        """The weight of each loss that a segment added for a part with this share of the batch."""
         return {
             (i, k): self.loss_weight(i, k, share) for i, losses in result.losses.items() for k in range(len(losses))
         }
@@ -320,7 +333,8 @@ class Pass:
 
     def loss_weight(self, i: int, k: int, share: Any) -> Any:
         """By what to multiply an added loss of a part with this share of the batch, so that the sum is the batch's."""
-        if len(self.inputs) == 1 or self.partition.stage_of[i] in self.route.whole:
+        together = self.parts.replicas if self.partition.stage_of[i] in self.route.whole else 1
+        if together == self.parts.count:
             return 1.0
         kind = self.found(i, "losses", k)
         if kind in (Combine.MEAN, Combine.SAME):
@@ -342,17 +356,12 @@ class Pass:
     def found(self, i: int, what: str, key: int) -> Combine | None:
         """How a loss or a state of an operation combines; `None` where the numbers do not tell."""
         try:
-            return getattr(self.route.probe.of(i, self.training), what)[key]
+            return getattr(self.route.probe.of(self.route.in_source(i), self.training), what)[key]
         except Exception:  # the operation does not run on random samples
             return None
 
 
 RUN: dict[Kind, Callable[[Pass, Action], None]] = {Kind.FORWARD: Pass.forward, Kind.BACKWARD: Pass.backward}
-
-
-def present(keys: Iterable[int], values: Sequence[Any]) -> dict[int, Any]:
-    """The values that are not `None`, by their keys."""
-    return {key: value for key, value in zip(keys, values, strict=False) if value is not None}
 
 
 def now(after: list[tf.Tensor]) -> tf.Tensor:

@@ -1,6 +1,7 @@
 """What goes where: the result of planning, and what a user is told of it."""
 
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 from typing import NamedTuple
 
@@ -9,12 +10,14 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
 from tfpar.cost import BACKWARD, Hardware, StageCost, op_seconds
-from tfpar.layout import Layout, bounds
+from tfpar.layout import REPLICATED, Layout, Sharding, bounds, sharded
 from tfpar.mesh import Mesh
 from tfpar.partition import Partition
 from tfpar.schedule import Schedule
 from tfpar.simulate import simulate
 from tfpar.timeline import Timeline
+
+ZERO = {1: "slots of the optimizer", 2: "slots and gradients", 3: "weights, slots and gradients"}
 
 
 class Weight(NamedTuple):
@@ -25,17 +28,6 @@ class Weight(NamedTuple):
     bytes: int
     layout: Layout
     why: str
-
-    def part(self, rank: int, ranks: int) -> tuple[int, ...]:
-        """The shape of what a rank has."""
-        if self.layout.dim is None:
-            return self.shape
-        edges = bounds(self.shape[self.layout.dim], ranks)
-        return tuple(edges[rank + 1] - edges[rank] if d == self.layout.dim else n for d, n in enumerate(self.shape))
-
-    def part_bytes(self, rank: int, ranks: int) -> int:
-        """The bytes of what a rank has."""
-        return self.bytes // max(1, prod(self.shape)) * prod(self.part(rank, ranks))
 
 
 class Exchange(NamedTuple):
@@ -69,7 +61,9 @@ class Plan:
         hardware: what the estimates assume.
         rows: samples in a full batch.
         slot_bytes: for each variable of the graph, the bytes that the optimizer keeps for it.
-        whole: stages that take the parts of all replicas at once.
+        whole: operations that are run for the parts of all replicas at once.
+        segments: programs of a replica.
+        zero: what replicas divide, see `MeshStrategy`.
         weights: how each variable of the graph is divided between ranks.
         exchanges: what crosses between ranks in a training step.
     """
@@ -80,13 +74,15 @@ class Plan:
     hardware: Hardware
     rows: int
     slot_bytes: tuple[int, ...] = ()
-    whole: frozenset[int] = frozenset()
+    whole: tuple[str, ...] = ()
+    segments: int = 1
+    zero: int = 0
     weights: tuple[Weight, ...] = ()
     exchanges: tuple[Exchange, ...] = ()
 
-    def device(self, stage: int, replica: int = 0) -> str:
+    def device(self, stage: int, replica: int = 0, rank: int = 0) -> str:
         """The device of a stage."""
-        return self.mesh.device(data=replica, stage=self.schedule.device_of[stage])
+        return self.mesh.device(replica, self.schedule.device_of[stage], rank)
 
     def home(self, variable: int) -> str:
         """The device of a variable, in the first replica."""
@@ -119,13 +115,30 @@ class Plan:
         """Bytes of one sample that leave a stage."""
         return sum(self.partition.graph.tensors[t].bytes for t in self.partition.edges(stage))
 
-    def parameter_bytes(self, stage: int) -> int:
-        """Bytes of the variables that live on a stage."""
-        return sum(v.bytes for i, v in enumerate(self.partition.graph.variables) if self.partition.home(i) == stage)
+    def parameter_bytes(self, stage: int, lane: int = 0) -> int:
+        """Bytes of the variables that a lane has of a stage."""
+        return sum(self.part(v, lane) for v in self.variables(stage))
 
-    def optimizer_bytes(self, stage: int) -> int:
-        """Bytes of the optimizer's slots on a stage."""
-        return sum(b for i, b in enumerate(self.slot_bytes) if self.partition.home(i) == stage)
+    def optimizer_bytes(self, stage: int, lane: int = 0) -> int:
+        """Bytes of the optimizer's slots that a lane has of a stage."""
+        return sum(self.part(v, lane, self.slot_bytes[v], 1) for v in self.variables(stage) if self.slot_bytes)
+
+    def variables(self, stage: int) -> list[int]:
+        """The variables of a stage."""
+        return [v for v in range(len(self.partition.graph.variables)) if self.partition.home(v) == stage]
+
+    def part(self, v: int, lane: int, whole: int | None = None, zero: int = 3) -> int:
+        """Of the bytes of a variable, or of its slots, those that a lane has.
+
+        Args:
+            zero: from which kind of ZeRO on replicas divide them.
+        """
+        variable = self.partition.graph.variables[v]
+        sharding = Sharding(self.weights[v].layout if self.weights else REPLICATED, self.mesh.tensor)
+        if variable.trainable and self.zero >= zero:
+            sharding = sharded(variable.shape, sharding, self.mesh.data)
+        part = sharding.shape(variable.shape, lane, self.mesh.data * self.mesh.tensor)
+        return (variable.bytes if whole is None else whole) * prod(part) // max(1, prod(variable.shape))
 
     def activation_bytes(self, stage: int) -> int:
         """Bytes of what a stage's operations make, for as many micro-batches as the schedule holds at once."""
@@ -134,80 +147,64 @@ class Plan:
         return made * self.micro_rows * self.schedule.in_flight(stage)
 
     def __rich__(self) -> RenderableType:
-        if self.mesh.tensor > 1:
-            return self.of_ranks()
-        return self.of_replicas() if self.mesh.data > 1 else self.of_stages()
+        return Group(self.of_devices(), *([self.of_weights(), self.of_exchanges()] if self.mesh.tensor > 1 else []))
 
-    def of_stages(self) -> Table:
-        """What is on each stage."""
-        title = f"{self.partition.stages} stages, {self.schedule.micro_batches} micro-batches"
-        table = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0))
-        for name in ("stage", "device", "first layer"):
-            table.add_column(name)
-        table.add_column("layers", justify="right")
-        for name in ("time", "parameters", "optimizer", f"activations\nof {self.rows} samples"):
-            table.add_column(name, justify="right")
-        whole = sum(self.cost.forward) or 1.0
-        for s in range(self.partition.stages):
-            ops = self.partition.ops(s)
-            table.add_row(
-                str(s), self.device(s), self.partition.graph.ops[ops[0]].layer, str(len(ops)),
-                f"{self.cost.forward[s] / whole:.0%}", size(self.parameter_bytes(s)),
-                size(self.optimizer_bytes(s)) if any(self.slot_bytes) else "?",
-                size(self.activation_bytes(s)),
-            )  # fmt: skip
-        table.caption = f"predicted bubble {self.timeline.bubble:.0%} (idle share of all devices)"
-        return table
-
-    def of_replicas(self) -> Table:
-        """What is on each replica."""
-        graph, stages = self.partition.graph, range(self.partition.stages)
-        table = Table(title=f"{self.mesh.data} replicas", box=SIMPLE, padding=(0, 1, 0, 0))
-        for name in ("replica", "device"):
-            table.add_column(name)
-        for name in ("samples", "parameters", "optimizer", f"activations\nof {self.rows} samples"):
-            table.add_column(name, justify="right")
-        edges = [self.rows * r // self.mesh.data for r in range(self.mesh.data + 1)]
-        parameters, activations = (size(sum(map(of, stages))) for of in (self.parameter_bytes, self.activation_bytes))
-        slots = size(sum(self.slot_bytes)) if any(self.slot_bytes) else "?"
-        for r in range(self.mesh.data):
-            samples = str(edges[r + 1] - edges[r])
-            table.add_row(str(r), self.device(0, r), samples, parameters, slots, activations)
-        reduced = size(sum(v.bytes for v in graph.variables if v.trainable))
-        together = [graph.ops[i].name for s in sorted(self.whole) for i in self.partition.ops(s)]
-        table.caption = (
-            f"{reduced} of gradients added up over replicas, from {len(stages) - len(together)} programs"
-            + (f"\ncomputed for all replicas at once: {', '.join(together)}" if together else "")
-        )
+    def of_devices(self) -> Table:
+        """What is on each device."""
+        mesh, stages = self.mesh, self.partition.stages
+        counts = {"replicas": mesh.data, "stages": stages, "ranks": mesh.tensor}
+        several = [f"{n} {axis}" for axis, n in counts.items() if n > 1] or ["1 device"]
+        several += [f"{self.schedule.micro_batches} micro-batches"] if stages * self.schedule.micro_batches > 1 else []
+        table = Table(title=", ".join(several), box=SIMPLE, padding=(0, 1, 0, 0))
+        columns = [(axis[:-1], "left") for axis, n in counts.items() if n > 1] + [("device", "left")]
+        columns += [("first layer", "left"), ("layers", "right"), ("time", "right")] if stages > 1 else []
+        columns += [("samples", "right")] if mesh.data > 1 else []
+        columns += [("parameters", "right")] + ([("of all", "right")] if mesh.tensor > 1 or self.zero == 3 else [])
+        columns += [("optimizer", "right"), (f"activations\nof {self.rows} samples", "right")]
+        for name, justify in columns:
+            table.add_column(name, justify=justify)
+        seconds, rows = sum(self.cost.forward) or 1.0, bounds(self.rows, mesh.data)
+        whole = sum(v.bytes for v in self.partition.graph.variables) or 1
+        for r, s, k in product(range(mesh.data), range(stages), range(mesh.tensor)):
+            held, ops = self.parameter_bytes(s, r * mesh.tensor + k), self.partition.ops(s)
+            cells = [str(n) for n, count in zip((r, s, k), counts.values(), strict=True) if count > 1]
+            cells.append(self.device(s, r, k))
+            if stages > 1:
+                first = self.partition.graph.ops[ops[0]].layer
+                cells += [first, str(len(ops)), f"{self.cost.forward[s] / seconds:.0%}"]
+            cells += [str(rows[r + 1] - rows[r])] if mesh.data > 1 else []
+            cells += [size(held)] + ([f"{held / whole:.0%}"] if mesh.tensor > 1 or self.zero == 3 else [])
+            slots = self.optimizer_bytes(s, r * mesh.tensor + k)
+            cells += [size(slots) if any(self.slot_bytes) else "?", size(self.activation_bytes(s))]
+            table.add_row(*cells)
+        notes = [f"predicted bubble {self.timeline.bubble:.0%} (idle share of all devices)"] if stages > 1 else []
+        if mesh.data > 1:
+            reduced = size(sum(v.bytes for v in self.partition.graph.variables if v.trainable))
+            notes.append(f"{reduced} of gradients added up over replicas, from {self.segments} programs")
+        if mesh.data > 1 and self.zero:
+            notes.append(f"replicas divide {ZERO[self.zero]} (ZeRO {self.zero})")
+        if self.whole:
+            notes.append(f"computed for all replicas at once: {', '.join(self.whole)}")
+        table.caption = "\n".join(notes) or None
         return table
 
     def rank_bytes(self, rank: int) -> int:
-        """Bytes of the variables of a rank."""
-        return sum(weight.part_bytes(rank, self.mesh.tensor) for weight in self.weights)
+        """Bytes of the variables of a rank, on all stages."""
+        return sum(self.parameter_bytes(s, rank) for s in range(self.partition.stages))
 
-    def of_ranks(self) -> Group:
-        """How weights are divided between ranks, what each rank holds, and what they exchange."""
-        ranks = self.mesh.tensor
-        weights = Table(title=f"{ranks} ranks", box=SIMPLE, padding=(0, 1, 0, 0))
+    def of_weights(self) -> Table:
+        """How weights are divided between ranks."""
+        weights = Table(box=SIMPLE, padding=(0, 1, 0, 0))
         for name in ("weight", "shape", "part", "why"):
             weights.add_column(name, overflow="fold")
         for weight in self.weights:
-            part = "" if weight.layout.dim is None else str(weight.part(0, ranks))
+            part = Sharding(weight.layout, self.mesh.tensor).shape(weight.shape, 0, self.mesh.tensor)
+            part = "" if weight.layout == REPLICATED else str(part)
             weights.add_row(weight.path, str(weight.shape), part, weight.why)
-        devices = Table(box=SIMPLE, padding=(0, 1, 0, 0))
-        for name in ("rank", "device"):
-            devices.add_column(name)
-        for name in ("parameters", "of all", "optimizer"):
-            devices.add_column(name, justify="right")
-        whole = sum(weight.bytes for weight in self.weights) or 1
-        for k in range(ranks):
-            held = self.rank_bytes(k)
-            slots = sum(
-                slot * weight.part_bytes(k, ranks) // max(1, weight.bytes)
-                for slot, weight in zip(self.slot_bytes, self.weights, strict=False)
-            )
-            slot = size(slots) if any(self.slot_bytes) else "?"
-            devices.add_row(str(k), self.mesh.device(tensor=k), size(held), f"{held / whole:.0%}", slot)
+        return weights
+
+    def of_exchanges(self) -> Table:
+        """What ranks exchange."""
         exchanges = Table(box=SIMPLE, padding=(0, 1, 0, 0))
         for name in ("collectives of a training step", "direction"):
             exchanges.add_column(name)
@@ -217,12 +214,12 @@ class Plan:
             found = [e for e in self.exchanges if (e.kind, e.backward) == (kind, backward)]
             total = sum(e.bytes * (self.rows if e.batched else 1) for e in found)
             exchanges.add_row(kind, "backward" if backward else "forward", str(len(found)), size(total))
-        return Group(weights, devices, exchanges)
+        return exchanges
 
     def __str__(self) -> str:
         console = Console(width=120)
         with console.capture() as capture:
-            console.print(self, *([self.timeline] if self.mesh.data * self.mesh.tensor == 1 else []))
+            console.print(self, *([self.timeline] if self.mesh.stage == self.mesh.size else []))
         return capture.get()
 
 

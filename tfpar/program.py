@@ -60,6 +60,11 @@ class Function:
             self.traces[kind] = shared(self.trace(args), self.compiled is not None)
         return self.traces[kind](*args)
 
+    def of(self, *args: Any) -> Any:
+        """The traced function for arguments of this kind, which it was called with."""
+        trace = self.traces[str(tf.nest.map_structure(kind_of, args))]
+        return trace.function if isinstance(trace, Trace) else trace
+
     def trace(self, args: Any) -> Callable:
         """The function for this kind of arguments, compiled if it can be."""
         examples = tf.nest.map_structure(lambda x: x if isinstance(x, tf.Variable) else kind_of(x), args)
@@ -150,6 +155,10 @@ class Program:
 
     def __call__(self, variables: Sequence[tf.Tensor], edges: dict[int, Edge]) -> Result:
         return self.call(list(variables), edges)
+
+    def traced(self, variables: Sequence[tf.Tensor], edges: dict[int, Edge]) -> Any:
+        """The traced function that a call with these arguments runs; `None` if it runs untraced."""
+        return self.call.of(list(variables), edges) if isinstance(self.call, Function) else None
 
     def run(self, variables: list[tf.Tensor], edges: dict[int, Edge]) -> Result:
         """Run the operations; `variables` are the values of `self.variables`."""

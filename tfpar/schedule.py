@@ -6,7 +6,7 @@
 # s: stage, m: micro-batch, d: device
 
 import enum
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -165,16 +165,20 @@ def one_f_one_b(stages: int, micro_batches: int) -> Schedule:
     return Schedule(tuple(tuple(work(s)) for s in range(stages)))
 
 
-def in_turn(stages: int, micro_batches: int) -> Schedule:
-    """All stages on one device: each micro-batch forward through all of them, and all the way back.
+def in_segments(schedule: Schedule, stage_of: Sequence[int]) -> Schedule:
+    """The same work with stages in segments: an action becomes those of its stage's segments, backward in reverse.
+
+    Args:
+        stage_of: the stage of each segment.
 
     Example:
-        >>> print(in_turn(2, 1))
+        >>> print(in_segments(one_f_one_b(2, 1), stage_of=(0, 0, 1)))
         0F0 1F0 1B0 0B0
+        2F0 2B0
     """
-    there, back = range(stages), reversed(range(stages))
-    way = [*((s, Kind.FORWARD) for s in there), *((s, Kind.BACKWARD) for s in back)]
-    return Schedule((tuple(Action(s, kind, m) for m in range(micro_batches) for s, kind in way),))
+    there = {s: [n for n, of in enumerate(stage_of) if of == s] for s in range(schedule.stages)}
+    ways = {Kind.FORWARD: there, Kind.BACKWARD: {s: segments[::-1] for s, segments in there.items()}}
+    return Schedule(tuple(tuple(Action(n, k, m) for s, k, m in line for n in ways[k][s]) for line in schedule.devices))
 
 
 def only(kind: Kind, schedule: Schedule) -> tuple[tuple[Action, ...], ...]:

@@ -11,22 +11,25 @@ import keras
 import tensorflow as tf
 from keras import tree
 
-from tfpar import _keras, batch, outcome
+from tfpar import _keras, _keras_parts, batch, outcome, saving
 from tfpar._tf import following_inputs
 from tfpar.call import call
 from tfpar.engine import Engine
 from tfpar.errors import ModelError
+from tfpar.faults import checked
 from tfpar.loss import Head, LossProgram, separable, structured
-from tfpar.model import graph_from
 from tfpar.passes import Pass
 from tfpar.plan import Plan
-from tfpar.prepare import build_losses, place, planned, prepared, ranked, replicated
+from tfpar.prepare import build_losses, place, prepared
 from tfpar.program import Edge
+from tfpar.routes import planned
 from tfpar.schedule import Kind
 from tfpar.state import Discovered, HasMask, NeedsWholeBatch
 from tfpar.traced import Traced
 from tfpar.update import Update
 from tfpar.variables import follower_bytes
+
+FILES = (saving.save, saving.save_weights, saving.load_weights, saving.export)
 
 
 class Steps:
@@ -46,6 +49,7 @@ class Steps:
         self.engine: Engine | None = None
         self.compiled_as: Any = None
         self.has_targets = False
+        self.checks = False  # whether a loss that is not finite is an error
         self.whole: set[str] = set()  # operations that were found to need the whole batch
 
     def adopt(self, strategy_for_keras: Any):
@@ -55,6 +59,7 @@ class Steps:
         hooks = ("make_train_function", "make_test_function", "make_predict_function")
         vars(self.model).update({h: getattr(self, h) for h in hooks if not _keras.overrides(self.model, h)})
         vars(self.model).update(_resolve_auto_jit_compile=self.auto_jit, _maybe_symbolic_build=self.build_later)
+        vars(self.model).update({file.__name__: partial(file, self.model) for file in FILES})
 
     def auto_jit(self) -> bool:
         """What `jit_compile="auto"` means: programs are compiled on GPUs."""
@@ -158,23 +163,17 @@ class Steps:
             ModelError: a model whose layers are not known before it is used.
         """
         rows = batch_size or (self.engine.plan.rows if self.engine else 32)
-        graph = self.engine.graph if self.engine else None
-        if graph is None:
+        engine = self.engine
+        if engine is None:
             if not _keras.is_graph(self.model):
                 raise ModelError(
                     f"the layers of {self.model.name} are known when it has seen data: call fit, evaluate or predict"
                 )
-            graph = graph_from(_keras.graph_of(self.model))
-        mesh = self.strategy.mesh
-        if mesh.data * mesh.tensor == 1:
-            plan = planned(self.strategy, graph, rows, self.engine.plan if self.engine else None)
-        elif self.engine:
-            plan = replace(self.engine.plan, rows=rows)
-        elif mesh.tensor > 1:
-            plan = ranked(self.strategy, self.model, (None, None, None), rows)[0]
-        else:
-            plan = replicated(self.strategy, self.model, None, rows, self.whole)[0]
-        return replace(plan, slot_bytes=tuple(follower_bytes(_keras.stored(v)) for v in graph.variables))
+            engine = planned(self.strategy, self.model, (None, None, None), rows)
+        return replace(
+            engine.plan, rows=rows, schedule=self.strategy.schedule(self.strategy.parts.fit(rows).micro_batches),
+            slot_bytes=tuple(follower_bytes(_keras.stored(v)) for v in engine.graph.variables),
+        )  # fmt: skip
 
     # ---- steps, run in the strategy's replica context
 
@@ -182,8 +181,14 @@ class Steps:
         """Keras' `train_step`, scheduled where its loss allows, or the user's."""
         if self.is_scheduled(data, parts):
             return self.scheduled_step(data, parts)[0]
-        with self.running(parts):
+        with self.running(parts), self.checking():
             return self.model.train_step(data.whole)
+
+    def checking(self) -> contextlib.AbstractContextManager:
+        """Inside, a loss that Keras computes is checked, if this is asked for."""
+        original = self.model._compute_loss
+        checks = _keras_parts.given_method(self.model, "_compute_loss", lambda *a, **k: checked(original(*a, **k)))
+        return checks if self.checks else contextlib.nullcontext()
 
     def is_scheduled(self, data: batch.Batch, parts: batch.Parts) -> bool:
         """Whether training can follow the schedule."""
@@ -204,35 +209,43 @@ class Steps:
         """One training step in the order of the schedule: its logs, and the pass that was run."""
         model = self.model
         x, y, sample_weight = _keras.unpack_x_y_sample_weight(data.whole)
-        training = _keras.training_argument(model, True).get("training")
         with following_inputs():
-            pieces = [_keras.unpack_x_y_sample_weight(part) for part in data.parts(parts.count)]
-            inputs = [
-                [Edge(v) for v in _keras.graph_inputs(model, _keras.converted_inputs(model, part))]
-                + ([Edge(targets)] if self.engine.training.loss else [])
-                for part, targets, _ in pieces
-            ]
+            run = self.begun(data, parts, True)
             scale = model.optimizer.scale_loss(tf.ones(()))
-            head = Head(self.loss, y, sample_weight, [targets for _, *targets in pieces], scale, training)
-            counts = [batch.count(part) for part, *_ in pieces]
-            run = Pass(
-                self.engine, parts, inputs, batch.shares(counts), training,
-                differentiate=True, head=head, loss_cotangent=scale, clock=clock,
+            targets = [targets for _, *targets in map(_keras.unpack_x_y_sample_weight, data.parts(parts.count))]
+            head = Head(self.loss, y, sample_weight, targets, scale, run.training)
+            run = replace(
+                run, differentiate=True, head=head, loss_cotangent=scale, clock=clock, scatters=self.update.scatters
             )  # fmt: skip
-            run.run(self.engine.schedule(self.strategy, parts, training), Kind.FORWARD, Kind.BACKWARD)
+            run.run(self.engine.schedule(self.strategy, parts, run.route), Kind.FORWARD, Kind.BACKWARD)
             losses = [head.total(), *outcome.added_losses(run).values(), *self.update.penalties()]
             loss = tf.add_n([tf.cast(tf.reduce_sum(part), _keras.loss_dtype(model)) for part in losses])
-            _keras.track_loss(model, loss, sum(counts))
+            loss = checked(loss) if self.checks else loss
+            _keras.track_loss(model, loss, batch.count(x))
             outputs = outcome.outputs(run)
             for tracker, value in zip(_keras.loss_trackers(model), head.each_loss(), strict=False):
                 tracker.update_state(value, sample_weight=data.rows)  # as Keras: the static size, if there is one
             if model.trainable_weights:
-                self.update(run, scale)
+                with tf.control_dependencies([loss] if self.checks else []):
+                    self.update(run, scale)
             else:
                 warnings.warn("The model does not have any trainable weights.", stacklevel=2)  # as Keras does
             outcome.write_state(run)
             y_pred = structured(self.engine, outputs)
             return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight), run
+
+    def begun(self, data: batch.Batch, parts: batch.Parts, training: bool) -> Pass:
+        """A pass of a batch that has not begun."""
+        model, engine = self.model, self.engine
+        pieces = [_keras.unpack_x_y_sample_weight(part) for part in data.parts(parts.count)]
+        inputs = [
+            [Edge(v) for v in _keras.graph_inputs(model, _keras.converted_inputs(model, part))]
+            + ([Edge(targets)] if training and engine.training.loss else [])
+            for part, targets, _ in pieces
+        ]
+        shares = batch.shares([batch.count(part) for part, *_ in pieces])
+        told = _keras.training_argument(model, training).get("training")
+        return Pass(engine, parts, inputs, shares, told, route=engine.route(training))
 
     @contextlib.contextmanager
     def running(self, parts: batch.Parts) -> Iterator[None]:

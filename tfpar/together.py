@@ -1,6 +1,6 @@
-"""Stages that several lanes of a pass run together: on the gathered batch, or to exchange what ranks have."""
+"""Segments that several lanes of a pass run together: on the gathered batch, or to exchange what ranks have."""
 
-# s: stage, m: micro-batch of a lane, t: tensor of the graph, v: variable
+# s: segment, m: micro-batch of a lane, t: tensor of the graph, v: variable
 
 from typing import Any
 
@@ -8,45 +8,47 @@ import tensorflow as tf
 
 from tfpar import batch
 from tfpar._tf import independent
+from tfpar.backward import keep
 from tfpar.engine import tensors_of
 from tfpar.program import Edge, with_logits
 from tfpar.schedule import Action, Kind
 
 
 def forward_whole(run: Any, action: Action):
-    """Run a stage on the whole batch, and divide what it makes."""
-    s = action.stage
+    """Run a segment on the parts of all replicas at once, and divide what it makes."""
+    s, _, first = action
+    places = run.together(s, first)
     program = run.program(s)
-    needs = list(with_logits(run.values[0], run.partition.needs(s)))
-    edges = {t: run.whole(t) for t in needs}
-    variables = [run.variable(s, 0, v) for v in program.variables]
-    result = run.ran(s, 0, program, variables, edges)
+    edges = {t: run.joined(t, places) for t in with_logits(run.values[first], run.partition.needs(s))}
+    variables = [run.variable(s, first, v) for v in program.variables]
+    result = run.ran(s, first, program, variables, edges)
     for t, (value, mask) in result.edges.items():
-        parts = zip(run.divided(s, t, value), run.divided(s, t, mask), strict=True)
-        for values, part in zip(run.values, parts, strict=True):
-            values[t] = Edge(*part)
-    run.state[0].update(result.state)
-    run.results[s, 0] = result
+        parts = zip(run.divided(s, t, value, places), run.divided(s, t, mask, places), strict=True)
+        for m, part in zip(places, parts, strict=True):
+            run.values[m][t] = Edge(*part)
+    run.state[first].update(result.state)
+    run.results[s, first] = result
 
 
 def backward_whole(run: Any, action: Action):
-    """Take the whole batch back through a stage."""
-    s = action.stage
+    """Take the parts of all replicas back through a segment."""
+    s, _, first = action
+    places = run.together(s, first)
     if run.head and s == run.partition.stages - 1:
-        for m, values in enumerate(run.values):
+        for m in places:
             with tf.device(run.device(s, run.lane(m))):
-                run.send(m, run.head(run, m, with_logits(values, run.route.ends)))
-    arrived = [run.arrived(s, m) for m in range(len(run.inputs))]
+                run.send(m, run.head(run, m, with_logits(run.values[m], run.route.ends)))
+    arrived = [run.arrived(s, m) for m in places]
     cotangents = {
         t: batch.joined([a[t] for a in arrived]) if run.is_batched(t) else tf.add_n([a[t] for a in arrived])
         for t in arrived[0]
     }
-    variables, edges = run.pullbacks.pop((s, 0))(cotangents, run.added_cotangents(run.results[s, 0], 0))
+    variables, edges = run.pullbacks.pop((s, first))(cotangents, run.added_cotangents(s, first))
     independent(tensors_of((variables, edges)))
-    run.gradients.update({(s, 0, v): gradient for v, gradient in variables.items()})
+    keep(run, s, first, variables)
     for t, cotangent in edges.items():
-        pieces = run.divided(s, t, cotangent) if run.is_batched(t) else [cotangent]
-        for m, piece in enumerate(pieces):
+        pieces = run.divided(s, t, cotangent, places) if run.is_batched(t) else [cotangent]
+        for m, piece in zip(places, pieces, strict=False):
             run.send(m, {t: piece})
 
 
@@ -78,7 +80,7 @@ def exchanged(run: Any, action: Action) -> tuple:
     s, _, first = action
     (i,) = run.partition.ops(s)
     op = run.graph.ops[i]
-    places = [first + k * run.parts.micro_batches for k in range(run.ranks)]
+    places = run.together(s, first)
     return run.route.collectives[s], places, [run.device(s, run.lane(m)) for m in places], op.inputs, op.outputs
 
 

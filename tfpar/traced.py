@@ -8,6 +8,7 @@ import tensorflow as tf
 from keras import tree
 
 from tfpar import _keras, batch
+from tfpar.faults import explained
 from tfpar.state import Discovered
 
 TRACING = threading.RLock()  # layers, losses and models are changed for a moment while they are traced
@@ -38,20 +39,43 @@ class Traced:
         seen = rows_of(declared)
         key = self.key(pieces, seen)
         if key in self.known:
-            return self.known[key](*(v for piece in pieces for v in piece if v is not None))
-        with TRACING:
-            function, arrays = self.prepared(pieces, declared, seen)
+            function, arrays = self.known[key], [v for piece in pieces for v in piece if v is not None]
+        else:
+            with TRACING:
+                function, arrays = self.prepared(pieces, declared, seen)
         if key is not None and function is not None:
             self.known[key] = function
-        return function(*arrays) if function is not None else arrays
+        if function is None:
+            return arrays
+        try:
+            return function(*arrays)
+        except tf.errors.OpError as error:
+            raise self.explained(error, pieces) from error
+
+    def explained(self, error: tf.errors.OpError, pieces: Sequence[Any]) -> Exception:
+        """What to tell of an error that a device raised."""
+        if self.steps.engine is None:
+            return error
+        pieces, rows, uniform = self.of(pieces)
+        training = self.step == self.steps.train_step
+        return explained(
+            error, self.steps, batch.Batch(pieces, rows, uniform), self.steps.strategy.parts.fit(rows), training
+        )
+
+    def of(self, pieces: Sequence[Any]) -> tuple[tuple, int, bool]:
+        """A batch as tensors, its rows, and whether all arrays have as many."""
+        pieces = tuple(
+            tree.map_structure(batch.tensor, _keras.without_optionals(self.steps.model, piece)) for piece in pieces
+        )
+        lengths = [list(batch.lengths(piece).values()) for piece in pieces]
+        rows = sum(max(filter(None, n), default=1) for n in lengths) if self.lazy else sum(map(batch.rows, pieces))
+        return pieces, rows, all(len(set(n)) == 1 for n in lengths)
 
     def prepared(self, pieces: Sequence[Any], declared: Any, seen: int | None) -> tuple[Callable | None, Any]:
         """The function for a batch and its arguments; run eagerly, none and the results."""
         model, strategy = self.steps.model, self.steps.strategy
-        pieces = tuple(tree.map_structure(batch.tensor, _keras.without_optionals(model, p)) for p in pieces)
-        lengths = [list(batch.lengths(piece).values()) for piece in pieces]
-        rows = sum(max(filter(None, n), default=1) for n in lengths) if self.lazy else sum(map(batch.rows, pieces))
-        parts, uniform = strategy.parts.fit(rows), all(len(set(n)) == 1 for n in lengths)
+        pieces, rows, uniform = self.of(pieces)
+        parts = strategy.parts.fit(rows)
         while True:
             if not self.lazy:
                 self.steps.prepared(pieces[0], rows)

@@ -1,43 +1,64 @@
-"""From the gradients of all replicas to new weights: reduced, then Keras' own optimizer on each replica."""
+"""From the gradients of all lanes to new weights: reduced, then Keras' own optimizer on each device."""
 
-# r: replica, v: variable of the graph
+# n: weight to train, v: variable of the graph, r: replica, k: rank
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
 from tfpar import _keras, _keras_parts, outcome
 from tfpar._tf import LogicalReplica
-from tfpar.collectives import add, all_reduce, on_each
+from tfpar.collectives import add, all_reduce, on_each, reduce_scatter
 from tfpar.collectives import reduced as summed
-from tfpar.engine import Engine, device_of, layout_of, read
-from tfpar.layout import REPLICATED
+from tfpar.detached import Detached
+from tfpar.engine import Engine, device_of, each, whole
+from tfpar.layout import REPLICATED, Layout
 from tfpar.passes import Pass
-from tfpar.variables import LogicalVariable
+from tfpar.variables import HOST, LogicalVariable, joined
+
+
+class Place(NamedTuple):
+    """A device that updates the weights of a stage for a lane.
+
+    Args:
+        device: its name.
+        number: its place in the mesh.
+    """
+
+    device: str
+    stage: int
+    lane: int
+    number: int
 
 
 class Update:
     """The end of a scheduled step.
 
     Args:
-        strategy: gives `mesh` and `cross_device_ops`.
+        strategy: gives `mesh`, `cross_device_ops` and `offload`.
         engine: of the model.
     """
 
     def __init__(self, strategy: Any, engine: Engine):
         self.strategy, self.engine, self.model = strategy, engine, engine.model
-        mesh = strategy.mesh
-        self.lanes = [mesh.device(data=r, tensor=k) for r in range(mesh.data) for k in range(mesh.tensor)]
-        self.program, self.squares = engine.traced(self.bound), engine.traced(self.squared)
+        self.mesh, self.stages = strategy.mesh, range(engine.plan.partition.stages)
+        self.lanes = self.mesh.data * self.mesh.tensor
+        self.away = strategy.offload == "optimizer"
+        self.programs = {
+            s: [engine.traced(partial(run, s), compiled=not self.away) for run in (self.bound, self.squared)]
+            for s in self.stages
+        }
 
     def penalties(self) -> list[tf.Tensor]:
         """What regularizers make of the weights."""
         found = []
-        for variable in self.model.trainable_weights:
+        for variable in self.weights:
             if variable.regularizer is not None:
                 with tf.device(device_of(variable)):
                     found.append(variable.regularizer(whole(variable)))
@@ -46,124 +67,270 @@ class Update:
     def __call__(self, run: Pass, scale: Any):
         """Reduce the gradients of a pass and apply them."""
         reduced = self.reduced(run)
-        compiled = self.engine.jit_compile and self.strategy.mesh.stage == 1
-        if self.engine.layouts and not by_parts(self.model):
-            self.apply([self.whole_gradient(*pair) for pair in zip(self.places, reduced, strict=True)], scale)
+        as_one = self.lanes == 1 and not self.engine.jit_compile and not self.away
+        if as_one or not self.in_parts:
+            self.apply(range(len(self.weights)), [self.whole_gradient(n, g) for n, g in enumerate(reduced)], scale)
             return
-        if len(self.lanes) == 1 and not compiled:
-            self.apply([parts[0] for parts in reduced], scale)
-            return
-        norms = [None] * len(self.lanes)
-        if self.engine.layouts and _keras_parts.clips_norms(self.model.optimizer):
-            found = self.of_lanes(self.squares, reduced, scale, norms)
-            # what all ranks have counts once
-            norms = summed([n * w for n, w in zip(found, self.counted(), strict=True)], self.lanes)
-        self.of_lanes(self.program, reduced, scale, norms)
+        busy = [p for p in self.places if any(reduced[n][p.lane] is not None for n in self.members[p.stage])]
+        norms = [None] * len(busy)
+        if _keras_parts.clips_norms(self.model.optimizer) and (self.is_divided or len(self.stages) > 1):
+            norms = self.norms(busy, reduced, scale)
+        updated = self.at_places(0, busy, reduced, scale, norms)
+        for s in self.stages:
+            detached = [n for n in self.members[s] if self.is_detached(n)]
+            for number, n in enumerate(detached):
+                shards = [new[number] for place, new in zip(busy, updated, strict=True) if place.stage == s]
+                if shards:
+                    _keras.stored(self.weights[n]).write_shards(shards)
+        for place in self.places:
+            for variable in self.common if place not in busy else ():  # steps are counted everywhere
+                self.copy(variable, place).assign(self.copy(variable, busy[0]).read_value())
 
-    def of_lanes(self, program: Callable, reduced: list[list[Any]], scale: Any, norms: list) -> list:
-        """The results of a program on each lane, for its copies and gradients."""
+    # ---- what is where
 
-        def run(r: int) -> Any:
-            copies = [_keras.stored(v).copies[r] for v in self.variables]
-            return program(copies, [parts[r] for parts in reduced], tf.identity(scale), norms[r])
+    @property
+    def weights(self) -> list[keras.Variable]:
+        """The weights to train."""
+        return self.model.trainable_weights
 
-        return on_each(self.lanes, run)
+    @cached_property
+    def numbers(self) -> list[int | None]:
+        """The variable of the graph that each weight is."""
+        return [self.engine.graph.places.get(id(weight)) for weight in self.weights]
 
-    def counted(self) -> list[tf.Tensor]:
-        """For each lane, with what weight each of its gradients counts in a norm."""
-        divided = [layout_of(v) != REPLICATED for v in self.model.trainable_weights]
-        return [tf.constant([float(d or not r) for d in divided], tf.float64) for r in range(len(self.lanes))]
+    @cached_property
+    def members(self) -> dict[int, list[int]]:
+        """The weights of each stage."""
+        home = [0 if v is None else self.engine.plan.partition.home(v) for v in self.numbers]
+        return {s: [n for n, of in enumerate(home) if of == s] for s in self.stages}
+
+    @cached_property
+    def places(self) -> list[Place]:
+        """Every device, once for each stage that it has."""
+        devices = [
+            (self.engine.plan.device(s, *divmod(lane, self.mesh.tensor)), s, lane)
+            for lane in range(self.lanes) for s in self.stages
+        ]  # fmt: skip
+        return [Place(*place, self.mesh.devices.index(place[0])) for place in devices]
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether lanes have parts of weights, or of slots."""
+        return any(map(is_divided, self.weights))
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether each device can update what it has: nothing looks at more than that, but norms."""
+        optimizer, kind, divided = self.model.optimizer, type(self.model.optimizer), [*filter(is_divided, self.weights)]
+        if (len(self.stages) > 1 or divided) and (optimizer.use_ema or optimizer.gradient_accumulation_steps):
+            return False
+        if not divided:
+            return len(self.stages) == 1 or kind in ELEMENTWISE | PER_WEIGHT
+        plain = all(v.constraint is None and (v.regularizer is None or type(v.regularizer) in SUMS) for v in divided)
+        return kind in ELEMENTWISE and plain
+
+    @property
+    def scatters(self) -> bool:
+        """Whether gradients are divided between replicas as soon as they are there (ZeRO 2)."""
+        return self.engine.zero >= 2 and self.in_parts
+
+    def is_detached(self, n: int) -> bool:
+        """Whether a weight is updated away from its copies: its slots cover another part of it, or are elsewhere."""
+        stored = _keras.stored(self.weights[n])
+        return isinstance(stored, LogicalVariable) and (self.away or stored.follow.sharding != stored.sharding)
+
+    @property
+    def slots(self) -> list[list[Any]]:
+        """What the optimizer keeps for each weight."""
+        return [list(getattr(_keras.stored(weight), "followers", ())) for weight in self.weights]
+
+    @property
+    def common(self) -> list[keras.Variable]:
+        """What the optimizer keeps for all weights together."""
+        slots = {id(slot) for found in self.slots for slot in found}
+        return [v for v in self.model.optimizer.variables if id(_keras.stored(v)) not in slots]
+
+    def variables(self, stage: int) -> list[LogicalVariable]:
+        """What the optimizer reads or writes where it is, for the weights of a stage."""
+        slots = self.slots
+        known = {id(_keras.stored(v)) for v in self.model.optimizer.variables}
+        found = [_keras.stored(self.weights[n]) for n in self.members[stage] if not self.is_detached(n)]
+        found += [slot for n in self.members[stage] for slot in slots[n] if id(slot) in known]
+        found += [_keras.stored(v) for v in self.common]
+        return [v for v in {id(v): v for v in found}.values() if isinstance(v, LogicalVariable)]
+
+    def copy(self, variable: Any, place: Place) -> tf.Variable:
+        """What a device has of a variable."""
+        copies = _keras.stored(variable).copies if isinstance(variable, keras.Variable) else variable.copies
+        return copies[place.number if len(copies) == self.mesh.size else place.lane if len(copies) > 1 else 0]
+
+    # ---- gradients
 
     def reduced(self, run: Pass) -> list[list[Any]]:
-        """The gradient of each weight on each lane; those that come from one stage are added up together."""
-        weights = self.places
+        """The gradient of each weight on each lane, or the shard that it updates.
+
+        Those that come from one segment are added up together.
+        """
         last = {v: min(s for s, _, of in run.gradients if of == v) for _, _, v in run.gradients}
-        buckets: dict[int, list[int]] = {}
-        for n, v in enumerate(weights):
-            buckets.setdefault(last.get(v, 0) if run.ranks == 1 else 0, []).append(n)
-        found: list[list[Any]] = [[] for _ in weights]
-        for members in buckets.values():
-            gradients = {n: outcome.gradients(run, weights[n]) for n in members}
-            summands = [n for n in members if run.ranks == 1 or weights[n] in self.engine.partial]
-            with tf.name_scope("all-reduce/weights"):
-                totals = all_reduce([gradients[n] for n in summands], self.lanes, self.strategy.cross_device_ops)
-            gradients.update(zip(summands, totals, strict=True))
+        buckets: dict[tuple, list[int]] = {}
+        for s, members in self.members.items():
             for n in members:
-                found[n] = gradients[n]
-        return found
+                v = self.numbers[n]
+                if v is not None:
+                    key = s, last.get(v, 0) if run.ranks == 1 else 0, v in self.engine.partial
+                    buckets.setdefault(key, []).append(n)
+        found: list[list[Any]] = [[None] * self.lanes for _ in self.weights]
+        ranks, lanes = self.mesh.tensor, range(self.lanes)
+        for n in [n for members in buckets.values() for n in members]:
+            found[n] = outcome.gradients(run, self.numbers[n])
+        with tf.name_scope("all-reduce/weights"):
+            for (*_, is_partial), members in buckets.items():
+                copied = [n for n in members if not self.in_parts or self.shards(n) == REPLICATED]
+                for k in range(ranks):
+                    self.add_up(copied, found, lanes[k::ranks])
+                    if not run.scatters:
+                        self.scatter([n for n in members if n not in copied], found, lanes[k::ranks])
+                for r in range(self.mesh.data if is_partial else 0):
+                    self.add_up(members, found, lanes[r * ranks : (r + 1) * ranks])
+        if self.engine.zero < 3:
+            return found
+        # other replicas read a shard until they are back; TensorFlow's optimizer may lose the edges that say so
+        with tf.control_dependencies([done for last in run.last.values() for done in last]):
+            return [[each(tf.identity, g) for g in parts] for parts in found]
 
-    @property
-    def places(self) -> list[int | None]:
-        """The variable of the graph that each weight to train is."""
-        places = self.engine.graph.places
-        return [places.get(id(weight)) for weight in self.model.trainable_weights]
+    def add_up(self, members: Sequence[int], found: list[list[Any]], lanes: Sequence[int]):
+        """Replace gradients of these lanes by their sum."""
+        if members:
+            devices = [device_of(self.weights[members[0]], lane) for lane in lanes]
+            values = [[found[n][lane] for lane in lanes] for n in members]
+            for n, totals in zip(members, all_reduce(values, devices, self.strategy.cross_device_ops), strict=True):
+                for lane, total in zip(lanes, totals, strict=True):
+                    found[n][lane] = total
 
-    def whole_gradient(self, v: int | None, parts: Sequence[Any]) -> Any:
+    def scatter(self, members: Sequence[int], found: list[list[Any]], lanes: Sequence[int]):
+        """Replace gradients of these lanes, each by its shard of their sum."""
+        for n in members:
+            devices = [device_of(self.weights[n], lane) for lane in lanes]
+            shape = _keras.stored(self.weights[n]).rank_shape(lanes[0])
+            shards = reduce_scatter([found[n][lane] for lane in lanes], devices, self.shards(n).dim, shape)
+            for lane, shard in zip(lanes, shards, strict=True):
+                found[n][lane] = shard
+
+    def shards(self, n: int) -> Layout:
+        """How replicas divide what updates a weight."""
+        stored = _keras.stored(self.weights[n])
+        return stored.follow.sharding.shards if isinstance(stored, LogicalVariable) else REPLICATED
+
+    def whole_gradient(self, n: int, parts: Sequence[Any]) -> Any:
         """The gradient of a weight, from those of its parts."""
-        if v not in self.engine.layouts or parts[0] is None:
+        if parts[0] is None or not is_divided(self.weights[n]):
             return parts[0]
-        return tf.concat([tf.convert_to_tensor(part) for part in parts], self.engine.layouts[v].dim)
+        ranks = replace(_keras.stored(self.weights[n]).sharding, shards=REPLICATED)
+        return joined([tf.convert_to_tensor(part) for part in parts], ranks) if ranks.divides else parts[0]
 
-    @property
-    def variables(self) -> list[keras.Variable]:
-        """All that the optimizer reads or writes."""
-        known = {id(v): v for v in [*self.model.trainable_weights, *self.model.optimizer.variables]}
-        return [v for v in known.values() if isinstance(_keras.stored(v), LogicalVariable)]
+    # ---- the optimizer
+
+    def at_places(self, which: int, places: Sequence[Place], reduced: list[list[Any]], scale: Any, norms: list) -> list:
+        """The results of a program on each of these devices, for its copies and gradients."""
+
+        def run(number: int) -> Any:
+            place, norm = places[number], norms[number]
+            members = self.members[place.stage]
+            copies = [self.copy(v, place) for v in self.variables(place.stage)]
+            values = [_keras.stored(self.weights[n]).shard_of(place.lane) for n in members if self.is_detached(n)]
+            gradients = [each(tf.identity, reduced[n][place.lane]) for n in members]
+            norm = None if norm is None else tf.identity(norm)
+            return self.programs[place.stage][which](copies, values, gradients, tf.identity(scale), norm)
+
+        return on_each([HOST if self.away else place.device for place in places], run)
+
+    def norms(self, places: Sequence[Place], reduced: list[list[Any]], scale: Any) -> list[tf.Tensor]:
+        """For each of these devices, the squared norm of every weight's gradient; 0 where there is none."""
+        squares = self.at_places(1, places, reduced, scale, [None] * len(places))
+        found = []
+        for place, square in zip(places, squares, strict=True):
+            with tf.device(place.device):  # what several have counts once
+                spread = tf.one_hot(self.members[place.stage], len(self.weights), dtype=tf.float64)
+                found.append(tf.linalg.matvec(spread, square * self.counted(place), transpose_a=True))
+        return summed(found, [HOST if self.away else place.device for place in places])
+
+    def counted(self, place: Place) -> tf.Tensor:
+        """With what weight each gradient of a device counts in a norm."""
+        replica, rank = divmod(place.lane, self.mesh.tensor)
+        counts = []
+        for n in self.members[place.stage]:
+            layout = getattr(_keras.stored(self.weights[n]), "layout", REPLICATED)
+            once = (rank == 0 or layout != REPLICATED) and (replica == 0 or self.shards(n) != REPLICATED)
+            counts.append(float(once))
+        return tf.constant(counts, tf.float64)
 
     @contextlib.contextmanager
-    def binding(self, copies: Sequence[tf.Variable]) -> Iterator[None]:
-        """Inside, variables are the copies of one lane."""
-        variables = [_keras.stored(v) for v in self.variables]
-        for variable, copy in zip(variables, copies, strict=True):
+    def binding(self, stage: int, copies: Sequence[tf.Variable], values: Sequence[tf.Tensor]) -> Iterator[list]:
+        """Inside, variables are the copies of one lane, and detached ones have these values; gives the latter."""
+        detached = [_keras.stored(self.weights[n]) for n in self.members[stage] if self.is_detached(n)]
+        detached = [Detached(variable, value) for variable, value in zip(detached, values, strict=True)]
+        bound: dict[int, Any] = {id(away.variable): away for away in detached}
+        for variable, copy in zip(self.variables(stage), copies, strict=True):
             copy.handle._distributed_container = weakref.ref(variable)
-        bound = {id(variable): copy for variable, copy in zip(variables, copies, strict=True)}
+            bound[id(variable)] = copy
         with LogicalReplica(self.strategy, 0, bound):
-            yield
+            yield detached
 
-    def bound(self, copies: Sequence[tf.Variable], gradients: Sequence[Any], scale: tf.Tensor, squares: Any = None):
+    def bound(
+        self, stage: int, copies: Sequence[tf.Variable], values: Sequence[tf.Tensor], gradients: Sequence[Any],
+        scale: tf.Tensor, squares: Any,
+    ) -> list[tf.Tensor]:  # fmt: skip
         """Apply gradients to the copies of one lane; traced once for all of them.
 
         Args:
-            squares: of the norm of each weight's gradient, where the lane has a part of it only.
+            squares: of the norm of each weight's gradient, where this lane does not have them all.
+
+        Returns:
+            The new values of what was detached.
         """
-        with self.binding(copies):
-            self.apply(gradients, scale, squares)
+        with self.binding(stage, copies, values) as detached:
+            self.apply(self.members[stage], gradients, scale, squares)
+            return [away.value() for away in detached]
 
-    def squared(self, copies: Sequence[tf.Variable], gradients: Sequence[Any], scale: tf.Tensor, _: Any) -> tf.Tensor:
+    def squared(
+        self, stage: int, copies: Sequence[tf.Variable], values: Sequence[tf.Tensor], gradients: Sequence[Any],
+        scale: tf.Tensor, _: Any,
+    ) -> tf.Tensor:  # fmt: skip
         """The squared norm of each of a lane's gradients, those of regularizers added; 0 where there is none."""
-        with self.binding(copies):
-            return tf.stack([square(g) for g in self.with_penalties(gradients, scale)])
+        with self.binding(stage, copies, values):
+            return tf.stack([square(g) for g in self.with_penalties(self.members[stage], gradients, scale)])
 
-    def apply(self, gradients: Sequence[Any], scale: Any, squares: tf.Tensor | None = None):
+    def apply(self, members: Sequence[int], gradients: Sequence[Any], scale: Any, squares: tf.Tensor | None = None):
         """Add the gradients of regularizers, and let the optimizer do its work."""
-        total = self.with_penalties(gradients, scale)
+        total = self.with_penalties(members, gradients, scale)
         given = contextlib.nullcontext()
         if squares is not None:
-            present = [n for n, gradient in enumerate(total) if gradient is not None]
-            given = _keras_parts.given_norms(self.model.optimizer, [squares[n] for n in present])
+            present = [squares[n] for n, gradient in zip(members, total, strict=True) if gradient is not None]
+            given = _keras_parts.given_norms(self.model.optimizer, present, tf.reduce_sum(squares))
         with given:
-            self.model.optimizer.apply_gradients(zip(total, self.model.trainable_weights, strict=True))
+            weights = [self.weights[n] for n in members]
+            self.model.optimizer.apply_gradients(zip(total, weights, strict=True))
 
-    def with_penalties(self, gradients: Sequence[Any], scale: Any) -> list[Any]:
+    def with_penalties(self, members: Sequence[int], gradients: Sequence[Any], scale: Any) -> list[Any]:
         """The gradients, those of regularizers added."""
         total = []
-        for weight, gradient in zip(self.model.trainable_weights, gradients, strict=True):
+        for n, gradient in zip(members, gradients, strict=True):
+            weight = self.weights[n]
             if weight.regularizer is not None:
-                with tf.device(_keras.stored(weight).device):
-                    value = tf.convert_to_tensor(_keras.stored(weight))
-                    with tf.GradientTape() as tape:
-                        tape.watch(value)
-                        penalty = weight.regularizer(value)
-                        scaled = penalty * tf.cast(scale, penalty.dtype)
-                    of_penalty = tape.gradient(scaled, value)
-                    gradient = of_penalty if gradient is None else add(gradient, of_penalty)
+                value = tf.convert_to_tensor(_keras.stored(weight))
+                with tf.device(value.device or None), tf.GradientTape() as tape:
+                    tape.watch(value)
+                    penalty = weight.regularizer(value)
+                    scaled = penalty * tf.cast(scale, penalty.dtype)
+                of_penalty = tape.gradient(scaled, value)
+                gradient = of_penalty if gradient is None else add(gradient, of_penalty)
             total.append(gradient)
         return total
 
 
-def whole(variable: keras.Variable) -> tf.Tensor:
-    """All of a variable's value, wherever its parts are."""
-    return _keras.stored(variable).read_value() if layout_of(variable) != REPLICATED else read(variable)
+def is_divided(weight: keras.Variable) -> bool:
+    """Whether lanes have parts of a weight, or of the slots of an optimizer."""
+    return getattr(_keras.stored(weight), "is_divided", False)
 
 
 def square(gradient: Any) -> tf.Tensor:
@@ -178,13 +345,5 @@ ELEMENTWISE = {
     getattr(keras.optimizers, name)
     for name in ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adadelta", "Adamax", "Nadam", "Ftrl", "Lion")
 }
+PER_WEIGHT = {getattr(keras.optimizers, name) for name in ("Adafactor", "Lamb", "Muon")}  # look at all of a weight
 SUMS = (keras.regularizers.L1, keras.regularizers.L2, keras.regularizers.L1L2)
-
-
-def by_parts(model: keras.Model) -> bool:
-    """Whether each part of a weight can be updated on its own: nothing looks at more than one element at a time."""
-    optimizer = model.optimizer
-    whole = optimizer.use_ema or optimizer.gradient_accumulation_steps
-    divided = [v for v in model.trainable_weights if layout_of(v) != REPLICATED]
-    plain = all(v.constraint is None and (v.regularizer is None or type(v.regularizer) in SUMS) for v in divided)
-    return type(optimizer) in ELEMENTWISE and not whole and plain

@@ -1,9 +1,10 @@
 """One logical variable, wherever its value lives."""
 
+import contextlib
 import weakref
-from collections.abc import Sequence
-from itertools import pairwise
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -19,7 +20,7 @@ from tfpar._tf import (
     unrecorded,
 )
 from tfpar.errors import ModelError
-from tfpar.layout import REPLICATED, Layout, bounds, part_of
+from tfpar.layout import REPLICATED, WHOLE, Layout, Sharding
 
 HOST = "CPU:0"
 
@@ -33,18 +34,19 @@ class LogicalVariable(MirroredVariable):
 
     Args:
         strategy: the strategy in whose scope it was created.
-        values: the `tf.Variable`s that hold the value, one for each replica or rank, or one for all.
+        values: the `tf.Variable`s that hold the value, one for each lane, or one for all.
         aggregation: what becomes of the values that replicas assign in `strategy.run`.
-        layout: how the value is divided over `values`.
+        sharding: how the value is divided over `values`.
     """
 
     def __init__(
-        self, strategy, values, aggregation=tf.VariableAggregation.NONE, var_policy=None, layout=REPLICATED, shape=None
+        self, strategy, values, aggregation=tf.VariableAggregation.NONE, var_policy=None, sharding=WHOLE, shape=None
     ):
-        self._layout, self._whole_shape = layout, values[0].shape if shape is None else tf.TensorShape(shape)
+        self._sharding, self._whole_shape = sharding, values[0].shape if shape is None else tf.TensorShape(shape)
         super().__init__(strategy, values, aggregation, var_policy)
         self._key = self._primary._unique_id
         self._followers: list[weakref.ref[LogicalVariable]] = []
+        self._follow = Home((), sharding)
         self._settled = len(values) > 1
 
     @property
@@ -53,13 +55,28 @@ class LogicalVariable(MirroredVariable):
 
     @property
     def copies(self) -> tuple:
-        """The variables that hold the value or a part of it, by replica or rank."""
+        """The variables that hold the value or a part of it, by lane."""
         return self._values
 
     @property
-    def layout(self) -> Layout:
+    def sharding(self) -> Sharding:
         """How the value is divided."""
-        return self._layout
+        return self._sharding
+
+    @property
+    def layout(self) -> Layout:
+        """How ranks divide the value."""
+        return self._sharding.layout
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether the value, or that of a slot of an optimizer that follows it, is in parts."""
+        return self._sharding.divides or self._follow.sharding.divides
+
+    @property
+    def follow(self) -> "Home":
+        """Where a slot of an optimizer for this variable is to be."""
+        return self._follow if self._follow.devices else Home(tuple(c.device for c in self._values), self._sharding)
 
     @property
     def shape(self):
@@ -69,7 +86,7 @@ class LogicalVariable(MirroredVariable):
     def _is_gathered(self) -> bool:
         """Whether reading puts parts together: the value is divided, and no rank reads its own."""
         replica = replica_of(self._distribute_strategy)
-        return self._layout != REPLICATED and (replica is None or getattr(replica, "copy", None) is None)
+        return self._sharding.divides and (replica is None or getattr(replica, "copy", None) is None)
 
     def _get(self):
         return self.read_value() if self._is_gathered else self._copy()
@@ -82,7 +99,8 @@ class LogicalVariable(MirroredVariable):
             return bound[id(self)]
         if not tf.executing_eagerly() and not _keras.in_program():
             self._settled = True  # a function holds on to the value where it is
-        return self._values[replica._replica_id if replica and len(self._values) > 1 else 0]
+        lane = replica._replica_id * self._sharding.ranks if replica and len(self._values) > 1 else 0
+        return self._values[lane]
 
     _get_cross_replica = _get_on_device_or_primary = _get
 
@@ -95,7 +113,8 @@ class LogicalVariable(MirroredVariable):
             return self._copy().read_value()
         self._copy()
         first = self._values[0].read_value()
-        whole = unrecorded(lambda: tf.concat([part.read_value() for part in self._values], self._layout.dim))
+        with tf.device(HOST) if tf.executing_eagerly() else contextlib.nullcontext():
+            whole = unrecorded(lambda: tf.identity(self.joined([part.read_value() for part in self._values])))
         # to a tape, the first part stands for the variable: its gradient is that of the whole
         return record_gradient([whole], [first], lambda gradient: [gradient])[0]
 
@@ -137,24 +156,63 @@ class LogicalVariable(MirroredVariable):
 
     def divided(self, value: Any) -> list[Any]:
         """A value for all as what each copy is given of it."""
-        if self._layout != REPLICATED and isinstance(value, tf.IndexedSlices):
-            parts = zip(self._values, self.edges, strict=True)
-            return [sparse_part(value, self._layout.dim, copy.shape, *edges) for copy, edges in parts]
-        return parts_of(value, self._layout, len(self._values))
+        if self._sharding.divides and isinstance(value, tf.IndexedSlices):
+            return [sparse_part(value, region) for region in self.regions]
+        return parts_of(value, self._sharding, len(self._values))
 
-    def whole_from(self, number: int, part: tf.Tensor) -> tf.Tensor:
-        """A tensor of the shape of the whole value, with a part in the place of a copy's, and zeros."""
-        start, stop = self.edges[number]
-        around = [[start, self.shape[d] - stop] if d == self._layout.dim else [0, 0] for d in range(self.shape.rank)]
-        return tf.pad(part, around)
+    def joined(self, parts: Sequence[tf.Tensor]) -> tf.Tensor:
+        """What copies have as one."""
+        return joined(parts, self._sharding)
+
+    def of_lane(self, lane: int) -> tf.Tensor:
+        """The value, or the part of a rank, for a lane, on the current device."""
+        if len(self._values) == 1:
+            lane = 0
+        if self._sharding.shards == REPLICATED:
+            return copy_on_device(self._values[lane])
+        ranks = self._sharding.ranks
+        return concat([copy_on_device(c) for c in self._values[lane % ranks :: ranks]], self._sharding.shards)
+
+    def rank_shape(self, rank: int) -> tuple[int, ...]:
+        """The shape of what a rank has, shards of replicas together."""
+        return replace(self._sharding, shards=REPLICATED).shape(self.shape.as_list(), rank, len(self._values))
+
+    def shard_of(self, lane: int) -> tf.Tensor:
+        """What an optimizer updates for a lane, on the current device."""
+        copy, shape, lanes = self._values[lane if len(self._values) > 1 else 0], self.shape.as_list(), len(self._values)
+        with tf.device(copy.device):
+            value = copy.read_value()
+            if self.follow.sharding != self._sharding:
+                here, there = (
+                    sharding.region(shape, lane, lanes) for sharding in (self._sharding, self.follow.sharding)
+                )
+                value = cut(value, [(a - c, b - c) for (c, _), (a, b) in zip(here, there, strict=True)])
+        return tf.identity(value)
+
+    def write_shards(self, shards: Sequence[tf.Tensor]):
+        """Assign what an optimizer made of `shard_of` each lane."""
+        for lane, copy in enumerate(self._values):
+            with tf.device(copy.device):
+                value = shards[lane]
+                if self.follow.sharding != self._sharding:
+                    ranks = self._sharding.ranks
+                    value = concat(shards[lane % ranks :: ranks], self.follow.sharding.shards)
+                copy.assign(value)
+
+    def whole_from(self, lane: int, part: tf.Tensor) -> tf.Tensor:
+        """A tensor of the shape of the whole value, with the part of a lane's rank in its place, and zeros."""
+        rank = replace(self._sharding, shards=REPLICATED)
+        region = rank.region(self.shape.as_list(), lane, len(self._values))
+        return tf.pad(part, [[start, n - stop] for (start, stop), n in zip(region, self.shape, strict=True)])
 
     @property
-    def edges(self) -> list[tuple[int, int]]:
-        """Where the part of each copy begins and ends."""
-        return list(pairwise(bounds(self.shape[self._layout.dim], len(self._values))))
+    def regions(self) -> list[tuple]:
+        """Where the part of each copy begins and ends, along each dim."""
+        lanes = len(self._values)
+        return [self._sharding.region(self.shape.as_list(), lane, lanes) for lane in range(lanes)]
 
     def _export_to_saved_model_graph(self, *args, **kwargs):
-        if self._layout != REPLICATED:
+        if self._sharding.divides:
             raise ModelError(
                 f"{self._common_name} is divided between devices, and a SavedModel holds whole variables: save the "
                 "model as a .keras file, load it outside of the strategy's scope, and export that"
@@ -162,29 +220,104 @@ class LogicalVariable(MirroredVariable):
         return super()._export_to_saved_model_graph(*args, **kwargs)
 
     def _gather_saveables_for_checkpoint(self):
-        if self._layout == REPLICATED:
+        if not self._sharding.divides:
             return super()._gather_saveables_for_checkpoint()
         return saveable(self.read_value, self.assign, self.dtype, self._common_name)
+
+    @property
+    def followers(self) -> list["LogicalVariable"]:
+        """What moves along."""
+        return [variable for follower in self._followers if (variable := follower()) is not None]
 
     def followed_by(self, other: "LogicalVariable"):
         """From now on `other`, an optimizer's slot for instance, moves along."""
         self._followers.append(weakref.ref(other))
 
-    def place(self, devices: Sequence[str], layout: Layout = REPLICATED):
+    def hold(self, values: tuple, sharding: Sharding):
+        """From now on these variables hold the value."""
+        self._values, self._sharding = values, sharding
+
+    def hand_over(self, strategy: tf.distribute.Strategy):
+        """Move the value to host memory, where it waits for the plan of another strategy."""
+        self.hold((on_host(self),), WHOLE)
+        self._distribute_strategy, self._follow, self._settled = strategy, Home((), WHOLE), False
+
+    def place(self, devices: Sequence[str], sharding: Sharding = WHOLE, follow: "Home | None" = None):
         """Move the value, and that of each follower, to these devices, for good: a copy or a part for each.
 
         Once it has its place, or a function has been traced that reads it, it stays: the function would go on with
         the old value. Another model that uses the variable reads it from there.
+
+        Args:
+            follow: where slots of optimizers go, if not to the same places.
         """
         with tf.init_scope():
             old = self._copy()
             settled, self._settled = self._settled, True
-            if not settled and (len(devices) > 1 or not is_on(old, devices[0])):
-                self._values, self._layout = copies_of(self, old, devices, layout), layout
-        for follower in self._followers:
-            if (variable := follower()) is not None:
-                alike = variable.shape == self.shape
-                variable.place(devices, layout if alike else REPLICATED)
+            if not settled:
+                if len(devices) > 1 or not is_on(old, devices[0]):
+                    self.hold(copies_of(self, old, devices, sharding), sharding)
+                self._follow = follow or Home(tuple(devices), sharding)
+        for variable in self.followers:
+            variable.place(*self.follow.of(variable.shape == self.shape))
+
+
+@contextlib.contextmanager
+def gathered(variables: Sequence[LogicalVariable]) -> Iterator[None]:
+    """Inside, these are ordinary variables with all of their value in host memory, for those that look closely."""
+    before = [(v._values, v._sharding) for v in variables]
+    try:
+        for variable in variables:
+            variable.hold((on_host(variable),), WHOLE)
+        yield
+    finally:
+        for variable, (values, sharding) in zip(variables, before, strict=True):
+            variable.hold(values, sharding)
+
+
+def on_host(variable: LogicalVariable) -> tf.Variable:
+    """A new variable in host memory with all of the value of another."""
+    old = variable.copies[0]
+    with tf.init_scope(), tf.device(HOST):
+        new = ResourceVariable(
+            variable.read_value(), trainable=old.trainable, name=variable._common_name, dtype=old.dtype
+        )
+    new.handle._distributed_container = weakref.ref(variable)
+    return new
+
+
+class Home(NamedTuple):
+    """Where copies or parts of a variable live.
+
+    Args:
+        devices: one for each.
+        sharding: which part each has.
+    """
+
+    devices: tuple[str, ...]
+    sharding: Sharding
+
+    def of(self, alike: bool) -> "Home":
+        """The same for a variable that has this shape or, if not, another: it is copied."""
+        return self if alike else Home(self.devices, WHOLE)
+
+
+def joined(parts: Sequence[tf.Tensor], sharding: Sharding) -> tf.Tensor:
+    """The value of which lanes have these parts."""
+    ranks = [concat(parts[k :: sharding.ranks], sharding.shards) for k in range(sharding.ranks)]
+    return concat(ranks, sharding.layout)
+
+
+def concat(parts: Sequence[tf.Tensor], layout: Layout) -> tf.Tensor:
+    """Parts as one; of copies, the first."""
+    return parts[0] if layout.dim is None or len(parts) == 1 else tf.concat(list(parts), layout.dim)
+
+
+def copy_on_device(variable: tf.Variable) -> tf.Tensor:
+    """A variable's value on the current device; TensorFlow reads it only where it lives."""
+    with tf.device(variable.device):
+        value = unrecorded(lambda: tf.convert_to_tensor(variable))
+    return tf.identity(value)
 
 
 def is_on(variable: tf.Variable, device: str) -> bool:
@@ -193,11 +326,11 @@ def is_on(variable: tf.Variable, device: str) -> bool:
         return tf.DeviceSpec.from_string(variable.device) == tf.DeviceSpec.from_string(tf.identity(0).device)
 
 
-def copies_of(variable: LogicalVariable, old: tf.Variable, devices: Sequence[str], layout: Layout) -> tuple:
+def copies_of(variable: LogicalVariable, old: tf.Variable, devices: Sequence[str], sharding: Sharding) -> tuple:
     """New variables with the value of an old one, or with a part of it each."""
     with tf.device(old.device):
         value = old.read_value()
-        parts = parts_of(value, layout, len(devices))
+        parts = parts_of(value, sharding, len(devices))
     found = []
     for number, (device, part) in enumerate(zip(devices, parts, strict=True)):
         name = f"{variable._common_name}/rank_{number}" if number else variable._common_name
@@ -207,24 +340,28 @@ def copies_of(variable: LogicalVariable, old: tf.Variable, devices: Sequence[str
     return tuple(found)
 
 
-def parts_of(value: Any, layout: Layout, ranks: int) -> list[Any]:
-    """What each rank has of a value."""
-    if layout == REPLICATED:
-        return [value] * ranks
+def parts_of(value: Any, sharding: Sharding, lanes: int) -> list[Any]:
+    """What each lane has of a value."""
+    if not sharding.divides:
+        return [value] * lanes
     value = tf.convert_to_tensor(value)
-    return [part_of(value, layout.dim, *edges) for edges in pairwise(bounds(value.shape[layout.dim], ranks))]
+    return [cut(value, sharding.region(value.shape.as_list(), lane, lanes)) for lane in range(lanes)]
 
 
-def sparse_part(value: tf.IndexedSlices, dim: int, shape: Any, start: int, stop: int) -> tf.IndexedSlices:
-    """A part along one dim of rows to scatter."""
-    if dim:
-        return tf.IndexedSlices(part_of(value.values, dim, start, stop), value.indices, tf.constant(shape.as_list()))
-    inside = tf.where((value.indices >= start) & (value.indices < stop))[:, 0]
-    rows = tf.gather(value.indices, inside) - tf.cast(start, value.indices.dtype)
-    return tf.IndexedSlices(tf.gather(value.values, inside), rows, tf.constant(shape.as_list()))
+def cut(value: Any, region: Sequence[tuple[int, int]]) -> Any:
+    """A part of a tensor."""
+    return value[tuple(slice(start, stop) for start, stop in region)]
+
+
+def sparse_part(value: tf.IndexedSlices, region: Sequence[tuple[int, int]]) -> tf.IndexedSlices:
+    """A part of rows to scatter."""
+    (start, stop), *inside = region
+    here = tf.where((value.indices >= start) & (value.indices < stop))[:, 0]
+    rows = tf.gather(value.indices, here) - tf.cast(start, value.indices.dtype)
+    values = cut(tf.gather(value.values, here), [(0, None), *inside])
+    return tf.IndexedSlices(values, rows, tf.constant([stop - start for start, stop in region]))
 
 
 def follower_bytes(variable: LogicalVariable) -> int:
     """Bytes of the slots that an optimizer keeps for a variable, all parts together."""
-    followers = [f() for f in getattr(variable, "_followers", ())]
-    return sum(f.shape.num_elements() * f.dtype.size for f in followers if f is not None)
+    return sum(f.shape.num_elements() * f.dtype.size for f in getattr(variable, "followers", ()))

@@ -7,10 +7,8 @@ import keras
 import tensorflow as tf
 
 from tfpar import _keras, _moments
-from tfpar.cost import Hardware
 from tfpar.graph import Op, OpGraph, Tensor
 from tfpar.model import Call, KerasGraph, Ref
-from tfpar.partition import Partition, balanced
 from tfpar.state import whole_moments
 
 
@@ -78,8 +76,8 @@ def with_shared_statistics(graph: KerasGraph, whole: Set[str]) -> tuple[KerasGra
         taken = (tensor(*statistic), tensor(*statistic), tensor(statistic[0]))
         shared = (tensor(*statistic), tensor(*statistic))
         ops += [
-            Op(f"{op.name}/moments", op.inputs, taken, op.variables, op.flops / 2),
-            Op(f"{op.name}/all_replicas", taken, shared),
+            replace(op, name=f"{op.name}/moments", outputs=taken, flops=op.flops / 2),
+            Op(f"{op.name}/all_replicas", taken, shared, stage=op.stage),
             replace(op, inputs=(*shared, *op.inputs), flops=op.flops / 2),
         ]
         names.add(f"{op.name}/all_replicas")
@@ -90,21 +88,3 @@ def with_shared_statistics(graph: KerasGraph, whole: Set[str]) -> tuple[KerasGra
         ]
     described = OpGraph(tuple(ops), tuple(tensors), graph.graph.variables, graph.graph.inputs, graph.graph.outputs)
     return replace(graph, graph=described, calls=tuple(calls), symbols=tuple(symbols)), frozenset(names)
-
-
-def replica_segments(
-    graph: OpGraph, whole: Set[str], buckets: int, hardware: Hardware, rows: int
-) -> tuple[Partition, Set[int]]:
-    """The cut into stages of one device: around each operation that needs the whole batch, else as many as asked.
-
-    Returns:
-        The partition, and which of its stages take the batches of all replicas at once.
-    """
-    if not any(op.name in whole for op in graph.ops):
-        return balanced(graph, min(buckets, len(graph.ops)), hardware, rows), frozenset()
-    stage_of: list[int] = []
-    for i, op in enumerate(graph.ops):
-        begins = i and (op.name in whole or graph.ops[i - 1].name in whole)
-        stage_of.append((stage_of[-1] if i else 0) + bool(begins))
-    stages = frozenset(s for op, s in zip(graph.ops, stage_of, strict=True) if op.name in whole)
-    return Partition(graph, tuple(stage_of)), stages

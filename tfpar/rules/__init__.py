@@ -106,7 +106,7 @@ class Site:
             moved: bytes of one sample that cross between ranks within.
             build: `(local, inputs) -> outputs`, see `tfpar.local.Local`.
         """
-        places = {id(v): n for n, v in enumerate(self.graph.variables)}
+        places = self.graph.places
         layouts = {places[id(v)]: Layout(d % len(v.shape)) for v, d in weights if v is not None}
         given = list(inputs or ())
         given += [REPLICATED] * (len(self.op.inputs) - len(given))  # a mask, which follows the inputs

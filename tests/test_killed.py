@@ -1,0 +1,84 @@
+"""A process that is killed at any moment, and started again, ends where one that was not killed does."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+from training import compiled, data, history
+
+import tfpar
+from tfpar.testing import assert_same
+
+SCRIPT = pathlib.Path(__file__).parent / "train_and_die.py"
+
+
+@pytest.mark.parametrize("mesh", ["cube", "pipeline"])
+def test_killed_at_random_moments(mesh, tmp_path):
+    run = subprocess.run([sys.executable, str(SCRIPT), str(tmp_path), mesh], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert int(run.stdout.split()[-1]) > 4
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    keras.utils.set_random_seed(0)
+    x = h = layers.Input((64,))
+    for _ in range(2):
+        h = layers.Dense(256, activation="tanh")(h)
+    whole = keras.Model(x, layers.Dense(3)(h))
+    whole.compile(keras.optimizers.Adam(0.01), "mse")
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(64, 64)), rng.normal(size=(64, 3))
+    whole.fit(x, y, batch_size=16, epochs=6, shuffle=False, verbose=0)
+    assert_same(whole, keras.saving.load_model(tmp_path / "end.keras"), 1e-9)
+
+
+X, Y = data()
+
+
+class Killed(BaseException):
+    """In place of the signal."""
+
+
+@pytest.mark.parametrize("at", ["weights", "file", "metadata", "old"])
+def test_killed_in_the_middle_of_a_save(at, tmp_path, monkeypatch):
+    """After each step of a save, the backup is the old one or the new one."""
+    strategy = tfpar.PipelineStrategy(["CPU:0", "CPU:1"], micro_batches=2)
+    whole, model, again = (compiled(strategy, "adam") for _ in range(3))
+    history(X, Y, batch_size=8, epochs=4)(whole)
+    original = {"rename": pathlib.Path.replace, "unlink": pathlib.Path.unlink}
+
+    def die(path, *args, how="rename", **kwargs):
+        metadata = tmp_path / "training_metadata.json"
+        epoch = json.loads(metadata.read_text())["epoch"] if metadata.exists() else 0
+        now = epoch == 2
+        before = {"weights": "h5", "metadata": "json"}.get(at)
+        if now and before and path.name.endswith(before):
+            raise Killed
+        if now and at == "old" and how == "unlink" and path.name[0] == "1":
+            raise Killed
+        result = original[how](path, *args, **kwargs)
+        if now and at == "file" and path.name.endswith("h5"):
+            raise Killed
+        return result
+
+    monkeypatch.setattr(pathlib.Path, "replace", die)
+    monkeypatch.setattr(pathlib.Path, "unlink", lambda *a, **k: die(*a, how="unlink", **k))
+    with pytest.raises(Killed):
+        history(X, Y, batch_size=8, epochs=4, callbacks=[tfpar.BackupAndRestore(str(tmp_path))])(model)
+    monkeypatch.undo()
+    history(X, Y, batch_size=8, epochs=4, callbacks=[tfpar.BackupAndRestore(str(tmp_path))])(again)
+    assert_same(whole, again, 1e-6)
+
+
+def test_a_backup_that_keras_made(tmp_path):
+    whole, model = compiled(None, "adam"), compiled(tfpar.LayerPlacementStrategy(["CPU:0", "CPU:1"]), "adam")
+    history(X, Y, batch_size=8, epochs=3)(whole)
+    first = compiled(None, "adam")
+    keep = keras.callbacks.BackupAndRestore(str(tmp_path), delete_checkpoint=False)
+    history(X, Y, batch_size=8, epochs=1, callbacks=[keep])(first)
+    history(X, Y, batch_size=8, epochs=3, callbacks=[tfpar.BackupAndRestore(str(tmp_path))])(model)
+    assert_same(whole, model, 1e-5, 1e-7)

@@ -1,0 +1,91 @@
+"""The way back through a segment: cotangents to those of its variables and edges, added up as they come."""
+
+# s: segment, m: micro-batch of a lane, v: variable, t: tensor of the graph, i: operation, k: its k-th added loss
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import tensorflow as tf
+
+from tfpar import _keras
+from tfpar._tf import made_again
+from tfpar.collectives import add, reduce_scatter
+from tfpar.layout import REPLICATED
+from tfpar.program import Edge, Program, Result, differentiable, tensor_of
+
+
+def keep(run: Any, s: int, m: int, gradients: dict[int, Any]):
+    """Add gradients of variables to those of earlier micro-batches; of those that replicas divide, the shards."""
+    for v, gradient in gradients.items():
+        shards = run.engine.shards(v) if run.scatters else REPLICATED
+        lanes = [run.lane(n) for n in run.together(s, m)] if s in run.route.whole else [run.lane(m)]
+        if shards == REPLICATED:
+            count(run, s, lanes[0], v, gradient)
+            continue
+        key = s, m % run.parts.micro_batches, run.rank(m), v
+        waiting = run.waiting.setdefault(key, {})
+        waiting.update({lanes[0]: gradient, **dict.fromkeys(lanes[1:])})
+        if len(waiting) == run.parts.replicas:
+            every = range(run.rank(m), run.engine.lanes, run.ranks)
+            devices = [run.device(s, lane) for lane in every]
+            shape = _keras.stored(run.engine.graph.variables[v]).rank_shape(run.rank(m))
+            parts = reduce_scatter(list(waiting.values()), devices, shards.dim, shape)
+            for lane, part, device in zip(every, parts, devices, strict=True):
+                with tf.device(device):
+                    count(run, s, lane, v, part)
+
+
+def count(run: Any, s: int, lane: int, v: int, gradient: Any):
+    """Add to the gradient of a variable."""
+    known = run.gradients.get((s, lane, v))
+    run.gradients[s, lane, v] = gradient if known is None else add(known, gradient)
+
+
+def again_of(run: Any, s: int, m: int, program: Program) -> list[Callable | None]:
+    """For each variable of a program that was gathered for it alone, what gathers it for the way back."""
+    return [partial(run.variable, s, m, v) if run.engine.gathers(v) else None for v in program.variables]
+
+
+def vjp(
+    run: Any, program: Program, variables: list[tf.Tensor], edges: dict[int, Edge], again: list[Callable | None]
+) -> tuple[Result, Callable]:
+    """A program's result, and a function from its cotangents to those of its variables and edges.
+
+    Args:
+        again: what gathers variables for the way back, so that it holds on to none.
+    """
+    inside, outside = watched(run, program, variables, edges)
+    sources = [*inside.values(), *outside.values()]
+    with tf.GradientTape(persistent=run.head is None) as tape:  # a user may ask more than once
+        tape.watch(sources)
+        result = program(variables, edges)
+    traced = program.traced(variables, edges) if any(again) and not tf.executing_eagerly() else None
+
+    def pullback(cotangents: dict[int, tf.Tensor], added: dict[tuple[int, int], tf.Tensor]):
+        targets = [result.edges[t].value for t in cotangents] + [result.losses[i][k] for i, k in added]
+        if not targets:
+            return {}, {}
+        known = len(targets[0].op.outputs) if traced else 0
+        found = tape.gradient(targets, sources, [*cotangents.values(), *added.values()])
+        if traced:
+            made_again(targets[0].op, traced, known, again)
+        return present(inside, found), present(outside, found[len(inside) :])
+
+    return result, pullback
+
+
+def watched(
+    run: Any, program: Program, variables: list[tf.Tensor], edges: dict[int, Edge]
+) -> tuple[dict[int, tf.Tensor], dict[int, tf.Tensor]]:
+    """The variables and the edges of a program of which gradients are wanted."""
+    return {v: x for v, x in zip(program.variables, variables, strict=True) if v in run.engine.trainable}, {
+        t: e.value
+        for t, e in edges.items()
+        if differentiable(run.graph, t) and (run.watch_inputs or run.is_learned(tensor_of(t)))
+    }
+
+
+def present(keys: Iterable[int], values: Sequence[Any]) -> dict[int, Any]:
+    """The values that are not `None`, by their keys."""
+    return {key: value for key, value in zip(keys, values, strict=False) if value is not None}

@@ -1,0 +1,31 @@
+"""Callbacks of `fit`, besides Keras' own."""
+
+import keras
+
+from tfpar.step import steps_of
+
+
+class CheckNumerics(keras.callbacks.Callback):
+    """Makes a loss that is NaN or infinite an error that names the stage, the micro-batch and the layer it comes from.
+
+    The step that failed changes no weights. It costs a look at one number for each step.
+
+    Raises:
+        StageError: from `fit`.
+
+    Example:
+        >>> model.fit(x, y, callbacks=[tfpar.CheckNumerics()])  # doctest: +SKIP
+    """
+
+    def on_train_begin(self, logs=None):
+        self.check(True)
+
+    def on_train_end(self, logs=None):
+        self.check(False)
+
+    def check(self, checks: bool):
+        """From now on, check or do not."""
+        steps = steps_of(self.model)
+        if steps is not None and steps.checks != checks:
+            steps.checks = checks
+            self.model.make_train_function(force=True)

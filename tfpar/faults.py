@@ -1,0 +1,124 @@
+"""Where a step failed: its forward passes are run again, action by action and then layer by layer."""
+
+# s: segment of a stage, m: micro-batch of a lane, i: operation
+
+import re
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tfpar import batch
+from tfpar._tf import record_gradient, unrecorded
+from tfpar.errors import StageError
+from tfpar.passes import Pass
+from tfpar.program import Edge, Program, with_logits
+from tfpar.schedule import Action, Kind
+
+NOT_FINITE = "the loss is not finite"
+
+
+def explained(error: tf.errors.OpError, steps: Any, data: batch.Batch, parts: batch.Parts, training: bool) -> Exception:
+    """The error of a step as one that says where it happened, as far as that can be found out.
+
+    Args:
+        steps: of the model; gives `engine`, `strategy` and `begun(data, parts, training)`.
+        data: what the step was given.
+    """
+    finite = NOT_FINITE in error.message
+    where = of_weights(steps) if finite else None
+    with steps.strategy.extended.as_one():
+        try:
+            run = steps.begun(data, parts, training)
+            where = where or located(run, steps.engine.schedule(steps.strategy, parts, run.route), finite)
+        except Exception:  # it cannot be run again
+            where = None
+    if finite:
+        return StageError(f"{NOT_FINITE}; it comes from {where or 'the loss itself: what the model makes is finite'}")
+    return StageError(f"{where or 'the way back or the update' + at_node(error, steps.engine)} failed: {reason(error)}")
+
+
+def located(run: Pass, schedule: Any, finite: bool) -> str | None:
+    """The first action that fails, or with `finite` makes something that is not finite, and the layer in it."""
+    for action, emit in run.actions(schedule, Kind.FORWARD):
+        s, _, m = action
+        with tf.device(run.device(s, run.lane(m))):
+            try:
+                emit()
+                made = [run.values[n][t] for n in run.together(s, m) for t in run.partition.edges(s)]
+                wrong = finite and not all(is_finite(edge) for edge in made)
+            except Exception:
+                wrong = True
+            if wrong:
+                return described(run, action, layer(run, action, finite))
+    return None
+
+
+def layer(run: Pass, action: Action, finite: bool) -> str:
+    """The first layer of a segment that fails, or makes something that is not finite; all of them, if none does."""
+    s, _, m = action
+    ops, values = run.graph.ops, dict(run.values[m])
+    for i in run.partition.ops(s) if s not in run.route.collectives else ():
+        program = Program(
+            run.route.graph, [i], ops[i].outputs, run.engine.model, run.training, False, True, run.engine.raw
+        )  # fmt: skip
+        try:
+            variables = [run.variable(s, m, v) for v in program.variables]
+            found = program(variables, with_logits(values, ops[i].inputs)).edges
+        except Exception:
+            return ops[i].name
+        if finite and not all(is_finite(edge) for edge in found.values()):
+            return ops[i].name
+        values.update(found)
+    return ", ".join(run.names(s))
+
+
+def described(run: Pass, action: Action, name: str) -> str:
+    """An action in words."""
+    s, _, m = action
+    replica, rank = divmod(run.lane(m), run.ranks)
+    places = [f"stage {run.route.stages[s]}", f"micro-batch {m % run.parts.micro_batches}"]
+    places += [f"replica {replica}"] if run.parts.replicas > 1 else []
+    places += [f"rank {rank}"] if run.ranks > 1 else []
+    return f"{', '.join(places)} on {run.device(s, run.lane(m))}, in {name}"
+
+
+def is_finite(edge: Edge) -> bool:
+    """Whether a tensor has no NaN and no infinity, or is of another kind."""
+    value = edge.value
+    return not getattr(value, "dtype", tf.int32).is_floating or bool(tf.reduce_all(tf.math.is_finite(value)))
+
+
+def of_weights(steps: Any) -> str | None:
+    """The first weight that was not finite before the step."""
+    for variable in steps.model.weights:
+        if np.issubdtype(variable.numpy().dtype, np.floating) and not np.isfinite(variable.numpy()).all():
+            return f"{variable.path}, which was not finite before this step"
+    return None
+
+
+def reason(error: tf.errors.OpError) -> str:
+    """What TensorFlow says, in one line."""
+    lines = [line.strip() for line in error.message.split("[[{{node")[0].splitlines() if line.strip()]
+    return f"{type(error).__name__}: {re.sub(r'^.*?[A-Z_]+: +', '', lines[-1])}" if lines else type(error).__name__
+
+
+def at_node(error: tf.errors.OpError, engine: Any) -> str:
+    """The operation that TensorFlow names, and the device that it ran out of memory on."""
+    node, device = re.search(r"{{node (.*?)}}", error.message), re.search(r"device:((?:GPU|CPU):\d+)", error.message)
+    ops = {op.layer.split("/")[-1]: op for op in engine.plan.partition.graph.ops} if engine else {}
+    found = ops.get(re.sub(r"(_\d+)?$", "", node[1].split("/")[0])) if node else None
+    stage = engine.plan.partition.stage_of[engine.plan.partition.graph.ops.index(found)] if found else None
+    told = [f"stage {stage}, {found.name}" if found else f"operation {node[1]}" if node else ""]
+    return f" ({', '.join([*filter(None, told), *([device[1]] if device else [])])})" if node or device else ""
+
+
+def checked(loss: tf.Tensor) -> tf.Tensor:
+    """The loss, which stops the step if it is not finite; its gradient waits for that."""
+    found = unrecorded(lambda: tf.debugging.check_numerics(loss, NOT_FINITE))
+
+    def back(gradient: tf.Tensor) -> list[tf.Tensor]:
+        with tf.control_dependencies([found]):
+            return [tf.identity(gradient)]
+
+    return record_gradient([found], [loss], back)[0]
