@@ -1,6 +1,7 @@
 """What one strategy saved, any other goes on with: the same weights and slots as without the interruption."""
 
 import contextlib
+import itertools
 import os
 import pathlib
 import subprocess
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from test_mesh_strategy import deep
-from training import compiled, data, history
+from training import compiled, data, history, mostly
 
 import tfpar
 from tfpar import Mesh
@@ -103,13 +104,21 @@ WAYS = {
 NAMES = list(STRATEGIES)[:4]
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("first", NAMES)
+PAIRS = list(itertools.product(NAMES, WAYS))
+
+
+def places(first, way):
+    """Of the two in their lists."""
+    return NAMES.index(first), list(WAYS).index(way)
+
+
+@pytest.mark.parametrize("first, way", mostly(PAIRS, [pair for pair in PAIRS if sum(places(*pair)) % 2 == 0]))
 def test_saved_here_resumed_there(first, way, whole, tmp_path):
     save, load = WAYS[way]
     save(fit(fresh(first)), tmp_path)
     keras.utils.clear_session(free_memory=False)
-    second = NAMES[(NAMES.index(first) + list(WAYS).index(way) + 1) % len(NAMES)]  # over all ways, any to any
+    at, number = places(first, way)
+    second = NAMES[(at + 1 + number % 3) % len(NAMES)]  # over all ways, any to any
     assert_same(whole, fit(load(second, tmp_path)), 1e-5, 1e-7)
 
 

@@ -152,10 +152,10 @@ def reference(model_name, config_name):
 
 # which kind of split must leave the numbers
 NEEDS = {"layer_placement": "", "pipeline": "micro", "data_parallel": "data", "tensor": "tensor"}
-FEWER = {  # how to train, where a mesh does the same
-    "layer_placement": ["sgd", "accumulation"],
+FEWER = {  # how to train, where a mesh does the same: models take turns
+    "layer_placement": ["accumulation", "sgd"],
     "pipeline": ["masks", "accumulation"],
-    "data_parallel": ["masks", "accumulation"],
+    "data_parallel": ["accumulation", "masks"],
     "tensor": ["adamw clipnorm"],
 }
 
@@ -170,22 +170,31 @@ def splits(mesh, options):
 
 
 def on_meshes():
-    """Every model on every mesh, each time with other options and trained in another way."""
+    """Every model on every mesh, each time with other options and trained in another way; some only by `-m every`."""
     turn = itertools.count()
     for (at, (m, zoo)), (place, mesh) in itertools.product(enumerate(ZOO.items()), enumerate(MESHES)):
         n = next(turn)
         options = [OPTIONS[(n + k) % len(OPTIONS)] for k in range(len(OPTIONS))]
         fit = [o for o in options if splits(mesh, o) <= {*zoo.splits.split()}]
-        in_turn = (at + place) % {2: 4, 4: 6, 8: 8}[math.prod(mesh)] == 0  # the others with -m every
+        in_turn = (at + place) % {2: 4, 4: 6, 8: 10}[math.prod(mesh)] == 0
         if fit and (mesh[1] < 8 or m in DEEP):
-            yield m, list(CONFIGS)[n % len(CONFIGS)], (mesh, fit[0]), [] if in_turn else [pytest.mark.every]
+            yield m, list(CONFIGS)[n % len(CONFIGS)], (mesh, fit[0]), in_turn
 
 
-CASES = [(m, c, s, []) for m in ZOO for s in STRATEGIES for c in FEWER[s] if NEEDS[s] in ZOO[m].splits]
+def on_strategies():
+    """Every model under every strategy, trained in one of its ways or the other."""
+    for (at, (m, zoo)), (s, ways) in itertools.product(enumerate(ZOO.items()), FEWER.items()):
+        if NEEDS[s] in zoo.splits:
+            yield from ((m, c, s, (at + n) % len(ways) == 0) for n, c in enumerate(ways))
+
+
 CASES = [
-    pytest.param(m, c, s, id=f"{m}-{c}-{s}", marks=[pytest.mark.xdist_group(f"{m} {c}"), *marks])
-    for m, c, s, marks in sorted([*CASES, *on_meshes()], key=lambda case: case[:2])
-]
+    pytest.param(
+        m, c, s, id=f"{m}-{c}-{s}",
+        marks=[pytest.mark.xdist_group(f"{m} {c}"), *([] if in_turn else [pytest.mark.every])],
+    )
+    for m, c, s, in_turn in sorted([*on_strategies(), *on_meshes()], key=lambda case: case[:2])
+]  # fmt: skip
 
 
 def made(strategy):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from training import check, compiled, data, history
+from training import Spy, check, compiled, data, history
 
 import tfpar
 from tfpar import passes
@@ -154,13 +154,7 @@ def test_memory_follows_the_plan(name):
 
 def test_one_trace_for_all_sizes_of_batches():
     strategy = tfpar.PipelineStrategy(FOUR[:2], micro_batches=2)
-    traces = []
-
-    class Spy(layers.Layer):
-        def call(self, x, training=None):
-            if tf.inside_function():
-                traces.append(training)
-            return x
+    Spy.traces.clear()
 
     def build():
         x = layers.Input((X.shape[1],))
@@ -170,11 +164,11 @@ def test_one_trace_for_all_sizes_of_batches():
     x, y = data(45)
     batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(8)
     model.fit(batches, epochs=3, verbose=0)
-    known = len(traces)
-    assert traces.count(True) == 1
+    known = len(Spy.traces)
+    assert Spy.traces.count(True) == 1
     model.fit(batches, epochs=2, verbose=0)
     model.fit(tf.data.Dataset.from_tensor_slices((x, y)).batch(6), verbose=0)
-    assert len(traces) == known
+    assert len(Spy.traces) == known
 
 
 def test_several_stages_on_a_device():

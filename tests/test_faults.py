@@ -15,7 +15,7 @@ from training import compiled, data, history
 
 import tfpar
 from tfpar import Mesh
-from tfpar.testing import assert_same
+from tfpar.testing import named_values
 
 X, Y = data(16)
 MESHES = {
@@ -138,11 +138,19 @@ def test_watchdog():
 # ---- files
 
 
-@pytest.fixture
-def file(tmp_path):
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    keras.utils.clear_session(free_memory=False)
     model = compiled(None, "adam", build=deep)
     history(X, Y)(model)
-    model.save_weights(tmp_path / "good.weights.h5")
+    path = tmp_path_factory.mktemp("good") / "good.weights.h5"
+    model.save_weights(path)
+    return path.read_bytes()
+
+
+@pytest.fixture
+def file(good, tmp_path):
+    (tmp_path / "good.weights.h5").write_bytes(good)
     return tmp_path / "good.weights.h5"
 
 
@@ -175,17 +183,16 @@ def missing(file):
     + [("cube", truncated), ("replicas", of_another_model)],
 )
 def test_a_damaged_file_leaves_the_model(name, damage, file):
-    model, same = (compiled(MESHES[name](), "adam", build=deep) for _ in range(2))
-    for m in (model, same):
-        history(X, Y, batch_size=16)(m)
+    model = compiled(MESHES[name](), "adam", build=deep)
+    history(X, Y, batch_size=16)(model)
     model.load_weights(file)
-    model.set_weights(same.get_weights())
-    for a, b in zip(model.optimizer.variables, same.optimizer.variables, strict=True):
-        a.assign(b.numpy())
+    history(X, Y, batch_size=16)(model)
+    before = named_values(model)
     damage(file)
     with pytest.raises(tfpar.FileError, match="cannot be loaded into .*, which stays as it is"):
         model.load_weights(file)
-    assert_same(model, same, 0.0)
+    after = named_values(model)
+    assert len(before) > 20 and all(np.array_equal(before[name], after[name]) for name in before)
     history(X, Y, batch_size=16)(model)
 
 

@@ -39,13 +39,12 @@ class Tells(keras.callbacks.Callback):
         os.write(self.pipe, bytes([BATCH]))
 
 
-def train(folder, mesh, pipe):
-    """One run."""
-    logical_cpus(8, threads=1)
+def trained(scope, callbacks=()):
+    """The model, trained to its end."""
     keras.config.set_floatx("float64")
     keras.config.set_dtype_policy("float64")
     keras.utils.set_random_seed(0)
-    with STRATEGIES[mesh]().scope():
+    with scope:
         x = h = layers.Input((64,))
         for _ in range(2):
             h = layers.Dense(256, activation="tanh")(h)
@@ -53,9 +52,15 @@ def train(folder, mesh, pipe):
         model.compile(keras.optimizers.Adam(0.01), "mse")
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(64, 64)), rng.normal(size=(64, 3))
+    model.fit(x, y, batch_size=16, epochs=EPOCHS, shuffle=False, verbose=0, callbacks=[*callbacks])
+    return model
+
+
+def train(folder, mesh, pipe):
+    """One run."""
+    logical_cpus(8, threads=1)
     backup = tfpar.BackupAndRestore(f"{folder}/backup", delete_checkpoint=False)
-    model.fit(x, y, batch_size=16, epochs=EPOCHS, shuffle=False, verbose=0, callbacks=[backup, Tells(pipe)])
-    model.save(f"{folder}/end.keras")
+    trained(STRATEGIES[mesh]().scope(), [backup, Tells(pipe)]).save(f"{folder}/end.keras")
     os.write(pipe, bytes([EPOCHS]))
 
 
@@ -95,4 +100,5 @@ def main(folder, mesh):
     print(kills)
 
 
-main(*sys.argv[1:])
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,9 +1,12 @@
 """A small model under each strategy and on one device, trained alike and compared."""
 
 import contextlib
+from typing import ClassVar
 
 import keras
 import numpy as np
+import pytest
+import tensorflow as tf
 from keras import layers
 
 import tfpar
@@ -31,6 +34,23 @@ OPTIMIZERS = {
         for name in ("Nadam", "Lion", "RMSprop", "Adagrad", "Adadelta", "Adamax", "Ftrl")
     },
 }
+
+
+class Spy(layers.Layer):
+    """Notes what each trace of it is told of training; all of them in one list."""
+
+    traces: ClassVar = []
+
+    def call(self, x, training=None):
+        if tf.inside_function():
+            self.traces.append(training)
+        return x
+
+
+def mostly(values, kept):
+    """Parameters of a test: those that are kept, and the others for `pytest -m every`."""
+    marked = [(value if isinstance(value, tuple) else (value,), value in kept) for value in values]
+    return [pytest.param(*value, marks=[] if is_kept else pytest.mark.every) for value, is_kept in marked]
 
 
 def data(rows=ROWS):

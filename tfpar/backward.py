@@ -8,19 +8,19 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfpar import _keras
 from tfpar._tf import made_again
-from tfpar.collectives import add, reduce_scatter
+from tfpar.collectives import add
+from tfpar.engine import device_of, scattered, shards_of
 from tfpar.layout import REPLICATED
 from tfpar.program import Edge, Program, Result, differentiable, tensor_of
 
 
 def keep(run: Any, s: int, m: int, gradients: dict[int, Any]):
     """Add gradients of variables to those of earlier micro-batches; of those that replicas divide, the shards."""
+    lanes = [run.lane(n) for n in run.together(s, m)]
     for v, gradient in gradients.items():
-        shards = run.engine.shards(v) if run.scatters else REPLICATED
-        lanes = [run.lane(n) for n in run.together(s, m)] if s in run.route.whole else [run.lane(m)]
-        if shards == REPLICATED:
+        variable = run.engine.graph.variables[v]
+        if not run.scatters or shards_of(variable) == REPLICATED:
             count(run, s, lanes[0], v, gradient)
             continue
         key = s, m % run.parts.micro_batches, run.rank(m), v
@@ -28,11 +28,8 @@ def keep(run: Any, s: int, m: int, gradients: dict[int, Any]):
         waiting.update({lanes[0]: gradient, **dict.fromkeys(lanes[1:])})
         if len(waiting) == run.parts.replicas:
             every = range(run.rank(m), run.engine.lanes, run.ranks)
-            devices = [run.device(s, lane) for lane in every]
-            shape = _keras.stored(run.engine.graph.variables[v]).rank_shape(run.rank(m))
-            parts = reduce_scatter(list(waiting.values()), devices, shards.dim, shape)
-            for lane, part, device in zip(every, parts, devices, strict=True):
-                with tf.device(device):
+            for lane, part in zip(every, scattered(variable, list(waiting.values()), every), strict=True):
+                with tf.device(device_of(variable, lane)):
                     count(run, s, lane, v, part)
 
 

@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from tfpar import _keras, batch
-from tfpar.collectives import Collective
+from tfpar.collectives import Collective, reduce_scatter
 from tfpar.crossentropy import CrossEntropy
 from tfpar.layout import REPLICATED, Layout
 from tfpar.local import is_collective
@@ -37,6 +37,18 @@ def device_of(variable: keras.Variable, lane: int = 0) -> str:
 def layout_of(variable: keras.Variable) -> Layout:
     """How a variable is divided between ranks."""
     return getattr(_keras.stored(variable), "layout", REPLICATED)
+
+
+def shards_of(variable: keras.Variable) -> Layout:
+    """How replicas divide what updates a variable."""
+    value = _keras.stored(variable)
+    return value.follow.sharding.shards if isinstance(value, LogicalVariable) else REPLICATED
+
+
+def scattered(variable: keras.Variable, gradients: Sequence[Any], lanes: Sequence[int]) -> list[Any]:
+    """To each of these lanes its shard of the sum of what they have of a variable's gradient."""
+    shape = _keras.stored(variable).rank_shape(lanes[0])
+    return reduce_scatter(gradients, [device_of(variable, lane) for lane in lanes], shards_of(variable).dim, shape)
 
 
 def read(variable: keras.Variable, lane: int = 0) -> tf.Tensor:
@@ -112,9 +124,7 @@ class Engine:
         training, inference: the ways through it; they share their variables, their inputs and their outputs.
         called: the way of a call in training by a user's own step, if it is another.
         jit_compile, eager: how programs run.
-        layouts, partial: of the variables that ranks have parts of, how; of the others, of which ranks find parts of
-            the gradient.
-        zero: what replicas divide: 1 slots, 2 gradients too, 3 weights too.
+        partial: variables that all ranks have, but find parts of the gradient of.
         reduce: the `tf.distribute.CrossDeviceOps` that add up tensors of ranks; copies, if not given.
     """
 
@@ -125,10 +135,8 @@ class Engine:
     jit_compile: bool = False
     eager: bool = False
     called: Route | None = None
-    layouts: dict[int, Layout] = field(default_factory=dict)
     partial: Set[int] = frozenset()
     reduce: Any = None
-    zero: int = 0
     has_masks: bool = False  # outputs have masks that their symbols do not show
     programs: dict[tuple[Route, int, bool | None], Program] = field(default_factory=dict)
     raw: dict[int, Callable] = field(default_factory=dict)  # of tensors that are functions of their logits, which
@@ -165,19 +173,15 @@ class Engine:
         """The same model, in which a call has the variables that it was found to use."""
         training, inference = self.training.knowing(unknown), self.inference.knowing(unknown)
         called = self.called.knowing(unknown) if self.called else None
-        cut, variables = self.plan.partition, training.source.graph.variables
-        plan = replace(self.plan, partition=Partition(cut.graph.with_variables(variables), cut.stage_of))
+        cut = self.plan.partition
+        graph = replace(cut.graph, variables=training.source.graph.variables)
+        plan = replace(self.plan, partition=Partition(graph, cut.stage_of))
         return replace(self, plan=plan, training=training, inference=inference, called=called, programs={})
 
     @property
     def lanes(self) -> int:
         """How many devices a stage has."""
         return self.plan.mesh.data * self.plan.mesh.tensor
-
-    def shards(self, v: int) -> Layout:
-        """How replicas divide what updates a variable."""
-        value = _keras.stored(self.graph.variables[v])
-        return value.follow.sharding.shards if isinstance(value, LogicalVariable) else REPLICATED
 
     def gathers(self, v: int) -> bool:
         """Whether replicas have shards of a variable."""

@@ -92,7 +92,8 @@ def is_finite(edge: Edge) -> bool:
 def of_weights(steps: Any) -> str | None:
     """The first weight that was not finite before the step."""
     for variable in steps.model.weights:
-        if np.issubdtype(variable.numpy().dtype, np.floating) and not np.isfinite(variable.numpy()).all():
+        value = variable.numpy()
+        if np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all():
             return f"{variable.path}, which was not finite before this step"
     return None
 
@@ -106,11 +107,13 @@ def reason(error: tf.errors.OpError) -> str:
 def at_node(error: tf.errors.OpError, engine: Any) -> str:
     """The operation that TensorFlow names, and the device that it ran out of memory on."""
     node, device = re.search(r"{{node (.*?)}}", error.message), re.search(r"device:((?:GPU|CPU):\d+)", error.message)
-    ops = {op.layer.split("/")[-1]: op for op in engine.plan.partition.graph.ops} if engine else {}
-    found = ops.get(re.sub(r"(_\d+)?$", "", node[1].split("/")[0])) if node else None
-    stage = engine.plan.partition.stage_of[engine.plan.partition.graph.ops.index(found)] if found else None
-    told = [f"stage {stage}, {found.name}" if found else f"operation {node[1]}" if node else ""]
-    return f" ({', '.join([*filter(None, told), *([device[1]] if device else [])])})" if node or device else ""
+    cut, told = engine.plan.partition, []
+    if node:
+        ops = {op.layer.split("/")[-1]: (stage, op) for op, stage in zip(cut.graph.ops, cut.stage_of, strict=True)}
+        stage, op = ops.get(re.sub(r"(_\d+)?$", "", node[1].split("/")[0]), (None, None))
+        told += [f"stage {stage}, {op.name}" if op else f"operation {node[1]}"]
+    told += [device[1]] if device else []
+    return f" ({', '.join(told)})" if told else ""
 
 
 def checked(loss: tf.Tensor) -> tf.Tensor:

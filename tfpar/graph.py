@@ -1,7 +1,7 @@
 """A model as plain data: its operations in order, the tensors between them, the variables they use."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from tfpar.errors import ModelError
@@ -101,10 +101,6 @@ class OpGraph:
             for t in dict.fromkeys(op.inputs):
                 found[t].append(index)
         return {t: tuple(ops) for t, ops in found.items()}
-
-    def with_variables(self, variables: tuple[Variable, ...]) -> "OpGraph":
-        """The same graph among more variables."""
-        return replace(self, variables=variables)
 
     def variable_bytes(self, ops: Iterable[int]) -> int:
         """Bytes of the variables that these operations use, each counted once."""

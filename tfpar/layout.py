@@ -68,6 +68,11 @@ class Sharding:
     shards: Layout = REPLICATED
 
     @property
+    def of_ranks(self) -> "Sharding":
+        """What each rank has of it, the shards of its replicas together."""
+        return replace(self, shards=REPLICATED)
+
+    @property
     def divides(self) -> bool:
         """Whether no lane has all of it."""
         return self.layout != REPLICATED or self.shards != REPLICATED

@@ -157,9 +157,10 @@ class Head:
     def __call__(self, run: Pass, m: int, outputs: dict[int, Edge]) -> dict[int, tf.Tensor]:
         """The cotangents of the model's outputs for part `m`."""
         if self.parts > 1 and self.totals is None:
-            masked = any(e.mask is not None for e in outputs.values())
-            masks = self.program.engine.masks(whole_inputs(run), self.training) if masked else []
-            masks = dict(zip(run.route.ends, masks, strict=True)) if masked else {}
+            masks = {}
+            if any(e.mask is not None for e in outputs.values()):
+                found = self.program.engine.masks(whole_inputs(run), self.training)
+                masks = dict(zip(run.route.ends, found, strict=True))
             self.totals = self.whole_counts({t: (e.value.shape, e.value.dtype) for t, e in outputs.items()}, masks)
         y, sample_weight = each(tf.identity, self.targets[run.part(m)])
         values, loss, cotangents = self.program.call(outputs, y, sample_weight, self.totals, self.scale)

@@ -66,7 +66,7 @@ def write_state(run: Pass):
         variable = run.engine.graph.variables[v]
         if id(variable) in moved:
             continue
-        if v in run.engine.layouts:
+        if layout_of(variable) != REPLICATED:
             for lane, copy in enumerate(_keras.stored(variable).copies):  # every rank has a value of its own
                 with tf.device(copy.device):
                     copy.assign(combined(run, v, lane % run.ranks))

@@ -118,7 +118,7 @@ class Pass:
 
     def share(self, s: int, m: int) -> Any:
         """The share in the batch of what goes through a segment together."""
-        parts = [self.weights[self.part(n)] for n in (self.together(s, m) if s in self.route.whole else [m])]
+        parts = [self.weights[self.part(n)] for n in self.together(s, m)]
         return tf.add_n(parts) if len(parts) > 1 else parts[0]
 
     @property

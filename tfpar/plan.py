@@ -134,11 +134,16 @@ class Plan:
             zero: from which kind of ZeRO on replicas divide them.
         """
         variable = self.partition.graph.variables[v]
-        sharding = Sharding(self.weights[v].layout if self.weights else REPLICATED, self.mesh.tensor)
-        if variable.trainable and self.zero >= zero:
-            sharding = sharded(variable.shape, sharding, self.mesh.data)
-        part = sharding.shape(variable.shape, lane, self.mesh.data * self.mesh.tensor)
+        part = self.sharding(v, zero).shape(variable.shape, lane, self.mesh.data * self.mesh.tensor)
         return (variable.bytes if whole is None else whole) * prod(part) // max(1, prod(variable.shape))
+
+    def sharding(self, v: int, zero: int = 3) -> Sharding:
+        """How lanes divide a variable, or its slots; `zero` as for `part`."""
+        variable = self.partition.graph.variables[v]
+        layout = self.weights[v].layout if v < len(self.weights) else REPLICATED
+        sharding = Sharding(layout, self.mesh.tensor)
+        divides = variable.trainable and self.zero >= zero
+        return sharded(variable.shape, sharding, self.mesh.data) if divides else sharding
 
     def activation_bytes(self, stage: int) -> int:
         """Bytes of what a stage's operations make, for as many micro-batches as the schedule holds at once."""

@@ -11,7 +11,7 @@ from keras import tree
 from tfpar import _keras, _keras_parts
 from tfpar.engine import Engine
 from tfpar.errors import ScopeError
-from tfpar.layout import REPLICATED, WHOLE, Sharding, sharded
+from tfpar.layout import WHOLE
 from tfpar.plan import Plan
 from tfpar.routes import planned
 from tfpar.variables import HOST, Home, LogicalVariable
@@ -45,21 +45,19 @@ def place(strategy: Any, engine: Engine):
                 model.optimizer.build(model.trainable_variables)
             if strategy.mesh.size > 1 or strategy.offload:
                 of = {id(slot): weight for slot, weight in _keras_parts.slots_of(model.optimizer)}
+                home = Home((HOST,) * strategy.mesh.size if strategy.offload else plan.mesh.devices, WHOLE)
                 for variable in model.optimizer.variables:
                     replicate(strategy, variable, of.get(id(variable)))
                     if id(variable) not in of:
-                        devices = (HOST,) * strategy.mesh.size if strategy.offload else plan.mesh.devices
-                        move(variable, Home(devices, WHOLE))
+                        move(variable, home)
 
 
 def homes(strategy: Any, engine: Engine, v: int) -> tuple[Home, Home]:
     """Where a variable goes, and where an optimizer's slots for it do: in parts over replicas, as ZeRO has them."""
-    mesh, variable, stage = strategy.mesh, engine.graph.variables[v], engine.plan.partition.home(v)
+    mesh, stage = strategy.mesh, engine.plan.partition.home(v)
     lanes = tuple(engine.plan.device(stage, r, k) for r in range(mesh.data) for k in range(mesh.tensor))
-    plain = Sharding(engine.layouts.get(v, REPLICATED), mesh.tensor)
-    shards = sharded(variable.shape, plain, mesh.data) if strategy.zero and v in engine.trainable else plain
     slots = (HOST,) * len(lanes) if strategy.offload else lanes
-    return Home(lanes, shards if strategy.zero == 3 else plain), Home(slots, shards)
+    return Home(lanes, engine.plan.sharding(v)), Home(slots, engine.plan.sharding(v, zero=1))
 
 
 def build_losses(strategy: Any, engine: Engine, data: Any):

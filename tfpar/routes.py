@@ -64,23 +64,21 @@ def planned(
     between = {}
     if mesh.tensor > 1:
         finals, between = between_ranks(strategy, finals, names, crossentropy_of(model, y) if model.compiled else None)
-    of = zip(finals, (*graphs, graphs[0]), (*names, names[0]), strict=False)
-    ways = [route_of(strategy, *way, rows) for way in of]
+    of = zip(finals, (*graphs, graphs[0]), (*names, names[0]), strict=False)  # with the loss, training comes twice
+    training, inference, *with_loss = (route_of(strategy, *way, rows) for way in of)
     if strategy.parts.micro_batches > 1:
         check_outputs(graphs[0])
         check_stateless(model)
-        check_independence(graphs[0], ways[0].probe)
+        check_independence(graphs[0], training.probe)
     plan = Plan(
-        cut, mesh, schedule, hardware(strategy), rows, whole=tuple(sorted(names[0])), segments=ways[0].partition.stages,
-        zero=strategy.zero,
+        cut, mesh, schedule, hardware(strategy), rows, whole=tuple(sorted(names[0])),
+        segments=training.partition.stages, zero=strategy.zero,
         weights=between.pop("weights", ()), exchanges=between.pop("exchanges", ()),
     )  # fmt: skip
-    training, inference, called = (*ways, None)[:3]
-    if called is not None:
-        training, called = called, training
+    training, called = (with_loss[0], training) if with_loss else (training, None)
     return Engine(
         plan, model, training, inference, bool(model.jit_compile), model.run_eagerly, called,
-        reduce=strategy.cross_device_ops, zero=strategy.zero, **between,
+        reduce=strategy.cross_device_ops, **between,
     )  # fmt: skip
 
 
@@ -117,7 +115,6 @@ def between_ranks(
     last = found[-1] if len(found) > 2 else training
     return found, {
         "weights": weights, "exchanges": last.exchanges, "partial": last.partial,
-        "layouts": inference.layouts | training.layouts,
     }  # fmt: skip
 
 

@@ -5,7 +5,6 @@
 import contextlib
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -14,11 +13,11 @@ import tensorflow as tf
 
 from tfpar import _keras, _keras_parts, outcome
 from tfpar._tf import LogicalReplica
-from tfpar.collectives import add, all_reduce, on_each, reduce_scatter
+from tfpar.collectives import add, all_reduce, on_each
 from tfpar.collectives import reduced as summed
 from tfpar.detached import Detached
-from tfpar.engine import Engine, device_of, each, whole
-from tfpar.layout import REPLICATED, Layout
+from tfpar.engine import Engine, device_of, each, layout_of, scattered, shards_of, whole
+from tfpar.layout import REPLICATED
 from tfpar.passes import Pass
 from tfpar.variables import HOST, LogicalVariable, joined
 
@@ -118,7 +117,7 @@ class Update:
         """Whether lanes have parts of weights, or of slots."""
         return any(map(is_divided, self.weights))
 
-    @property
+    @cached_property
     def in_parts(self) -> bool:
         """Whether each device can update what it has: nothing looks at more than that, but norms."""
         optimizer, kind, divided = self.model.optimizer, type(self.model.optimizer), [*filter(is_divided, self.weights)]
@@ -132,7 +131,7 @@ class Update:
     @property
     def scatters(self) -> bool:
         """Whether gradients are divided between replicas as soon as they are there (ZeRO 2)."""
-        return self.engine.zero >= 2 and self.in_parts
+        return self.engine.plan.zero >= 2 and self.in_parts
 
     def is_detached(self, n: int) -> bool:
         """Whether a weight is updated away from its copies: its slots cover another part of it, or are elsewhere."""
@@ -185,14 +184,14 @@ class Update:
             found[n] = outcome.gradients(run, self.numbers[n])
         with tf.name_scope("all-reduce/weights"):
             for (*_, is_partial), members in buckets.items():
-                copied = [n for n in members if not self.in_parts or self.shards(n) == REPLICATED]
+                copied = [n for n in members if not self.in_parts or shards_of(self.weights[n]) == REPLICATED]
                 for k in range(ranks):
                     self.add_up(copied, found, lanes[k::ranks])
                     if not run.scatters:
                         self.scatter([n for n in members if n not in copied], found, lanes[k::ranks])
                 for r in range(self.mesh.data if is_partial else 0):
                     self.add_up(members, found, lanes[r * ranks : (r + 1) * ranks])
-        if self.engine.zero < 3:
+        if self.engine.plan.zero < 3:
             return found
         # other replicas read a shard until they are back; TensorFlow's optimizer may lose the edges that say so
         with tf.control_dependencies([done for last in run.last.values() for done in last]):
@@ -210,22 +209,15 @@ class Update:
     def scatter(self, members: Sequence[int], found: list[list[Any]], lanes: Sequence[int]):
         """Replace gradients of these lanes, each by its shard of their sum."""
         for n in members:
-            devices = [device_of(self.weights[n], lane) for lane in lanes]
-            shape = _keras.stored(self.weights[n]).rank_shape(lanes[0])
-            shards = reduce_scatter([found[n][lane] for lane in lanes], devices, self.shards(n).dim, shape)
+            shards = scattered(self.weights[n], [found[n][lane] for lane in lanes], lanes)
             for lane, shard in zip(lanes, shards, strict=True):
                 found[n][lane] = shard
-
-    def shards(self, n: int) -> Layout:
-        """How replicas divide what updates a weight."""
-        stored = _keras.stored(self.weights[n])
-        return stored.follow.sharding.shards if isinstance(stored, LogicalVariable) else REPLICATED
 
     def whole_gradient(self, n: int, parts: Sequence[Any]) -> Any:
         """The gradient of a weight, from those of its parts."""
         if parts[0] is None or not is_divided(self.weights[n]):
             return parts[0]
-        ranks = replace(_keras.stored(self.weights[n]).sharding, shards=REPLICATED)
+        ranks = _keras.stored(self.weights[n]).sharding.of_ranks
         return joined([tf.convert_to_tensor(part) for part in parts], ranks) if ranks.divides else parts[0]
 
     # ---- the optimizer
@@ -257,12 +249,11 @@ class Update:
     def counted(self, place: Place) -> tf.Tensor:
         """With what weight each gradient of a device counts in a norm."""
         replica, rank = divmod(place.lane, self.mesh.tensor)
-        counts = []
-        for n in self.members[place.stage]:
-            layout = getattr(_keras.stored(self.weights[n]), "layout", REPLICATED)
-            once = (rank == 0 or layout != REPLICATED) and (replica == 0 or self.shards(n) != REPLICATED)
-            counts.append(float(once))
-        return tf.constant(counts, tf.float64)
+        weights = [self.weights[n] for n in self.members[place.stage]]
+        counts = [
+            (rank == 0 or layout_of(w) != REPLICATED) and (replica == 0 or shards_of(w) != REPLICATED) for w in weights
+        ]
+        return tf.cast(tf.constant(counts), tf.float64)
 
     @contextlib.contextmanager
     def binding(self, stage: int, copies: Sequence[tf.Variable], values: Sequence[tf.Tensor]) -> Iterator[list]:

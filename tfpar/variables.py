@@ -3,7 +3,6 @@
 import contextlib
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -114,7 +113,7 @@ class LogicalVariable(MirroredVariable):
         self._copy()
         first = self._values[0].read_value()
         with tf.device(HOST) if tf.executing_eagerly() else contextlib.nullcontext():
-            whole = unrecorded(lambda: tf.identity(self.joined([part.read_value() for part in self._values])))
+            whole = unrecorded(lambda: tf.identity(joined([v.read_value() for v in self._values], self._sharding)))
         # to a tape, the first part stands for the variable: its gradient is that of the whole
         return record_gradient([whole], [first], lambda gradient: [gradient])[0]
 
@@ -160,10 +159,6 @@ class LogicalVariable(MirroredVariable):
             return [sparse_part(value, region) for region in self.regions]
         return parts_of(value, self._sharding, len(self._values))
 
-    def joined(self, parts: Sequence[tf.Tensor]) -> tf.Tensor:
-        """What copies have as one."""
-        return joined(parts, self._sharding)
-
     def of_lane(self, lane: int) -> tf.Tensor:
         """The value, or the part of a rank, for a lane, on the current device."""
         if len(self._values) == 1:
@@ -175,7 +170,7 @@ class LogicalVariable(MirroredVariable):
 
     def rank_shape(self, rank: int) -> tuple[int, ...]:
         """The shape of what a rank has, shards of replicas together."""
-        return replace(self._sharding, shards=REPLICATED).shape(self.shape.as_list(), rank, len(self._values))
+        return self._sharding.of_ranks.shape(self.shape.as_list(), rank, len(self._values))
 
     def shard_of(self, lane: int) -> tf.Tensor:
         """What an optimizer updates for a lane, on the current device."""
@@ -201,8 +196,7 @@ class LogicalVariable(MirroredVariable):
 
     def whole_from(self, lane: int, part: tf.Tensor) -> tf.Tensor:
         """A tensor of the shape of the whole value, with the part of a lane's rank in its place, and zeros."""
-        rank = replace(self._sharding, shards=REPLICATED)
-        region = rank.region(self.shape.as_list(), lane, len(self._values))
+        region = self._sharding.of_ranks.region(self.shape.as_list(), lane, len(self._values))
         return tf.pad(part, [[start, n - stop] for (start, stop), n in zip(region, self.shape, strict=True)])
 
     @property
@@ -214,8 +208,8 @@ class LogicalVariable(MirroredVariable):
     def _export_to_saved_model_graph(self, *args, **kwargs):
         if self._sharding.divides:
             raise ModelError(
-                f"{self._common_name} is divided between devices, and a SavedModel holds whole variables: save the "
-                "model as a .keras file, load it outside of the strategy's scope, and export that"
+                f"{self._common_name} is divided between devices, and a SavedModel holds whole variables: use "
+                "model.export, which puts them together"
             )
         return super()._export_to_saved_model_graph(*args, **kwargs)
 
