@@ -35,7 +35,7 @@ def build():
     return keras.Model(x, layers.Dense(3, activation="softmax", name="last")(h))
 
 
-def graph(strategy, build=build, call="train_on_batch"):
+def graph(strategy, build=build, call="train_on_batch", **compile):
     """The graph of one step, and the model."""
     made = []
     original = Traced.function
@@ -44,7 +44,7 @@ def graph(strategy, build=build, call="train_on_batch"):
         made.append(original(*args))
         return made[-1]
 
-    model = compiled(strategy, build=build, optimizer="adam")
+    model = compiled(strategy, build=build, optimizer="adam", **compile)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Traced, "function", recording)
         getattr(model, call)(*((X,) if call == "predict_on_batch" else (X, Y)))
@@ -169,6 +169,30 @@ def test_one_trace_for_all_sizes_of_batches():
     model.fit(batches, epochs=2, verbose=0)
     model.fit(tf.data.Dataset.from_tensor_slices((x, y)).batch(6), verbose=0)
     assert len(Spy.traces) == known
+
+
+def test_weights_are_cast_once():
+    """In mixed precision, for all micro-batches together; their gradients are added up in the dtype of the weights."""
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    counts = []
+    for micro_batches in (2, 4):
+        g, model = graph(tfpar.PipelineStrategy(FOUR[:2], micro_batches=micro_batches))
+        shapes = {tuple(w.shape) for w in model.weights}
+        casts = [op for op in g.get_operations() if op.type == "Cast" and tuple(op.inputs[0].shape) in shapes]
+        counts.append(sum(op.get_attr("DstT") == tf.bfloat16 for op in casts))
+        back = sum(op.get_attr("DstT") == tf.float32 and "/mb" in op.name for op in casts)
+        assert back == micro_batches * len(model.weights)
+    assert counts == [len(model.weights)] * 2
+
+
+def test_compiled_programs_keep_no_weights():
+    """What goes forward would keep a copy of them for each micro-batch; the way back takes the weights themselves."""
+    strategy = tfpar.PipelineStrategy(FOUR[:2], micro_batches=4)
+    g, model = graph(strategy, jit_compile=True)
+    forward = [op for action, op in calls(g).items() if action.kind is Kind.FORWARD and action.stage == 0]
+    kept = [y for op in forward for y in op.outputs if y.consumers()]
+    shapes = {tuple(w.shape) for w in model.weights}
+    assert kept and not [y for y in kept if tuple(y.shape) in shapes]
 
 
 def test_several_stages_on_a_device():

@@ -145,6 +145,17 @@ def autocast_of(model: keras.layers.Layer) -> Iterator[None]:
         yield
 
 
+def read_as(variable: keras.Variable, operations: Sequence[Any]) -> str | None:
+    """The dtype in which all of these operations read a weight to train, if it is not its own."""
+    layers = [layers_in(operation) for operation in operations]
+    dtypes = {layer.compute_dtype for found in layers for layer in found}
+    if not variable.trainable or not variable._autocast or not all(layers) or len(dtypes) != 1:
+        return None
+    (dtype,) = dtypes
+    floats = all(tf.as_dtype(d).is_floating for d in (dtype, variable.dtype))
+    return dtype if floats and dtype != variable.dtype else None
+
+
 # ---- state: what a call reads and changes, without changing it
 
 

@@ -20,6 +20,7 @@ def keep(run: Any, s: int, m: int, gradients: dict[int, Any]):
     lanes = [run.lane(n) for n in run.together(s, m)]
     for v, gradient in gradients.items():
         variable = run.engine.graph.variables[v]
+        gradient = tf.cast(gradient, variable.dtype)  # of a weight that was cast for all micro-batches
         if not run.scatters or shards_of(variable) == REPLICATED:
             count(run, s, lanes[0], v, gradient)
             continue
@@ -40,8 +41,13 @@ def count(run: Any, s: int, lane: int, v: int, gradient: Any):
 
 
 def again_of(run: Any, s: int, m: int, program: Program) -> list[Callable | None]:
-    """For each variable of a program that was gathered for it alone, what gathers it for the way back."""
-    return [partial(run.variable, s, m, v) if run.engine.gathers(v) else None for v in program.variables]
+    """For each variable of a program, what gives it for the way back, if what goes forward must not keep it.
+
+    That is so for what was gathered for this program alone; and a compiled program would keep a copy of each weight for
+    each micro-batch.
+    """
+    copies = run.engine.jit_compile and run.parts.micro_batches > 1
+    return [partial(run.variable, s, m, v) if copies or run.engine.gathers(v) else None for v in program.variables]
 
 
 def vjp(

@@ -300,13 +300,18 @@ class Pass:
         if (s, lane, v) not in self.known:
             if self.engine.gathers(v):  # for this action alone, while the one before it runs
                 with tf.control_dependencies(self.before.get((lane, self.schedule.device_of[s]), [])):
-                    return self.read(variable, lane)
-            self.known[s, lane, v] = self.read(variable, lane)
+                    return self.cast(s, v, self.read(variable, lane))
+            self.known[s, lane, v] = self.cast(s, v, self.read(variable, lane))
         value = self.known[s, lane, v]
         if not _keras.is_seed(variable):
             return value
         # ranks that fill the same tensor draw the same numbers
         return _keras.nth_seed(value, m if v in self.route.drawn else self.part(m))
+
+    def cast(self, s: int, v: int, value: tf.Tensor) -> tf.Tensor:
+        """A weight as a segment's layers read it: in mixed precision cast once, not in every micro-batch."""
+        dtype = self.program(s).reads.get(v) if self.parts.micro_batches > 1 else None
+        return value if dtype is None else tf.cast(value, dtype)
 
     def arrived(self, s: int, m: int) -> dict[int, tf.Tensor]:
         """The cotangents of a segment's edges, summed over those that used them."""

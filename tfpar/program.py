@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import keras
@@ -159,6 +160,14 @@ class Program:
     def traced(self, variables: Sequence[tf.Tensor], edges: dict[int, Edge]) -> Any:
         """The traced function that a call with these arguments runs; `None` if it runs untraced."""
         return self.call.of(list(variables), edges) if isinstance(self.call, Function) else None
+
+    @cached_property
+    def reads(self) -> dict[int, str]:
+        """Weights that all operations read in another dtype than their own, and which."""
+        uses = {v: [i for i in self.ops if v in self.graph.graph.ops[i].variables] for v in self.variables}
+        calls, variables = self.graph.calls, self.graph.variables
+        found = {v: _keras.read_as(variables[v], [calls[i].operation for i in uses[v]]) for v in self.variables}
+        return {v: dtype for v, dtype in found.items() if dtype is not None}
 
     def run(self, variables: list[tf.Tensor], edges: dict[int, Edge]) -> Result:
         """Run the operations; `variables` are the values of `self.variables`."""

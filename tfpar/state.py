@@ -35,7 +35,7 @@ class RecordingScope(keras.StatelessScope):
     def __init__(self, values: Sequence[tuple[keras.Variable, Any]], strict: bool = False):
         super().__init__(collect_losses=True)
         # the scope itself refuses a part of a variable, which has another shape
-        self.state_mapping.update((id(v), keras.ops.convert_to_tensor(value, dtype=v.dtype)) for v, value in values)
+        self.state_mapping.update((id(v), tf.convert_to_tensor(value)) for v, value in values)
         self.known = {id(v) for v, _ in values} if strict else None
         self.call = 0
         self.written: dict[int, keras.Variable] = {}
