@@ -42,6 +42,7 @@ class Extended(MirroredExtended):
         ops = cross_device_ops or tf.distribute.ReductionToOneDevice()
         super().__init__(strategy, devices=list(self.replicas), cross_device_ops=ops)
         # variables of stages and ranks wait in host memory until a plan says where they belong
+        self.has_copies = on_all
         self.new_variables_on = self.replicas if on_all else (HOST,)
 
     @contextlib.contextmanager
@@ -251,7 +252,17 @@ class Strategy(MirroredStrategy):
             yield
 
     def run(self, fn: Callable, args: tuple = (), kwargs: dict | None = None, options: Any = None) -> Any:
-        """Run `fn` once for each replica, as `tf.distribute.Strategy.run`, with what Keras keeps for this thread."""
+        """Run `fn` once for each replica, as `tf.distribute.Strategy.run`, with what Keras keeps for this thread.
+
+        Raises:
+            ModelError: replicas without whole copies of variables: with ZeRO, offload, stages or ranks.
+        """
+        if not self.extended.is_one and not self.extended.has_copies:
+            raise ModelError(
+                "strategy.run needs a whole copy of each variable on each replica, and with ZeRO, offload, stages or "
+                "ranks there is none: train with fit, with a train_step of your own if need be, or use "
+                "DataParallelStrategy(zero=0)"
+            )
         if isinstance(fn, tf.types.experimental.PolymorphicFunction) or self.extended.is_one:
             return super().run(fn, args, kwargs, options)
         return super().run(as_in_this_thread(fn), args, kwargs, options)

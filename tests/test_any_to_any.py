@@ -179,6 +179,69 @@ def test_convert(whole):
         strategies[0].convert(model, strategies[1])
 
 
+def test_convert_with_all_its_optimizers():
+    class Two(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = keras.layers.Dense(4, activation="tanh"), keras.layers.Dense(3)
+
+        def compile(self, other):
+            super().compile(adam())
+            self.other = other
+
+        def call(self, x):
+            return self.second(self.first(x))
+
+        def train_step(self, data):
+            for layer, optimizer in ((self.first, self.optimizer), (self.second, self.other)):
+                with tf.GradientTape() as tape:
+                    loss = keras.ops.mean(keras.ops.square(self(data[0], training=True)))
+                gradients = tape.gradient(loss, layer.trainable_weights)
+                optimizer.apply_gradients(zip(gradients, layer.trainable_weights, strict=True))
+            return {"loss": loss}
+
+    strategy, other = tfpar.DataParallelStrategy(["CPU:0", "CPU:1"]), tfpar.MeshStrategy(Mesh())
+    models = []
+    for s in (None, strategy):
+        keras.utils.set_random_seed(3)
+        with s.scope() if s else contextlib.nullcontext():
+            models.append(Two())
+            models[-1].compile(adam())
+        fit(models[-1], 1)
+    strategy.convert(models[1], other)
+    found = [[*fit(model, 1).weights, *model.other.variables] for model in models]
+    assert len(found[0]) > 8 and all(difference(a, b) < 1e-5 for a, b in zip(*found, strict=True))
+
+
+def test_convert_leaves_no_model_with_old_variables():
+    x, strategy = keras.layers.Input((6,)), tfpar.DataParallelStrategy(["CPU:0", "CPU:1"])
+    with strategy.scope():
+        inner = keras.Model(x, keras.layers.Dense(4)(x))
+        outer = keras.Model(x, keras.layers.Dense(3)(inner(x)), name="outer")
+        outer.compile("sgd", "mse")
+    outer.predict(X, verbose=0)
+    with pytest.raises(tfpar.ScopeError, match="outer has been used and shares variables"):
+        strategy.convert(inner, tfpar.MeshStrategy(Mesh()))
+    del outer
+    strategy.convert(inner, tfpar.MeshStrategy(Mesh()))
+
+
+@pytest.mark.parametrize("name", ["cube", "pipeline"])
+def test_exported_before_it_is_used(name, whole, tmp_path):
+    model = fresh(name)
+    model.export(tmp_path / "served", verbose=False)
+    assert_same(whole, fit(model, 4), 1e-5, 1e-7)
+    strategy = STRATEGIES[name]()
+    assert {c.device[-5:] for v in model.weights for c in v.value.copies} == {*strategy.mesh.devices}
+
+
+def test_a_function_that_reads_too_early():
+    model = fresh("cube")
+    tf.function(model)(tf.constant(X))
+    with pytest.raises(tfpar.ScopeError, match="call fit, evaluate or predict first"):
+        fit(model, 1)
+
+
 def test_convert_between_replicas_and_stages():
     """Metrics of replicas are sums of their own; subclassed models have no configuration to build them from."""
 

@@ -102,6 +102,26 @@ def test_a_loss_that_is_not_finite(name):
     assert np.isfinite(history(X, Y, batch_size=16)(model)["loss"]).all()
 
 
+def test_own_steps_that_compute_the_loss_are_checked():
+    class Own(keras.Model):
+        def train_step(self, batch):
+            x, y = batch
+            with tf.GradientTape() as tape:
+                loss = self.compute_loss(x=x, y=y, y_pred=self(x, training=True))
+            weights = self.trainable_weights
+            self.optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
+            return {"loss": loss}
+
+    def build():
+        x = layers.Input((6,))
+        return Own(x, layers.Dense(3, activation="softmax")(Overflows(name="fragile")(x)))
+
+    model = compiled(MESHES["replicas"](), build=build, metrics=lambda: None)
+    with pytest.raises(tfpar.StageError, match="in fragile"):
+        history(nines(), Y, batch_size=16, callbacks=[tfpar.CheckNumerics()])(model)
+    history(nines(), Y, batch_size=16)(model)  # without the callback nothing is checked
+
+
 def test_a_weight_that_is_not_finite():
     model = compiled(MESHES["pipeline"]())
     model.layers[1].kernel.assign(np.full((6, 5), np.nan))

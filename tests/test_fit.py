@@ -303,6 +303,18 @@ def test_frozen_layers_and_a_second_compile(strategy):
     check(strategy, use)
 
 
+def test_frozen_without_a_second_compile(strategy):
+    """As in Keras, that counts when the model is compiled again."""
+    x, y = data()
+
+    def use(model):
+        first = history(x, y, batch_size=8)(model)
+        model.layers[1].trainable = False
+        return first, history(x[:15], y[:15], batch_size=5)(model)
+
+    check(strategy, use)
+
+
 def test_metrics_see_the_whole_batch(strategy):
     x, y = data()
     own = lambda y, p: keras.ops.std(p)  # noqa: E731  (not a mean over samples)

@@ -97,6 +97,23 @@ def test_sparse_gradients(zero, options):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("options", [{"clipnorm": 0.1}, {"global_clipnorm": 0.1}], ids=lambda o: next(iter(o)))
+def test_sparse_gradients_that_are_squared(options):
+    """Rows that repeat are added up before Adam squares them, or not, as Keras does."""
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    adam = lambda: keras.optimizers.Adam(0.01, **options)  # noqa: E731
+    strategy = tfpar.DataParallelStrategy(["CPU:0", "CPU:1"], zero=3)
+    check(strategy, history(*data(16), batch_size=8, epochs=2), 1e-9, build=words, optimizer=adam)
+
+
+@pytest.mark.parametrize("mesh, zero", [(Mesh(2), 1), (Mesh(2, 2), 0)], ids=str)
+def test_replicas_without_whole_copies_have_no_loop(mesh, zero):
+    strategy = tfpar.MeshStrategy(mesh, zero=zero)
+    with pytest.raises(tfpar.ModelError, match="strategy.run needs a whole copy of each variable on each replica"):
+        strategy.run(lambda: 1.0)
+
+
 @pytest.mark.parametrize("mesh", [Mesh(1), Mesh(2), Mesh(2, 1, 2), Mesh(1, 2)], ids=str)
 def test_slots_in_host_memory(mesh):
     strategy = tfpar.MeshStrategy(mesh.on([f"CPU:{n + 1}" for n in range(mesh.size)]), offload="optimizer")

@@ -98,6 +98,13 @@ def slots_of(optimizer: Any) -> Iterator[tuple[keras.Variable, keras.Variable]]:
             yield from ((slot, weight) for slot, weight in pairs if isinstance(slot, keras.Variable))
 
 
+def optimizers_of(model: keras.Model) -> list[keras.optimizers.Optimizer]:
+    """A model's own optimizer, and others that it has been given as attributes."""
+    found = [model.optimizer] if model.compiled and model.optimizer is not None else []
+    found += [value for value in vars(model).values() if isinstance(value, keras.optimizers.Optimizer)]
+    return list({id(optimizer): optimizer for optimizer in found}.values())
+
+
 NOT_SLOTS = ("_variables", "_trainable_variables")
 
 
@@ -124,6 +131,7 @@ def given_norms(optimizer: Any, squares: Sequence[tf.Tensor], total: tf.Tensor) 
         else:
             limit, norm = optimizer.global_clipnorm, tf.sqrt(total) / factor
             scales = [limit * tf.minimum(1.0 / norm, 1.0 / limit) + (norm - norm)] * len(norms)
+            gradients = [tf.convert_to_tensor(g) for g in gradients]  # as Keras: here sparse ones become dense
         return [scaled(g, tf.cast(s, g.dtype)) for g, s in zip(gradients, scales, strict=True)]
 
     def scaled(gradient, scale):

@@ -47,9 +47,9 @@ def load_weights(model: keras.Model, filepath: Any, skip_mismatch: bool = False,
 
 
 def variables_of(model: keras.Model) -> list[keras.Variable]:
-    """All that belongs to a model: its own, and those of its optimizer and metrics."""
+    """All that belongs to a model: its own, and those of its optimizers and metrics."""
     found = [*model.variables, *(model.metrics_variables if model.compiled else [])]
-    found += model.optimizer.variables if model.compiled and model.optimizer is not None else []
+    found += [v for optimizer in _keras_parts.optimizers_of(model) for v in optimizer.variables]
     return list({id(v): v for v in found}.values())
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -29,6 +30,7 @@ from tfpar.traced import Traced
 from tfpar.update import Update
 from tfpar.variables import follower_bytes
 
+USED: weakref.WeakSet["Steps"] = weakref.WeakSet()  # those that have an engine
 FILES = (saving.save, saving.save_weights, saving.load_weights, saving.export)
 
 
@@ -72,6 +74,8 @@ class Steps:
 
     def make_train_function(self, force: bool = False) -> Callable:
         """The function that trains on an iterator's next batches."""
+        if self.checks and not force:  # a fit begins after one that failed, and so did not end
+            self.checks, force = False, True
         if self.model.train_function is None or force:
             lazy = _keras.overrides(self.model, "train_step") is not None
             self.model.train_function = self.over_iterator(self.train_step, lazy)
@@ -131,6 +135,7 @@ class Steps:
     def use(self, engine: Engine):
         """From now on, steps run on this engine."""
         self.engine, self.loss, self.update = engine, LossProgram(engine), Update(self.strategy, engine)
+        USED.add(self)
 
     def learn(self, discovered: Discovered):
         """Take up what came to light while a step was traced, in whichever model it was."""
@@ -186,8 +191,8 @@ class Steps:
 
     def checking(self) -> contextlib.AbstractContextManager:
         """Inside, a loss that Keras computes is checked, if this is asked for."""
-        original = self.model._compute_loss
-        checks = _keras_parts.given_method(self.model, "_compute_loss", lambda *a, **k: checked(original(*a, **k)))
+        original = self.model.compute_loss
+        checks = _keras_parts.given_method(self.model, "compute_loss", lambda *a, **k: checked(original(*a, **k)))
         return checks if self.checks else contextlib.nullcontext()
 
     def is_scheduled(self, data: batch.Batch, parts: batch.Parts) -> bool:

@@ -46,6 +46,7 @@ class Update:
 
     def __init__(self, strategy: Any, engine: Engine):
         self.strategy, self.engine, self.model = strategy, engine, engine.model
+        self.weights = list(self.model.trainable_weights)  # as they were when the model was compiled
         self.mesh, self.stages = strategy.mesh, range(engine.plan.partition.stages)
         self.lanes = self.mesh.data * self.mesh.tensor
         self.away = strategy.offload == "optimizer"
@@ -86,11 +87,6 @@ class Update:
                 self.copy(variable, place).assign(self.copy(variable, busy[0]).read_value())
 
     # ---- what is where
-
-    @property
-    def weights(self) -> list[keras.Variable]:
-        """The weights to train."""
-        return self.model.trainable_weights
 
     @cached_property
     def numbers(self) -> list[int | None]:

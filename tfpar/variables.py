@@ -18,7 +18,7 @@ from tfpar._tf import (
     saveable,
     unrecorded,
 )
-from tfpar.errors import ModelError
+from tfpar.errors import ModelError, ScopeError
 from tfpar.layout import REPLICATED, WHOLE, Layout, Sharding
 
 HOST = "CPU:0"
@@ -244,6 +244,9 @@ class LogicalVariable(MirroredVariable):
 
         Args:
             follow: where slots of optimizers go, if not to the same places.
+
+        Raises:
+            ScopeError: such a function was traced before several devices got their copies or parts.
         """
         with tf.init_scope():
             old = self._copy()
@@ -252,6 +255,11 @@ class LogicalVariable(MirroredVariable):
                 if len(devices) > 1 or not is_on(old, devices[0]):
                     self.hold(copies_of(self, old, devices, sharding), sharding)
                 self._follow = follow or Home(tuple(devices), sharding)
+            elif not self._follow.devices and len(devices) > len(self._values) == 1:
+                raise ScopeError(
+                    f"a tf.function read {self._common_name} before its model was used, and would go on with the value "
+                    f"that it saw, while {len(devices)} devices are to have it: call fit, evaluate or predict first"
+                )
         for variable in self.followers:
             variable.place(*self.follow.of(variable.shape == self.shape))
 
@@ -259,14 +267,15 @@ class LogicalVariable(MirroredVariable):
 @contextlib.contextmanager
 def gathered(variables: Sequence[LogicalVariable]) -> Iterator[None]:
     """Inside, these are ordinary variables with all of their value in host memory, for those that look closely."""
-    before = [(v._values, v._sharding) for v in variables]
+    before = [(v._values, v._sharding, v._settled) for v in variables]
     try:
         for variable in variables:
             variable.hold((on_host(variable),), WHOLE)
         yield
     finally:
-        for variable, (values, sharding) in zip(variables, before, strict=True):
+        for variable, (values, sharding, settled) in zip(variables, before, strict=True):
             variable.hold(values, sharding)
+            variable._settled = settled
 
 
 def on_host(variable: LogicalVariable) -> tf.Variable:
