@@ -1,6 +1,7 @@
 """What goes wrong on a device, in a loss or in a file: an error that says where, and a model that goes on."""
 
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -15,6 +16,8 @@ from training import compiled, data, history
 
 import tfpar
 from tfpar import Mesh
+from tfpar.faults import at_node
+from tfpar.step import steps_of
 from tfpar.testing import named_values
 
 X, Y = data(16)
@@ -133,6 +136,27 @@ def test_a_loss_function_that_is_not_finite():
     model = compiled(MESHES["pipeline"](), loss=lambda y, p: keras.ops.log(p[:, 0] - 2.0))
     with pytest.raises(tfpar.StageError, match="the loss itself: what the model makes is finite"):
         history(X, Y, callbacks=[tfpar.CheckNumerics()])(model)
+
+
+@pytest.mark.parametrize(
+    "node, where",
+    [
+        (
+            "replica1/stage1/mb1/backward/PartitionedCall",
+            "stage 1, micro-batch 1, replica 1 on GPU:3, backward in .*last",
+        ),
+        ("stage0/mb0/forward_backward/x", "stage 0, micro-batch 0 on GPU:3, forward and backward in before_0"),
+        ("before_1/MatMul", r"the way back or the update \(stage 0, before_1 on GPU:3\)"),
+        ("somewhere", r"the way back or the update \(operation somewhere on GPU:3\)"),
+    ],
+)
+def test_an_error_that_does_not_come_again(node, where):
+    """A device that was out of memory, for one: TensorFlow names an operation."""
+    model = model_with(MESHES["pipeline"](), layers.ReLU)
+    history(X, Y, batch_size=16)(model)
+    message = f"OOM when allocating tensor on /job:localhost/device:GPU:3 by allocator\n\t [[{{{{node {node}}}}}]]"
+    error = tf.errors.ResourceExhaustedError(None, None, message)
+    assert re.match(where, at_node(error, steps_of(model).engine, True))
 
 
 def test_errors_while_tracing_have_a_note():

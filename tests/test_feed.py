@@ -41,6 +41,8 @@ def test_training(monkeypatch, jit):
     monkeypatch.setattr(ForKeras, "experimental_distribute_dataset", feed)
 
     def use(model):
+        if jit:  # every size of a batch is compiled
+            return history(X, Y, sample_weight=np.arange(19.0), batch_size=8, epochs=2)(model)
         fit = history(X, Y, sample_weight=np.arange(19.0), batch_size=8, epochs=2, validation_data=(X, Y))(model)
         small = history(X, Y, batch_size=2, steps_per_epoch=4, epochs=2)(model)
         return fit, small, model.predict(X, batch_size=5, verbose=0), model.evaluate(X, Y, batch_size=7, verbose=0)

@@ -409,3 +409,17 @@ def test_stored():
     with _keras.autocast_of(layer):
         assert not isinstance(layer._kernel.value, tf.Variable)
         assert _keras.stored(layer._kernel) is layer._kernel._value
+
+
+def test_read_as():
+    policy = keras.DTypePolicy("mixed_bfloat16")
+    mixed, plain, norm = layers.Dense(2, dtype=policy), layers.Dense(2), layers.BatchNormalization(dtype=policy)
+    for layer in (mixed, plain, norm):
+        layer.build((None, 3))
+    assert _keras.read_as(mixed.kernel, [mixed]) == "bfloat16"
+    assert _keras.read_as(mixed.kernel, [mixed, plain]) is None  # read in two dtypes
+    assert _keras.read_as(mixed.kernel, [keras.ops.matmul]) is None  # nobody knows
+    assert _keras.read_as(plain.kernel, [plain]) is None
+    assert _keras.read_as(norm.moving_mean, [norm]) is None  # a state
+    with tf.GradientTape(), keras.src.backend.common.variables.AutocastScope("bfloat16"):
+        assert mixed.kernel.value.dtype == tf.bfloat16

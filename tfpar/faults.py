@@ -16,6 +16,10 @@ from tfpar.program import Edge, Program, with_logits
 from tfpar.schedule import Action, Kind
 
 NOT_FINITE = "the loss is not finite"
+ACTION = re.compile(  # as `Pass.scope` names it
+    r"(?:replica(?P<replica>\d+)/)?(?:rank(?P<rank>\d+)/)?stage(?P<stage>\d+)/(?:segment(?P<segment>\d+)/)?mb(?P<mb>\d+)/"
+    r"(?P<kind>\w+)"
+)
 
 
 def explained(error: tf.errors.OpError, steps: Any, data: batch.Batch, parts: batch.Parts, training: bool) -> Exception:
@@ -35,7 +39,7 @@ def explained(error: tf.errors.OpError, steps: Any, data: batch.Batch, parts: ba
             where = None
     if finite:
         return StageError(f"{NOT_FINITE}; it comes from {where or 'the loss itself: what the model makes is finite'}")
-    return StageError(f"{where or 'the way back or the update' + at_node(error, steps.engine)} failed: {reason(error)}")
+    return StageError(f"{where or at_node(error, steps.engine, training)} failed: {reason(error)}")
 
 
 def located(run: Pass, schedule: Any, finite: bool) -> str | None:
@@ -104,16 +108,24 @@ def reason(error: tf.errors.OpError) -> str:
     return f"{type(error).__name__}: {re.sub(r'^.*?[A-Z_]+: +', '', lines[-1])}" if lines else type(error).__name__
 
 
-def at_node(error: tf.errors.OpError, engine: Any) -> str:
-    """The operation that TensorFlow names, and the device that it ran out of memory on."""
+def at_node(error: tf.errors.OpError, engine: Any, training: bool) -> str:
+    """The action or the layer that TensorFlow names, and the device that it ran out of memory on."""
     node, device = re.search(r"{{node (.*?)}}", error.message), re.search(r"device:((?:GPU|CPU):\d+)", error.message)
-    cut, told = engine.plan.partition, []
+    on = f" on {device[1]}" if device else ""
+    if node and (action := ACTION.match(node[1])):
+        stage, segment, kind = action["stage"], action["segment"] or action["stage"], action["kind"]
+        places = [f"stage {stage}", f"micro-batch {action['mb']}"]
+        places += [f"{name} {action[name]}" for name in ("replica", "rank") if action[name]]
+        route = engine.route(training)
+        names = [route.graph.graph.ops[i].name for i in route.partition.ops(int(segment))]
+        return f"{', '.join(places)}{on}, {kind.replace('_', ' and ')} in {', '.join(names)}"
+    unknown, cut = "the way back or the update", engine.plan.partition
     if node:
         ops = {op.layer.split("/")[-1]: (stage, op) for op, stage in zip(cut.graph.ops, cut.stage_of, strict=True)}
-        stage, op = ops.get(re.sub(r"(_\d+)?$", "", node[1].split("/")[0]), (None, None))
-        told += [f"stage {stage}, {op.name}" if op else f"operation {node[1]}"]
-    told += [device[1]] if device else []
-    return f" ({', '.join(told)})" if told else ""
+        name = node[1].split("/")[0]
+        stage, op = ops.get(name) or ops.get(re.sub(r"_\d+$", "", name), (None, None))
+        return f"{unknown} ({f'stage {stage}, {op.name}' if op else f'operation {node[1]}'}{on})"
+    return f"{unknown}{on}"
 
 
 def checked(loss: tf.Tensor) -> tf.Tensor:
