@@ -2,13 +2,16 @@
 
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from unittest import mock
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+BEGAN = time.time()
 
 
 def main(file, options, measure, report):
@@ -23,27 +26,71 @@ def best_of_rounds(file, options):
     """The smallest of each number over rounds; every run is a process, and runs alternate, as the machine is shared."""
     results = {}
     for _ in range(options.rounds):
-        for run in options.runs:
-            command = [sys.executable, file, *sys.argv[1:], "--run", run]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                print(f"{run} failed: {done.stderr[-2000:]}", file=sys.stderr)
-            else:
-                results.setdefault(run, []).append(json.loads(done.stdout.splitlines()[-1]))
+        for runs in [options.runs] if options.side_by_side else [[run] for run in options.runs]:
+            for run, (code, out, err) in started_together(file, runs).items():
+                if code:
+                    print(f"{run} failed: {err[-2000:]}", file=sys.stderr)
+                else:
+                    results.setdefault(run, []).append(json.loads(out.splitlines()[-1]))
     return {run: {key: min(r[key] for r in found) for key in found[0]} for run, found in results.items()}
 
 
-def print_table(title, headings, rows, width):
-    """A table of numbers, of which the first column names the run."""
+def started_together(file, runs):
+    """For each run, its exit code and what it wrote: all at once, but for what they measure in `turn`."""
+    with tempfile.TemporaryDirectory() as folder:
+        files, running = {}, {}
+        for n, run in enumerate(runs):
+            files[run] = [open(f"{folder}/{n}.{kind}", "w+") for kind in ("out", "err")]  # noqa: SIM115
+            command = [sys.executable, file, *sys.argv[1:], "--run", run]
+            environment = {**os.environ, "TURN": f"{folder}/{n}.turn"}
+            running[run] = subprocess.Popen(command, stdout=files[run][0], stderr=files[run][1], env=environment)
+        waiting = [f"{folder}/{n}.turn" for n in range(len(runs))]
+        while any(p.poll() is None and not os.path.exists(w) for p, w in zip(running.values(), waiting, strict=True)):
+            time.sleep(0.05)
+        for process, mine in zip(running.values(), waiting, strict=True):
+            open(f"{mine}.begin", "w").close()
+            process.wait()
+        found = {}
+        for run, (out, err) in files.items():
+            out.seek(0), err.seek(0)
+            found[run] = running[run].returncode, out.read(), err.read()
+            out.close(), err.close()
+        return found
+
+
+def turn():
+    """Waits until all runs that began together are here, and those before this one have ended."""
+    mine = os.environ.get("TURN")
+    if mine:
+        open(mine, "w").close()
+        while not os.path.exists(f"{mine}.begin"):
+            time.sleep(0.05)
+
+
+def print_table(title, headings, rows):
+    """A table in Markdown, of which the first column names the run."""
+    from rich.box import MARKDOWN
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title)
+    table = Table(box=MARKDOWN)
     for heading in headings:
-        table.add_column(heading, justify="right" if heading else "left")
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    Console(width=width).print(table)
+    print(title)
+    Console(width=1000).print(table)
+
+
+def resident(peak=False):
+    """Bytes of memory that this process has; or the most it had since it was last asked without `peak`."""
+    name = "VmHWM" if peak else "VmRSS"
+    with open("/proc/self/status") as status:
+        found = next(int(line.split()[1]) for line in status if line.startswith(name))
+    if not peak:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    return found * 1024
 
 
 def gibibytes(found):
@@ -52,13 +99,22 @@ def gibibytes(found):
 
 
 def add_options(p, runs):
+    add_model_options(p)
+    add_run_options(p, runs)
+
+
+def add_model_options(p):
     p.add_argument("--blocks", type=int, default=8)
     p.add_argument("--width", type=int, default=256)
     p.add_argument("--tokens", type=int, default=64)
     p.add_argument("--batch", type=int, default=32)
     p.add_argument("--policy", default="float32", help="the dtype policy")
+
+
+def add_run_options(p, runs):
     p.add_argument("--steps", type=int, default=8, help="timed steps in each process")
     p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--side-by-side", action="store_true", help="start all runs at once, and time them in turn")
     p.add_argument("--runs", nargs="+", choices=runs, default=runs)
     p.add_argument("--run", choices=runs, help="one run in this process, its numbers as JSON")
 
@@ -99,11 +155,17 @@ def encoder(options):
 
 
 def measured_fit(options, strategy, build, x, y, gpus, loss="mse", jit_compile="auto", optimizer=None):
-    """Seconds of tracing, of the first step, of the fastest, CPU seconds, the loss, the largest memory of any GPU."""
+    """The numbers of a run.
+
+    Returns:
+        Seconds until the first step begins, of tracing in it, of all of it, and of the fastest; its CPU seconds; the
+        loss; the largest memory of any GPU, and of the process beyond what it had before; and the number of weights.
+    """
     import keras
     import tensorflow as tf
     from tensorflow.python.eager import context
 
+    before = resident()
     keras.utils.set_random_seed(0)
     data = tf.data.Dataset.from_tensors((tf.constant(x), tf.constant(y))).cache().repeat()
     with strategy.scope() if strategy else contextlib.nullcontext():
@@ -118,7 +180,7 @@ def measured_fit(options, strategy, build, x, y, gpus, loss="mse", jit_compile="
         finally:
             calls.append(time.perf_counter() - begin)
 
-    begin = time.perf_counter()
+    start, begin = time.time() - BEGAN, time.perf_counter()
     with mock.patch.object(context.Context, "call_function", timed):
         model.fit(data, steps_per_epoch=1, verbose=0)
     first = time.perf_counter() - begin
@@ -133,8 +195,13 @@ def measured_fit(options, strategy, build, x, y, gpus, loss="mse", jit_compile="
             self.loss = float(logs["loss"])  # waits for the step
             self.steps += ((time.perf_counter() - self.began[0], time.process_time() - self.began[1]),)
 
+    turn()
     clock = Clock()
     model.fit(data, steps_per_epoch=options.steps + 2, verbose=0, callbacks=[clock])
     step, cpu = min(clock.steps[2:])
     memory = max([tf.config.experimental.get_memory_info(f"GPU:{n}")["peak"] for n in range(len(gpus))], default=0)
-    return {"trace": first - max(calls), "first": first, "step": step, "cpu": cpu, "loss": clock.loss, "memory": memory}
+    return {
+        "start": start, "trace": first - max(calls, default=first), "first": first, "step": step, "cpu": cpu,
+        "loss": clock.loss, "memory": memory, "host": resident(peak=True) - before,
+        "weights": sum(math.prod(w.shape) for w in model.trainable_weights),
+    }  # fmt: skip

@@ -4,23 +4,29 @@ The same encoder as in `benchmarks/pipeline`, cut after some of its blocks. Pred
 of cost, and from the measured duration of each stage's actions. Each device is one core.
 """
 
-import os
+import argparse
 import pathlib
 import statistics
 import sys
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "pipeline"))
-
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+import harness
 import keras
 import numpy as np
-from main import encoder, parser
 from rich.console import Console
-from rich.table import Table
 
 import tfpar
 from tfpar.measure import measured
 from tfpar.testing import logical_cpus
+
+
+def parser():
+    p = argparse.ArgumentParser(description=__doc__)
+    harness.add_model_options(p)
+    p.add_argument("--micro-batches", type=int, default=8)
+    p.add_argument("--steps", type=int, default=8, help="measured steps, of which the fastest counts")
+    p.add_argument("--draw", action="store_true", help="print the timelines")
+    return p
 
 
 def duration(timeline, stage, kind):
@@ -33,28 +39,27 @@ def main():
     logical_cpus(2, threads=2)
     shape = options.batch, options.tokens, options.width
     x, y = (np.random.default_rng(n).normal(size=shape).astype("float32") for n in range(2))
-    console = Console(width=110)
-    table = Table("blocks on each stage", "measured", "from measured durations", "from estimates")
+    rows = []
     for first in (options.blocks // 2, options.blocks // 2 - 1, options.blocks // 4):
         # a block is four additions and normalisations: the next one begins with its attention
         attention = "multi_head_attention" + (f"_{first}" if first else "")
         keras.utils.clear_session(free_memory=False)
         strategy = tfpar.PipelineStrategy(micro_batches=options.micro_batches, placement=[attention])
         with strategy.scope():
-            model = encoder(options)
+            model = harness.encoder(options)
             model.compile(keras.optimizers.SGD(0.01), "mse")
         found = measured(model, x, y, repeat=options.steps)
         plan = strategy.explain(model)
         costs = [tuple(duration(found, s, kind) for s in range(2)) for kind in tfpar.Kind]
         predicted = tfpar.simulate(plan.schedule, tfpar.StageCost(*costs)).bubble
-        table.add_row(
-            f"{first} + {options.blocks - first}",
-            f"{found.bubble:.1%}",
-            f"{predicted:.1%}",
-            f"{plan.timeline.bubble:.1%}",
-        )
-        console.print(f"{first} + {options.blocks - first} blocks, measured and predicted:", found, plan.timeline)
-    console.print(table)
+        bubbles = found.bubble, predicted, plan.timeline.bubble
+        rows.append((f"{first} + {options.blocks - first}", *(f"{bubble:.1%}" for bubble in bubbles)))
+        if options.draw:
+            Console(width=110).print(f"{rows[-1][0]} blocks, measured and predicted:", found, plan.timeline)
+    title = f"{options.blocks} encoder blocks of width {options.width}, {options.micro_batches} micro-batches"
+    harness.print_table(
+        title, ("blocks on each stage", "measured idle share", "from measured durations", "from estimates"), rows
+    )
 
 
 if __name__ == "__main__":

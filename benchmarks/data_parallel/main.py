@@ -111,7 +111,7 @@ def report(options, best):
         )
         for run, found in best.items()
     ]  # fmt: skip
-    harness.print_table(title, headings, rows, width=130)
+    harness.print_table(title, headings, rows)
 
 
 if __name__ == "__main__":

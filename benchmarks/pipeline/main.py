@@ -74,7 +74,7 @@ def report(options, best):
         )
         for run, found in best.items()
     ]  # fmt: skip
-    harness.print_table(title, headings, rows, width=150)
+    harness.print_table(title, headings, rows)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def report(options, best):
         (run, f"{found['step'] * 1e3:.1f} ms", f"{found['first']:.0f} s", harness.gibibytes(found))
         for run, found in best.items()
     ]
-    harness.print_table(title, ("", "step", "first step", "most memory of a device"), rows, width=100)
+    harness.print_table(title, ("", "step", "first step", "most memory of a device"), rows)
 
 
 if __name__ == "__main__":
