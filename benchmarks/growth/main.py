@@ -80,8 +80,9 @@ def report(options, best):
             panel.plot(known, [value(best[f"{axis} {n}"]) for n in known], "o-")
             panel.set_xscale("log", base=2)
             panel.set_xticks(numbers, map(str, numbers))
-            panel.set_ylim(0)
             panel.grid(alpha=0.3)
+    for line in panels:
+        line[0].set_ylim(bottom=0)  # when all is drawn: a line of panels shares its axis
     for panel, axis in zip(panels[-1], AXES, strict=True):
         panel.set_xlabel(axis)
     figure.savefig(options.plot, dpi=80)
