@@ -154,6 +154,15 @@ def encoder(options):
     return keras.Model(x, layers.Dense(options.width, dtype="float32")(h))
 
 
+def floats(options):
+    """Random inputs and targets for `encoder`."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    shape = options.batch, options.tokens, options.width
+    return tuple(rng.normal(size=shape).astype("float32") for _ in range(2))
+
+
 def measured_fit(options, strategy, build, x, y, gpus, loss="mse", jit_compile="auto", optimizer=None):
     """The numbers of a run.
 

@@ -90,6 +90,10 @@ class Route:
         """The stage of each segment."""
         return tuple(self.graph.graph.ops[self.partition.ops(s)[0]].stage for s in range(self.partition.stages))
 
+    def names(self, s: int) -> list[str]:
+        """The operations of a segment."""
+        return [self.graph.graph.ops[i].name for i in self.partition.ops(s)]
+
     @cached_property
     def probe(self) -> Probe:
         """What is known of how the results of the model's operations combine."""

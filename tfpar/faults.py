@@ -74,17 +74,22 @@ def layer(run: Pass, action: Action, finite: bool) -> str:
         if finite and not all(is_finite(edge) for edge in found.values()):
             return ops[i].name
         values.update(found)
-    return ", ".join(run.names(s))
+    return ", ".join(run.route.names(s))
 
 
 def described(run: Pass, action: Action, name: str) -> str:
     """An action in words."""
     s, _, m = action
     replica, rank = divmod(run.lane(m), run.ranks)
-    places = [f"stage {run.route.stages[s]}", f"micro-batch {m % run.parts.micro_batches}"]
-    places += [f"replica {replica}"] if run.parts.replicas > 1 else []
-    places += [f"rank {rank}"] if run.ranks > 1 else []
-    return f"{', '.join(places)} on {run.device(s, run.lane(m))}, in {name}"
+    replica, rank = replica if run.parts.replicas > 1 else None, rank if run.ranks > 1 else None
+    where = place(run.route.stages[s], m % run.parts.micro_batches, replica, rank)
+    return f"{where} on {run.device(s, run.lane(m))}, in {name}"
+
+
+def place(stage: Any, micro_batch: Any, replica: Any, rank: Any) -> str:
+    """Where an action belongs, in words; `None` for what there is one of."""
+    places = {"stage": stage, "micro-batch": micro_batch, "replica": replica, "rank": rank}
+    return ", ".join(f"{name} {number}" for name, number in places.items() if number is not None)
 
 
 def is_finite(edge: Edge) -> bool:
@@ -113,12 +118,9 @@ def at_node(error: tf.errors.OpError, engine: Any, training: bool) -> str:
     node, device = re.search(r"{{node (.*?)}}", error.message), re.search(r"device:((?:GPU|CPU):\d+)", error.message)
     on = f" on {device[1]}" if device else ""
     if node and (action := ACTION.match(node[1])):
-        stage, segment, kind = action["stage"], action["segment"] or action["stage"], action["kind"]
-        places = [f"stage {stage}", f"micro-batch {action['mb']}"]
-        places += [f"{name} {action[name]}" for name in ("replica", "rank") if action[name]]
-        route = engine.route(training)
-        names = [route.graph.graph.ops[i].name for i in route.partition.ops(int(segment))]
-        return f"{', '.join(places)}{on}, {kind.replace('_', ' and ')} in {', '.join(names)}"
+        where = place(action["stage"], action["mb"], action["replica"], action["rank"])
+        names = engine.route(training).names(int(action["segment"] or action["stage"]))
+        return f"{where}{on}, {action['kind'].replace('_', ' and ')} in {', '.join(names)}"
     unknown, cut = "the way back or the update", engine.plan.partition
     if node:
         ops = {op.layer.split("/")[-1]: (stage, op) for op, stage in zip(cut.graph.ops, cut.stage_of, strict=True)}

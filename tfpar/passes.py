@@ -87,13 +87,9 @@ class Pass:
                 try:
                     emit()
                 except Exception as error:
-                    error.add_note(f"in {self.scope(action)}: {', '.join(self.names(action.stage))}")
+                    error.add_note(f"in {self.scope(action)}: {', '.join(self.route.names(action.stage))}")
                     raise
         return self
-
-    def names(self, s: int) -> list[str]:
-        """The operations of a segment."""
-        return [self.graph.ops[i].name for i in self.partition.ops(s)]
 
     def actions(self, schedule: Schedule, *kinds: Kind) -> Iterator[tuple[Action, Callable]]:
         """The schedule's actions of these kinds, for every lane or for those that go together, and what emits each."""

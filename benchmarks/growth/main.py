@@ -36,7 +36,6 @@ def parser():
 
 def measure(options):
     """The numbers of one run."""
-    import numpy as np
 
     import tfpar
     from tfpar.testing import logical_cpus
@@ -53,9 +52,7 @@ def measure(options):
     }[axis]()
     if axis == "layers":
         options.blocks = number
-    rng = np.random.default_rng(0)
-    x, y = (rng.normal(size=(options.batch, options.tokens, options.width)).astype("float32") for _ in range(2))
-    return harness.measured_fit(options, strategy, harness.encoder, x, y, ())
+    return harness.measured_fit(options, strategy, harness.encoder, *harness.floats(options), ())
 
 
 def report(options, best):

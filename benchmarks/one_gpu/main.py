@@ -36,7 +36,6 @@ def parser():
 def measure(options):
     """The numbers of one run."""
     import keras
-    import numpy as np
 
     import tfpar
 
@@ -44,9 +43,9 @@ def measure(options):
     options.split, options.memory = True, options.memory // options.devices
     gpus, devices = harness.started(options, one=False)
     keras.config.set_dtype_policy(options.policy)
-    rng = np.random.default_rng(0)
-    x, y = (rng.normal(size=(options.batch, options.tokens, options.width)).astype("float32") for _ in range(2))
-    return harness.measured_fit(options, strategy(tfpar, devices), harness.encoder, x, y, devices if gpus else ())
+    return harness.measured_fit(
+        options, strategy(tfpar, devices), harness.encoder, *harness.floats(options), devices if gpus else ()
+    )
 
 
 def report(options, best):

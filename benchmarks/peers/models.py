@@ -1,6 +1,7 @@
 """The models that every framework trains: here in Keras, in `torch_models.py` the same in PyTorch."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 BLOCKS, WIDTH, TOKENS, HEADS = 8, 256, 64, 16  # the encoder
@@ -29,17 +30,10 @@ class Model:
 
 
 def encoder():
-    """Transformer blocks, normalised after each part (Vaswani et al.)."""
-    import keras
-    from keras import layers
+    """Transformer blocks, normalised after each part."""
+    import harness
 
-    x = h = layers.Input((TOKENS, WIDTH))
-    for _ in range(BLOCKS):
-        attention = layers.MultiHeadAttention(HEADS, WIDTH // HEADS)
-        h = layers.LayerNormalization()(layers.add([h, attention(h, h)]))
-        f = layers.Dense(WIDTH)(layers.Dense(4 * WIDTH, activation="gelu")(h))
-        h = layers.LayerNormalization()(layers.add([h, f]))
-    return keras.Model(x, layers.Dense(WIDTH)(h))
+    return harness.encoder(SimpleNamespace(blocks=BLOCKS, width=WIDTH, tokens=TOKENS))
 
 
 def gpt():

@@ -63,7 +63,6 @@ def pipeline_step(run, rank, x, y):
 
 SCHEDULES = {"GPipe": ScheduleGPipe, "1F1B": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B}
 WRAPPERS = {"DDP": ddp, "FSDP2": fsdp, "tensor": tensor}
-RUNS = ("torch", "torch, all cores", *(f"torch {name}" for name in (*WRAPPERS, *SCHEDULES)))
 
 
 def measure(options):

@@ -40,7 +40,6 @@ def strategy_of(options, gpus):
 def measure(options):
     """The numbers of one run."""
     import keras
-    import numpy as np
     import tensorflow as tf
 
     from tfpar.testing import logical_cpus
@@ -50,9 +49,7 @@ def measure(options):
         one = options.run in ("keras", "tfpar, one device")
         logical_cpus(options.stages, threads=1 if one else options.stages)
     keras.config.set_dtype_policy(options.policy)
-    rng = np.random.default_rng(0)
-    x, y = (rng.normal(size=(options.batch, options.tokens, options.width)).astype("float32") for _ in range(2))
-    return harness.measured_fit(options, strategy_of(options, gpus), harness.encoder, x, y, gpus)
+    return harness.measured_fit(options, strategy_of(options, gpus), harness.encoder, *harness.floats(options), gpus)
 
 
 def report(options, best):

@@ -24,7 +24,6 @@ def parser():
 def measure(options):
     """The numbers of one run."""
     import keras
-    import numpy as np
 
     import tfpar
 
@@ -35,9 +34,7 @@ def measure(options):
         "tfpar": lambda: tfpar.TensorParallelStrategy(devices),
         "tfpar, sequence parallel": lambda: tfpar.TensorParallelStrategy(devices, sequence_parallel=True),
     }.get(options.run, lambda: None)()
-    rng = np.random.default_rng(0)
-    x, y = (rng.normal(size=(options.batch, options.tokens, options.width)).astype("float32") for _ in range(2))
-    return harness.measured_fit(options, strategy, harness.encoder, x, y, devices if gpus else ())
+    return harness.measured_fit(options, strategy, harness.encoder, *harness.floats(options), devices if gpus else ())
 
 
 def report(options, best):

@@ -26,7 +26,6 @@ def parser():
 def measure(options):
     """The numbers of one run; each replica has a batch of its own."""
     import keras
-    import numpy as np
 
     import tfpar
 
@@ -36,10 +35,10 @@ def measure(options):
     if options.run != "keras":
         rows *= len(devices)
         strategy = tfpar.DataParallelStrategy(devices, buckets=options.buckets, **ZERO[options.run])
-    rng = np.random.default_rng(0)
-    x, y = (rng.normal(size=(rows, options.tokens, options.width)).astype("float32") for _ in range(2))
     options.batch = rows
-    return harness.measured_fit(options, strategy, harness.encoder, x, y, devices if gpus else (), optimizer="adam")
+    return harness.measured_fit(
+        options, strategy, harness.encoder, *harness.floats(options), devices if gpus else (), optimizer="adam"
+    )
 
 
 def report(options, best):
