@@ -99,11 +99,12 @@ def gibibytes(found):
 
 
 def add_options(p, runs):
-    add_model_options(p)
+    p.add_argument("--model", choices=tuple(MODELS), default="encoder")
+    add_size_options(p)
     add_run_options(p, runs)
 
 
-def add_model_options(p):
+def add_size_options(p):
     p.add_argument("--blocks", type=int, default=8)
     p.add_argument("--width", type=int, default=256)
     p.add_argument("--tokens", type=int, default=64)
@@ -154,13 +155,52 @@ def encoder(options):
     return keras.Model(x, layers.Dense(options.width, dtype="float32")(h))
 
 
-def floats(options):
-    """Random inputs and targets for `encoder`."""
+def mlp(options):
+    """Four layers, small enough for overhead to show."""
+    import keras
+    from keras import layers
+
+    inner = [layers.Dense(options.width, activation="relu") for _ in range(3)]
+    return keras.Sequential([layers.Input((options.width,)), *inner, layers.Dense(options.width)])
+
+
+def tokens(options):
+    """The encoder between an embedding and a classifier: little data for much work."""
+    import keras
+    from keras import layers
+
+    x = layers.Input((options.tokens,), dtype="int32")
+    h = encoder(options)(layers.Embedding(1000, options.width)(x))
+    return keras.Model(x, layers.Dense(1000, "softmax", dtype="float32")(layers.GlobalAveragePooling1D()(h)))
+
+
+def floats(options, *shape):
+    """Random inputs and targets."""
     import numpy as np
 
     rng = np.random.default_rng(0)
-    shape = options.batch, options.tokens, options.width
-    return tuple(rng.normal(size=shape).astype("float32") for _ in range(2))
+    return tuple(rng.normal(size=(options.batch, *shape, options.width)).astype("float32") for _ in range(2))
+
+
+def words(options):
+    """Random words, and a class for each of the texts."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 1000, (options.batch, options.tokens), "int32"), rng.integers(0, 1000, options.batch)
+
+
+MODELS = {  # how to build it, its data, its loss
+    "encoder": (encoder, lambda options: floats(options, options.tokens), "mse"),
+    "mlp": (mlp, floats, "mse"),
+    "tokens": (tokens, words, "sparse_categorical_crossentropy"),
+}
+
+
+def measured(options, strategy, gpus, **more):
+    """The numbers of a run of one of `MODELS`; see `measured_fit`."""
+    build, data, loss = MODELS[options.model]
+    return measured_fit(options, strategy, build, *data(options), gpus, loss, **more)
 
 
 def measured_fit(options, strategy, build, x, y, gpus, loss="mse", jit_compile="auto", optimizer=None):

@@ -9,35 +9,59 @@ from typing import Any
 import tensorflow as tf
 
 from tfpar._tf import made_again
-from tfpar.collectives import add
+from tfpar.collectives import add, size
 from tfpar.engine import device_of, scattered, shards_of
 from tfpar.layout import REPLICATED
 from tfpar.program import Edge, Program, Result, differentiable, tensor_of
 
+AT_ONCE = 2**26  # elements of gradients that a compiled program adds up
+
 
 def keep(run: Any, s: int, m: int, gradients: dict[int, Any]):
     """Add gradients of variables to those of earlier micro-batches; of those that replicas divide, the shards."""
-    lanes = [run.lane(n) for n in run.together(s, m)]
+    lanes, whole = [run.lane(n) for n in run.together(s, m)], {}
     for v, gradient in gradients.items():
         variable = run.engine.graph.variables[v]
-        gradient = tf.cast(gradient, variable.dtype)  # of a weight that was cast for all micro-batches
         if not run.scatters or shards_of(variable) == REPLICATED:
-            count(run, s, lanes[0], v, gradient)
+            whole[v] = gradient
             continue
         key = s, m % run.parts.micro_batches, run.rank(m), v
         waiting = run.waiting.setdefault(key, {})
-        waiting.update({lanes[0]: gradient, **dict.fromkeys(lanes[1:])})
+        waiting.update({lanes[0]: tf.cast(gradient, variable.dtype), **dict.fromkeys(lanes[1:])})
         if len(waiting) == run.parts.replicas:
             every = range(run.rank(m), run.engine.lanes, run.ranks)
             for lane, part in zip(every, scattered(variable, list(waiting.values()), every), strict=True):
                 with tf.device(device_of(variable, lane)):
-                    count(run, s, lane, v, part)
+                    count(run, s, lane, {v: part})
+    count(run, s, lanes[0], whole)
 
 
-def count(run: Any, s: int, lane: int, v: int, gradient: Any):
-    """Add to the gradient of a variable."""
-    known = run.gradients.get((s, lane, v))
-    run.gradients[s, lane, v] = gradient if known is None else add(known, gradient)
+def count(run: Any, s: int, lane: int, gradients: dict[int, Any]):
+    """Add to the gradients of variables, which have the dtype of these."""
+    later = {}
+    for v, gradient in gradients.items():
+        known = run.gradients.get((s, lane, v))
+        if run.engine.jit_compile and isinstance(known, tf.Tensor) and isinstance(gradient, tf.Tensor):
+            later[v] = gradient
+            continue
+        gradient = tf.cast(gradient, run.engine.graph.variables[v].dtype)  # of a weight cast for all micro-batches
+        run.gradients[s, lane, v] = gradient if known is None else add(known, gradient)
+    for some in groups(later):
+        sums = run.engine.sums([run.gradients[s, lane, v] for v in some], [later[v] for v in some])
+        run.gradients.update({(s, lane, v): total for v, total in zip(some, sums, strict=True)})
+
+
+def groups(gradients: dict[int, tf.Tensor]) -> Iterable[list[int]]:
+    """The variables of these gradients, so many together that their sums, there twice for a moment, are not many."""
+    some, most = [], 0
+    for v, gradient in gradients.items():
+        most += size(gradient)
+        if some and most > AT_ONCE:
+            yield some
+            some, most = [], size(gradient)
+        some.append(v)
+    if some:
+        yield some
 
 
 def again_of(run: Any, s: int, m: int, program: Program) -> list[Callable | None]:

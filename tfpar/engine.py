@@ -196,6 +196,11 @@ class Engine:
         """A function of tensors as programs run: traced once, compiled where asked."""
         return function if self.eager else Function(function, self.jit_compile and compiled)
 
+    @cached_property
+    def sums(self) -> Callable:
+        """Adds gradients of a micro-batch to those before, in the dtype of those."""
+        return self.traced(lambda known, found: [k + tf.cast(f, k.dtype) for k, f in zip(known, found, strict=True)])
+
     def schedule(self, strategy: Any, parts: batch.Parts, route: Route) -> Schedule:
         """The order of the actions of each lane."""
         return in_segments(strategy.schedule(parts.micro_batches), route.stages)

@@ -22,7 +22,7 @@ from tfpar.testing import logical_cpus
 
 def parser():
     p = argparse.ArgumentParser(description=__doc__)
-    harness.add_model_options(p)
+    harness.add_size_options(p)
     p.add_argument("--micro-batches", type=int, default=8)
     p.add_argument("--steps", type=int, default=8, help="measured steps, of which the fastest counts")
     p.add_argument("--draw", action="store_true", help="print the timelines")

@@ -17,7 +17,6 @@ RUNS = ("keras", "keras, all cores", "stock", "tfpar, one device", "tfpar")
 def parser():
     p = argparse.ArgumentParser(description=__doc__)
     harness.add_options(p, RUNS)
-    p.add_argument("--model", choices=tuple(MODELS), default="encoder")
     p.add_argument("--weak", action="store_true", help="one device gets its share of the batch, not all of it")
     p.add_argument("--reduce", choices=("default", "nccl", "copies"), default="default", help="how tfpar adds up")
     harness.add_device_options(p)
@@ -25,44 +24,9 @@ def parser():
     return p
 
 
-def mlp(options):
-    """Four layers, small enough for overhead to show."""
-    import keras
-    from keras import layers
-
-    inner = [layers.Dense(options.width, activation="relu") for _ in range(3)]
-    return keras.Sequential([layers.Input((options.width,)), *inner, layers.Dense(options.width)])
-
-
-def tokens(options):
-    """The encoder between an embedding and a classifier: little data for much work."""
-    import keras
-    from keras import layers
-
-    x = layers.Input((options.tokens,), dtype="int32")
-    h = harness.encoder(options)(layers.Embedding(1000, options.width)(x))
-    return keras.Model(x, layers.Dense(1000, dtype="float32")(layers.GlobalAveragePooling1D()(h)))
-
-
-def floats(rng, *shape):
-    return tuple(rng.normal(size=shape).astype("float32") for _ in range(2))
-
-
-MODELS = {  # how to build it, its loss, its data for so many rows
-    "encoder": (harness.encoder, "mse", lambda rng, o, rows: floats(rng, rows, o.tokens, o.width)),
-    "mlp": (mlp, "mse", lambda rng, o, rows: floats(rng, rows, o.width)),
-    "tokens": (
-        tokens,
-        "sparse_categorical_crossentropy",
-        lambda rng, o, rows: (rng.integers(0, 1000, (rows, o.tokens), "int32"), rng.integers(0, 1000, rows)),
-    ),
-}
-
-
 def measure(options):
     """The numbers of one run."""
     import keras
-    import numpy as np
     import tensorflow as tf
 
     import tfpar
@@ -82,17 +46,9 @@ def measure(options):
     }.get(options.run, lambda: None)()
     alone = options.run in ("keras", "keras, all cores", "tfpar, one device")
     rows = options.batch // options.devices if options.weak and alone else options.batch
-    build, loss, data = MODELS[options.model]
+    options.batch = rows
     jit_compile = False if options.run == "stock" else "auto"  # it cannot be compiled
-    found = harness.measured_fit(
-        options,
-        strategy,
-        build,
-        *data(np.random.default_rng(0), options, rows),
-        devices if gpus else (),
-        loss,
-        jit_compile,
-    )
+    found = harness.measured(options, strategy, devices if gpus else (), jit_compile=jit_compile)
     return {**found, "sample": found["step"] / rows}
 
 

@@ -52,7 +52,7 @@ def measure(options):
     }[axis]()
     if axis == "layers":
         options.blocks = number
-    return harness.measured_fit(options, strategy, harness.encoder, *harness.floats(options), ())
+    return harness.measured(options, strategy, ())
 
 
 def report(options, best):

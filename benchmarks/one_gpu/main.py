@@ -28,7 +28,7 @@ RUNS = {  # the number of devices, and the strategy on them
 def parser():
     p = argparse.ArgumentParser(description=__doc__)
     harness.add_options(p, tuple(RUNS))
-    p.set_defaults(width=1024, tokens=512, policy="mixed_bfloat16")
+    p.set_defaults(model="tokens", width=1024, tokens=512, policy="mixed_bfloat16")
     p.add_argument("--memory", type=int, default=14000, help="MiB of the GPU for a run, divided between its devices")
     return p
 
@@ -43,9 +43,7 @@ def measure(options):
     options.split, options.memory = True, options.memory // options.devices
     gpus, devices = harness.started(options, one=False)
     keras.config.set_dtype_policy(options.policy)
-    return harness.measured_fit(
-        options, strategy(tfpar, devices), harness.encoder, *harness.floats(options), devices if gpus else ()
-    )
+    return harness.measured(options, strategy(tfpar, devices), devices if gpus else ())
 
 
 def report(options, best):

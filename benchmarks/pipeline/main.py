@@ -49,7 +49,7 @@ def measure(options):
         one = options.run in ("keras", "tfpar, one device")
         logical_cpus(options.stages, threads=1 if one else options.stages)
     keras.config.set_dtype_policy(options.policy)
-    return harness.measured_fit(options, strategy_of(options, gpus), harness.encoder, *harness.floats(options), gpus)
+    return harness.measured(options, strategy_of(options, gpus), gpus)
 
 
 def report(options, best):

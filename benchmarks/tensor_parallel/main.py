@@ -34,7 +34,7 @@ def measure(options):
         "tfpar": lambda: tfpar.TensorParallelStrategy(devices),
         "tfpar, sequence parallel": lambda: tfpar.TensorParallelStrategy(devices, sequence_parallel=True),
     }.get(options.run, lambda: None)()
-    return harness.measured_fit(options, strategy, harness.encoder, *harness.floats(options), devices if gpus else ())
+    return harness.measured(options, strategy, devices if gpus else ())
 
 
 def report(options, best):

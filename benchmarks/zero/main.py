@@ -36,9 +36,7 @@ def measure(options):
         rows *= len(devices)
         strategy = tfpar.DataParallelStrategy(devices, buckets=options.buckets, **ZERO[options.run])
     options.batch = rows
-    return harness.measured_fit(
-        options, strategy, harness.encoder, *harness.floats(options), devices if gpus else (), optimizer="adam"
-    )
+    return harness.measured(options, strategy, devices if gpus else (), optimizer="adam")
 
 
 def report(options, best):
