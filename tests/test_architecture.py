@@ -16,6 +16,7 @@ PLANNING = [
     "schedule",
     "cost",
     "layout",
+    "cut",
     "written",
     "partition",
     "timeline",
@@ -26,7 +27,7 @@ RUNNING = [
     "_tf", "_keras", "_keras_parts", "_moments", "variables", "detached", "batch", "feed", "flops", "state",
     "_keras_run", "_keras_backup", "model",
     "collectives", "local", "crossentropy", "rules", "divide", "probe", "opening", "program", "whole", "engine",
-    "backward", "together", "passes", "outcome", "update", "loss", "call", "routes", "prepare", "faults", "traced",
+    "halves", "backward", "together", "passes", "outcome", "update", "loss", "call", "routes", "prepare", "faults", "traced",
     "saving", "step", "callbacks", "convert", "measure", "testing",
 ]  # fmt: skip
 ORDER = [*PLANNING, *RUNNING, "strategies"]

@@ -20,7 +20,7 @@ from tensorflow.python.training.saving.saveable_object import SaveableObject, Sa
 
 __all__ = [
     "LogicalReplica", "MirroredExtended", "MirroredVariable", "OwnedMultiDeviceIterator", "PerReplica",
-    "ResourceVariable", "awaited", "batch_reduce", "call_flat", "fingerprint", "following_inputs", "independent",
+    "ResourceVariable", "awaited", "batch_reduce", "call_flat", "copied", "fingerprint", "following_inputs", "independent",
     "made_again", "outside_replica", "record_gradient", "replica_of", "saveable", "select_replica", "tape_watches",
     "unrecorded", "update_regroup", "without_device",
 ]  # fmt: skip
@@ -212,21 +212,25 @@ def made_again(call: tf.Operation, function: Any, known: int, inputs: Sequence[C
 
     def again(op: tf.Operation) -> tf.Operation:
         if id(op) not in made:
-            made[id(op)] = sources[id(op)]().op if id(op) in sources else copied(op, [anew(x) for x in op.inputs])
+            given = sources.get(id(op))
+            made[id(op)] = given().op if given else copied(op, [anew(x) for x in op.inputs], call.graph)
         return made[id(op)]
 
     def anew(x: tf.Tensor) -> tf.Tensor:
         return again(x.op).outputs[x.value_index]
-
-    def copied(op: tf.Operation, inputs: list[tf.Tensor]) -> tf.Operation:
-        dtypes = [y.dtype for y in op.outputs]
-        return call.graph._create_op_internal(op.type, inputs, dtypes, attrs=op.node_def.attr, op_def=op.op_def)
 
     for output, inside in zip(call.outputs[known:], function.graph.outputs[known:], strict=False):
         for user in output.consumers() if inside.op.type != "Const" and follows(inside.op) else ():
             for index, given in enumerate(user.inputs):
                 if given is output:
                     user._update_input(index, anew(inside))
+
+
+def copied(op: tf.Operation, inputs: list[tf.Tensor], graph: tf.Graph | None = None) -> tf.Operation:
+    """The same operation on other inputs, in the present graph if not told; its gradient is that of its type."""
+    dtypes, attributes = [y.dtype for y in op.outputs], {k: v for k, v in op.node_def.attr.items() if k[0] != "_"}
+    graph = graph or ops.get_default_graph()
+    return graph._create_op_internal(op.type, inputs, dtypes, attrs=attributes, op_def=op.op_def)
 
 
 def call_flat(function: Any, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:

@@ -11,8 +11,9 @@ import tensorflow as tf
 from tfpar._tf import made_again
 from tfpar.collectives import add, size
 from tfpar.engine import device_of, scattered, shards_of
+from tfpar.halves import Halves, flat
 from tfpar.layout import REPLICATED
-from tfpar.program import Edge, Program, Result, differentiable, tensor_of
+from tfpar.program import Edge, Program, Result, differentiable, kind_of, tensor_of
 
 AT_ONCE = 2**26  # elements of gradients that a compiled program adds up
 
@@ -82,6 +83,40 @@ def vjp(
     Args:
         again: what gathers variables for the way back, so that it holds on to none.
     """
+    inside, outside = watched(run, program, variables, edges)
+    compiled = run.engine.jit_compile and run.head is not None and not tf.executing_eagerly()
+    halves = halves_of(program, variables, edges, inside, outside) if compiled else None
+    if halves is None:
+        return taped(run, program, variables, edges, again)
+    result, kept = halves.forward(list(variables), edges)
+
+    def pullback(cotangents: dict[int, tf.Tensor], added: dict[tuple[int, int], tf.Tensor]):
+        given = {**cotangents, **added}
+        if given.keys() != set(halves.targets):  # some results are not used
+            return taped(run, program, variables, edges, again)[1](cotangents, added)
+        values = [*zip(variables, again, strict=True), *((x, None) for x in flat(edges))]
+        taken = {n: make() if make else x for n, (x, make) in enumerate(values) if n in halves.needs}
+        found = halves.backward(halves.again(taken, result, kept), [given[t] for t in halves.targets])
+        return present(inside, found), present(outside, found[len(inside) :])
+
+    return result, pullback
+
+
+def halves_of(
+    program: Program, variables: list[tf.Tensor], edges: dict[int, Edge], inside: Iterable[int], outside: Iterable[int]
+) -> Halves | None:
+    """A program and its way back as two functions, made once for each kind of arguments; `None` if that cannot be."""
+    kind = str(tf.nest.map_structure(kind_of, (list(variables), edges))), tuple(inside), tuple(outside)
+    if kind not in program.halves:
+        places = [program.variables.index(v) for v in inside]
+        program.halves[kind] = Halves(program, variables, edges, places, list(outside))
+    return program.halves[kind] if program.halves[kind].can else None
+
+
+def taped(
+    run: Any, program: Program, variables: list[tf.Tensor], edges: dict[int, Edge], again: list[Callable | None]
+) -> tuple[Result, Callable]:
+    """The same by a gradient tape: what the way back takes is what TensorFlow keeps for it."""
     inside, outside = watched(run, program, variables, edges)
     sources = [*inside.values(), *outside.values()]
     with tf.GradientTape(persistent=run.head is None) as tape:  # a user may ask more than once

@@ -152,6 +152,7 @@ class Program:
         layers = {id(x): x for i in ops for x in _moments.batch_normalizations(graph.calls[i].operation)}
         self.normalizations = list(layers.values()) if training else []
         self.writers: dict[int, int] = {}  # of each variable that changes, the operation that wrote it last
+        self.halves: dict[tuple, Any] = {}  # the ways forward and back, by the kind of arguments
         self.call = self.run if eager else Function(self.run, jit_compile, differentiated=True)
 
     def __call__(self, variables: Sequence[tf.Tensor], edges: dict[int, Edge]) -> Result:

@@ -1,0 +1,168 @@
+"""A compiled program and its way back as two functions, with few bytes between them: what is cheap is computed again.
+
+After "Transcending runtime-memory tradeoffs in checkpointing by being fusion aware" (He and Yu, MLSys 2023), as PyTorch's
+AOTAutograd does it: the way forward and the way back are one graph, which is cut where the least has to be kept.
+"""
+
+from collections.abc import Container, Iterable, Sequence
+from math import prod
+from typing import Any
+
+import tensorflow as tf
+
+from tfpar._tf import copied, without_device
+from tfpar.cut import smallest_cut
+from tfpar.program import Function, Program, Result, differentiable, kind_of
+
+# what XLA can compute while it reads the operands of what uses it
+CHEAP = frozenset(
+    """Abs Add AddV2 BiasAdd BroadcastTo Cast Ceil ConcatV2 Cos Div DivNoNan Elu Equal Erf Erfc Exp ExpandDims Expm1 Fill
+    Floor FloorDiv FloorMod Greater GreaterEqual Identity IdentityN LeakyRelu Less LessEqual Log Log1p LogicalAnd
+    LogicalNot LogicalOr Maximum Minimum Mod Mul MulNoNan Neg NotEqual OnesLike Pack Pad PadV2 Pow PreventGradient RealDiv
+    Reciprocal Relu Relu6 Reshape Round Rsqrt Select SelectV2 Selu Shape Sigmoid Sign Sin Slice Softmax Softplus Softsign
+    Split SplitV Sqrt Square SquaredDifference Squeeze StopGradient StridedSlice Sub Tanh Transpose Unpack Xdivy Xlogy
+    ZerosLike""".split()
+)
+SAME = ("Identity", "PreventGradient", "StopGradient")
+
+
+class Halves:
+    """A program and its way back, for one kind of arguments.
+
+    Args:
+        program: whose.
+        variables, edges: arguments of this kind.
+        inside, outside: the places of variables, and the edges, of which gradients are wanted.
+
+    Attributes:
+        targets: what the way back takes cotangents of: edges `t`, and added losses `(i, k)`.
+        can: whether the program can be divided. It cannot if it has loops or state.
+    """
+
+    def __init__(
+        self, program: Program, variables: Sequence[Any], edges: dict[int, Any], inside: list[int], outside: list[int]
+    ):
+        self.program, self.inside, self.outside = program, inside, outside
+        kinds = tf.nest.map_structure(kind_of, (list(variables), edges))
+        with without_device():
+            self.trace = tf.function(self.joint, autograph=False).get_concrete_function(*kinds)
+        self.inputs, self.outputs = list(self.trace.inputs), list(self.trace.outputs)
+        self.found = flat(self.gradients)
+        made = makers([*self.outputs, *self.found])
+        self.can = bool(self.found) and not any(map(is_bound, made))
+        if self.can:
+            self.divide(made)
+        self.forward, self.backward = Function(self.run_forward, True), Function(self.run_backward, True)
+
+    def joint(self, variables: list[tf.Tensor], edges: dict[int, Any]) -> Result:
+        """The program, and in the same graph its way back."""
+        result = self.program.run(variables, edges)
+        ends = {t: e.value for t, e in result.edges.items() if differentiable(self.program.graph.graph, t)}
+        ends = {t: x for t, x in ends.items() if ~t not in ends or t < 0}  # of a tensor and its logits, these
+        ends.update({(i, k): x for i, losses in result.losses.items() for k, x in enumerate(losses)})
+        self.targets = list(ends)
+        self.cotangents = [tf.compat.v1.placeholder(x.dtype, x.shape) for x in ends.values()]
+        sources = [*(variables[n] for n in self.inside), *(edges[t].value for t in self.outside)]
+        self.gradients = tf.gradients(list(ends.values()), sources, self.cotangents) if ends and sources else []
+        return result
+
+    def divide(self, made: list[tf.Operation]):
+        """Find what to keep between the two ways: of all that the way back takes, whatever is smallest together."""
+        later = {x.op.name for x in self.cotangents}
+        for op in made:
+            if any(x.op.name in later for x in op.inputs):
+                later.add(op.name)
+        taken = [*self.found, *(x for op in made if op.name in later for x in op.inputs)]
+        taken = [x for x in taken if x.op.name not in later]
+        variables = {x.name for x in self.inputs[: len(self.program.variables)]}
+        sizes, ways, first, named = {}, [], [], {}
+        for op in makers(taken):
+            inputs = [x.name for x in op.inputs if x.name in sizes]
+            if inputs or (op.type == "Placeholder" and op.outputs[0].name not in variables):
+                named.update({x.name: x for x in op.outputs})
+                sizes.update({x.name: size(x) for x in op.outputs})
+                if op.type in CHEAP:
+                    ways += [(x, y.name) for x in inputs for y in op.outputs]
+                else:
+                    first += [x.name for x in op.outputs]
+        taken = [x for x in taken if x.name in sizes]  # what else there is follows from weights and constants
+        cut = smallest_cut(sizes, ways, first, [x.name for x in taken])
+        kept = {x.name: x for x in (same(named[name]) for name in cut)}
+        reached = {x.name for op in makers(self.found, kept) for x in op.outputs}
+        self.needs = [n for n, x in enumerate(self.inputs) if x.name in kept or x.name in reached]
+        given = {x.name for x in self.inputs}
+        known = {same(x).name: n for n, x in enumerate(self.outputs)}
+        self.known = {name: known[name] for name in kept if name in known and name not in given}
+        self.kept = [x for name, x in kept.items() if name not in known and name not in given]
+
+    def run_forward(self, variables: list[tf.Tensor], edges: dict[int, Any]) -> tuple[Result, list[tf.Tensor]]:
+        """The program's result, and what is kept for the way back."""
+        given = {x.name: value for x, value in zip(self.inputs, flat((variables, edges)), strict=True)}
+        found = emitted([*self.outputs, *self.kept], given)
+        return packed(self.trace.structured_outputs, found[: len(self.outputs)]), found[len(self.outputs) :]
+
+    def run_backward(self, given: dict[str, tf.Tensor], cotangents: list[tf.Tensor]) -> Any:
+        """The gradients, from what was kept and from the arguments that are needed again, by their names."""
+        ends = {x.name: value for x, value in zip(self.cotangents, cotangents, strict=True)}
+        return packed(self.gradients, emitted(self.found, {**given, **ends}))
+
+    def again(self, values: dict[int, tf.Tensor], result: Result, kept: list[tf.Tensor]) -> dict[str, tf.Tensor]:
+        """What the way back takes, from the flat arguments and from what the way forward returned."""
+        outputs = flat(result)
+        return {
+            **{self.inputs[n].name: values[n] for n in self.needs},
+            **{name: outputs[n] for name, n in self.known.items()},
+            **{x.name: value for x, value in zip(self.kept, kept, strict=True)},
+        }
+
+
+def makers(targets: Iterable[tf.Tensor], given: Container[str] = ()) -> list[tf.Operation]:
+    """The operations that make these tensors, in their order, but for what leads to tensors that are given."""
+    found, waiting = {}, [x.op for x in targets if x.name not in given]
+    while waiting:
+        op = waiting.pop()
+        if op.name not in found:
+            found[op.name] = op
+            waiting += [x.op for x in op.inputs if x.name not in given]
+    return [op for op in next(iter(found.values())).graph.get_operations() if op.name in found] if found else []
+
+
+def emitted(targets: Sequence[tf.Tensor], given: dict[str, tf.Tensor]) -> list[tf.Tensor]:
+    """These tensors, made in the present graph of those that are given."""
+    made = dict(given)
+    for op in makers(targets, given):
+        if not all(x.name in made for x in op.outputs) or not op.outputs:
+            new = copied(op, [made[x.name] for x in op.inputs])
+            made.update({x.name: y for x, y in zip(op.outputs, new.outputs, strict=True) if x.name not in made})
+    return [made[x.name] for x in targets]
+
+
+def is_bound(op: tf.Operation) -> bool:
+    """Whether an operation cannot be copied by itself; gradients make others wait that need not."""
+    functions = any(a.HasField("func") or a.list.func for a in op.node_def.attr.values())
+    strange = any(x.dtype in (tf.resource, tf.variant, tf.string) for x in (*op.inputs, *op.outputs))
+    dynamic = op.type in ("Shape", "ShapeN", "Size")  # XLA would wait for it
+    return bool(functions or strange or dynamic or op.op_def.is_stateful or any(x.op_def.is_stateful for x in op.control_inputs))
+
+
+def same(x: tf.Tensor) -> tf.Tensor:
+    """The tensor that this one is a copy of."""
+    while x.op.type in SAME:
+        x = x.op.inputs[0]
+    return x
+
+
+def size(x: tf.Tensor) -> int:
+    """Bytes, for each row if that many are not known."""
+    return prod(n or 1 for n in x.shape.as_list()) * x.dtype.size if x.shape.rank is not None else x.dtype.size
+
+
+def flat(values: Any) -> list[tf.Tensor]:
+    """All tensors of a structure."""
+    return [x for x in tf.nest.flatten(values, expand_composites=True) if x is not None]
+
+
+def packed(structure: Any, values: Sequence[tf.Tensor]) -> Any:
+    """The reverse of `flat`."""
+    found = iter(values)
+    return tf.nest.map_structure(lambda x: None if x is None else next(found), structure, expand_composites=True)
