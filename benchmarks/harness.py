@@ -203,12 +203,22 @@ def measured(options, strategy, gpus, **more):
     return measured_fit(options, strategy, build, *data(options), gpus, loss, **more)
 
 
+def planned(strategy, model):
+    """The bytes of weights, gradients, slots and activations on the fullest device, by the plan."""
+    plan = strategy.explain(model) if hasattr(strategy, "explain") else None
+    return max(
+        2 * plan.parameter_bytes(s) + plan.optimizer_bytes(s) + plan.activation_bytes(s)
+        for s in range(plan.partition.stages)
+    ) if plan else 0  # fmt: skip
+
+
 def measured_fit(options, strategy, build, x, y, gpus, loss="mse", jit_compile="auto", optimizer=None):
     """The numbers of a run.
 
     Returns:
         Seconds until the first step begins, of tracing in it, of all of it, and of the fastest; its CPU seconds; the
-        loss; the largest memory of any GPU, and of the process beyond what it had before; and the number of weights.
+        loss; the largest memory of any GPU, what the plan says of it, and that of the process beyond what it had before;
+        and the number of weights.
     """
     import keras
     import tensorflow as tf
@@ -251,6 +261,6 @@ def measured_fit(options, strategy, build, x, y, gpus, loss="mse", jit_compile="
     memory = max([tf.config.experimental.get_memory_info(f"GPU:{n}")["peak"] for n in range(len(gpus))], default=0)
     return {
         "start": start, "trace": first - max(calls, default=first), "first": first, "step": step, "cpu": cpu,
-        "loss": clock.loss, "memory": memory, "host": resident(peak=True) - before,
+        "loss": clock.loss, "memory": memory, "planned": planned(strategy, model), "host": resident(peak=True) - before,
         "weights": sum(math.prod(w.shape) for w in model.trainable_weights),
     }  # fmt: skip

@@ -50,7 +50,7 @@ class End:
                     shape[self.channels] = self.bias.shape[0] if self.bias.shape[0] == x.shape[self.channels] else -1
                 else:
                     shape[len(shape) - len(self.bias.shape) :] = self.bias.shape
-                y = y + ops.reshape(ops.convert_to_tensor(self.bias), shape)
+                y = ops.add(y, ops.reshape(self.bias, shape))  # as Keras: a float32 layer in a model of bfloat16
             if self.layer.activation is not None:
                 y = self.layer.activation(y)
         return _keras.with_mask_of(x, y)
