@@ -206,10 +206,7 @@ def measured(options, strategy, gpus, **more):
 def planned(strategy, model):
     """The bytes of weights, gradients, slots and activations on the fullest device, by the plan."""
     plan = strategy.explain(model) if hasattr(strategy, "explain") else None
-    return max(
-        2 * plan.parameter_bytes(s) + plan.optimizer_bytes(s) + plan.activation_bytes(s)
-        for s in range(plan.partition.stages)
-    ) if plan else 0  # fmt: skip
+    return max(map(plan.bytes, range(plan.partition.stages))) if plan else 0
 
 
 def measured_fit(options, strategy, build, x, y, gpus, loss="mse", jit_compile="auto", optimizer=None):

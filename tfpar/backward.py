@@ -69,10 +69,11 @@ def again_of(run: Any, s: int, m: int, program: Program) -> list[Callable | None
     """For each variable of a program, what gives it for the way back, if what goes forward must not keep it.
 
     That is so for what was gathered for this program alone; and a compiled program would keep a copy of each weight for
-    each micro-batch.
+    each micro-batch. State, the seeds of random numbers for one, is not given again: it has changed meanwhile.
     """
     copies = run.engine.jit_compile and run.parts.micro_batches > 1
-    return [partial(run.variable, s, m, v) if copies or run.engine.gathers(v) else None for v in program.variables]
+    given = {v for v in program.variables if run.engine.gathers(v) or (copies and v in run.engine.trainable)}
+    return [partial(run.variable, s, m, v) if v in given else None for v in program.variables]
 
 
 def vjp(

@@ -26,12 +26,17 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Variable:
-    """A weight or a piece of state."""
+    """A weight or a piece of state.
+
+    Args:
+        read_bytes: of the copy in another dtype that layers read, if they do.
+    """
 
     path: str
     bytes: int
     trainable: bool = True
     shape: tuple[int, ...] = ()
+    read_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,14 @@ from tfpar.program import Function, Program, Result, differentiable, kind_of
 
 # what XLA can compute while it reads the operands of what uses it
 CHEAP = frozenset(
-    """Abs Add AddV2 BiasAdd BroadcastTo Cast Ceil ConcatV2 Cos Div DivNoNan Elu Equal Erf Erfc Exp ExpandDims Expm1 Fill
-    Floor FloorDiv FloorMod Greater GreaterEqual Identity IdentityN LeakyRelu Less LessEqual Log Log1p LogicalAnd
-    LogicalNot LogicalOr Maximum Minimum Mod Mul MulNoNan Neg NotEqual OnesLike Pack Pad PadV2 Pow PreventGradient RealDiv
-    Reciprocal Relu Relu6 Reshape Round Rsqrt Select SelectV2 Selu Shape Sigmoid Sign Sin Slice Softmax Softplus Softsign
-    Split SplitV Sqrt Square SquaredDifference Squeeze StopGradient StridedSlice Sub Tanh Transpose Unpack Xdivy Xlogy
-    ZerosLike""".split()
+    """Abs Add AddV2 BiasAdd BroadcastTo Cast Ceil ConcatV2 Cos Div DivNoNan Elu Equal Erf Erfc Exp ExpandDims Expm1
+    Fill Floor FloorDiv FloorMod Greater GreaterEqual Identity IdentityN LeakyRelu Less LessEqual Log Log1p LogicalAnd
+    LogicalNot LogicalOr Maximum Minimum Mod Mul MulNoNan Neg NotEqual OnesLike Pack Pad PadV2 Pow PreventGradient
+    RealDiv Reciprocal Relu Relu6 Reshape Round Rsqrt Select SelectV2 Selu Sigmoid Sign Sin Slice Softmax Softplus
+    Softsign Split SplitV Sqrt Square SquaredDifference Squeeze StopGradient StridedSlice Sub Tanh Transpose Unpack
+    Xdivy Xlogy ZerosLike""".split()
 )
+SHAPES = ("Shape", "ShapeN")
 SAME = ("Identity", "PreventGradient", "StopGradient")
 
 
@@ -46,7 +47,10 @@ class Halves:
         kinds = tf.nest.map_structure(kind_of, (list(variables), edges))
         with without_device():
             self.trace = tf.function(self.joint, autograph=False).get_concrete_function(*kinds)
-        self.inputs, self.outputs = list(self.trace.inputs), list(self.trace.outputs)
+        constants, self.outputs = len(self.trace.captured_inputs), list(self.trace.outputs)
+        self.inputs = self.trace.inputs[: len(self.trace.inputs) - constants]
+        names = [x.name for x in self.trace.inputs[len(self.inputs) :]]
+        self.constants = dict(zip(names, self.trace.captured_inputs, strict=True))
         self.found = flat(self.gradients)
         made = makers([*self.outputs, *self.found])
         self.can = bool(self.found) and not any(map(is_bound, made))
@@ -74,11 +78,11 @@ class Halves:
                 later.add(op.name)
         taken = [*self.found, *(x for op in made if op.name in later for x in op.inputs)]
         taken = [x for x in taken if x.op.name not in later]
-        variables = {x.name for x in self.inputs[: len(self.program.variables)]}
+        free = {*self.constants, *(self.inputs[n].name for n in self.inside)}  # weights are there anyway
         sizes, ways, first, named = {}, [], [], {}
         for op in makers(taken):
-            inputs = [x.name for x in op.inputs if x.name in sizes]
-            if inputs or (op.type == "Placeholder" and op.outputs[0].name not in variables):
+            inputs = [x.name for x in inputs_of(op) if x.name in sizes]
+            if inputs or (op.type == "Placeholder" and op.outputs[0].name not in free):
                 named.update({x.name: x for x in op.outputs})
                 sizes.update({x.name: size(x) for x in op.outputs})
                 if op.type in CHEAP:
@@ -98,13 +102,13 @@ class Halves:
     def run_forward(self, variables: list[tf.Tensor], edges: dict[int, Any]) -> tuple[Result, list[tf.Tensor]]:
         """The program's result, and what is kept for the way back."""
         given = {x.name: value for x, value in zip(self.inputs, flat((variables, edges)), strict=True)}
-        found = emitted([*self.outputs, *self.kept], given)
+        found = emitted([*self.outputs, *self.kept], {**self.constants, **given})
         return packed(self.trace.structured_outputs, found[: len(self.outputs)]), found[len(self.outputs) :]
 
     def run_backward(self, given: dict[str, tf.Tensor], cotangents: list[tf.Tensor]) -> Any:
         """The gradients, from what was kept and from the arguments that are needed again, by their names."""
         ends = {x.name: value for x, value in zip(self.cotangents, cotangents, strict=True)}
-        return packed(self.gradients, emitted(self.found, {**given, **ends}))
+        return packed(self.gradients, emitted(self.found, {**self.constants, **given, **ends}))
 
     def again(self, values: dict[int, tf.Tensor], result: Result, kept: list[tf.Tensor]) -> dict[str, tf.Tensor]:
         """What the way back takes, from the flat arguments and from what the way forward returned."""
@@ -123,7 +127,7 @@ def makers(targets: Iterable[tf.Tensor], given: Container[str] = ()) -> list[tf.
         op = waiting.pop()
         if op.name not in found:
             found[op.name] = op
-            waiting += [x.op for x in op.inputs if x.name not in given]
+            waiting += [x.op for x in inputs_of(op) if x.name not in given]
     return [op for op in next(iter(found.values())).graph.get_operations() if op.name in found] if found else []
 
 
@@ -131,18 +135,26 @@ def emitted(targets: Sequence[tf.Tensor], given: dict[str, tf.Tensor]) -> list[t
     """These tensors, made in the present graph of those that are given."""
     made = dict(given)
     for op in makers(targets, given):
-        if not all(x.name in made for x in op.outputs) or not op.outputs:
-            new = copied(op, [made[x.name] for x in op.inputs])
-            made.update({x.name: y for x, y in zip(op.outputs, new.outputs, strict=True) if x.name not in made})
+        if op.type in SHAPES:
+            new = [tf.constant(x.shape.as_list(), y.dtype) for x, y in zip(op.inputs, op.outputs, strict=True)]
+        else:
+            new = copied(op, [made[x.name] for x in op.inputs]).outputs
+        made = {x.name: y for x, y in zip(op.outputs, new, strict=True)} | made
     return [made[x.name] for x in targets]
+
+
+def inputs_of(op: tf.Operation) -> Sequence[tf.Tensor]:
+    """What has to be there for an operation; for one that asks for known shapes, nothing."""
+    return () if op.type in SHAPES else op.inputs
 
 
 def is_bound(op: tf.Operation) -> bool:
     """Whether an operation cannot be copied by itself; gradients make others wait that need not."""
     functions = any(a.HasField("func") or a.list.func for a in op.node_def.attr.values())
     strange = any(x.dtype in (tf.resource, tf.variant, tf.string) for x in (*op.inputs, *op.outputs))
-    dynamic = op.type in ("Shape", "ShapeN", "Size")  # XLA would wait for it
-    return bool(functions or strange or dynamic or op.op_def.is_stateful or any(x.op_def.is_stateful for x in op.control_inputs))
+    dynamic = op.type in SHAPES and not all(x.shape.is_fully_defined() for x in op.inputs)  # XLA would wait for it
+    stateful = any(x.op_def.is_stateful for x in (op, *op.control_inputs))
+    return bool(functions or strange or dynamic or stateful)
 
 
 def same(x: tf.Tensor) -> tf.Tensor:

@@ -122,7 +122,8 @@ class KerasGraph:
             replace(op, variables=tuple(sorted(places[id(self.variables[v])] for v in op.variables)))
             for op in self.graph.ops
         )  # fmt: skip
-        graph = replace(self.graph, ops=ops, variables=tuple(describe(v) for v in variables))
+        known = dict(zip(map(id, self.variables), self.graph.variables, strict=True))
+        graph = replace(self.graph, ops=ops, variables=tuple(known.get(id(v)) or describe(v) for v in variables))
         return replace(self, graph=graph, variables=variables)
 
     def with_variables(self, unknown: UnknownVariables, call: int | None) -> "KerasGraph":
@@ -223,6 +224,10 @@ class Builder:
 
         return list(self.add(f"{name}/inputs", standardize, (given, mask), {}, inner.inputs, False))
 
+    def users(self, variable: int) -> list[Any]:
+        """What uses a variable."""
+        return [call.operation for op, call in zip(self.ops, self.calls, strict=True) if variable in op.variables]
+
     def finish(self, inputs: Sequence[int], outputs: Any) -> KerasGraph:
         """The finished graph."""
         graph = OpGraph(
@@ -231,7 +236,7 @@ class Builder:
                 Tensor(self.shape(t), tf.as_dtype(s.dtype).size, tf.as_dtype(s.dtype).is_floating)
                 for t, s in enumerate(self.symbols)
             ),
-            variables=tuple(describe(v) for v in self.variables),
+            variables=tuple(describe(v, self.users(n)) for n, v in enumerate(self.variables)),
             inputs=tuple(inputs),
             outputs=tuple(tree.flatten(outputs)),
         )
@@ -251,10 +256,13 @@ def name_of(operation: Any, opened: bool) -> str:
     return type(operation).__name__.lower() if unstable else operation.name
 
 
-def describe(variable: keras.Variable) -> Variable:
-    """A Keras variable as plain data."""
-    size = int(np.prod(variable.shape)) * tf.as_dtype(variable.dtype).size
-    return Variable(variable.path, size, variable.trainable, tuple(variable.shape))
+def describe(variable: keras.Variable, users: Sequence[Any] = ()) -> Variable:
+    """A Keras variable, which these operations use, as plain data."""
+    count, dtype = int(np.prod(variable.shape)), _keras.read_as(variable, users) if users else None
+    read = count * tf.as_dtype(dtype).size if dtype else 0
+    return Variable(
+        variable.path, count * tf.as_dtype(variable.dtype).size, variable.trainable, tuple(variable.shape), read
+    )
 
 
 def graph_from(function: Any, explicit: bool = False) -> KerasGraph:

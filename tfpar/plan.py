@@ -111,6 +111,11 @@ class Plan:
         """The simulated step."""
         return simulate(self.schedule, self.cost)
 
+    def bytes(self, stage: int, lane: int = 0) -> int:
+        """An estimate of what a lane needs for a stage: of all columns of the table."""
+        kinds = self.parameter_bytes, self.gradient_bytes, self.optimizer_bytes
+        return sum(of(stage, lane) for of in kinds) + self.activation_bytes(stage)
+
     def edge_bytes(self, stage: int) -> int:
         """Bytes of one sample that leave a stage."""
         return sum(self.partition.graph.tensors[t].bytes for t in self.partition.edges(stage))
@@ -122,6 +127,21 @@ class Plan:
     def optimizer_bytes(self, stage: int, lane: int = 0) -> int:
         """Bytes of the optimizer's slots that a lane has of a stage."""
         return sum(self.part(v, lane, self.slot_bytes[v], 1) for v in self.variables(stage) if self.slot_bytes)
+
+    def gradient_bytes(self, stage: int, lane: int = 0) -> int:
+        """Bytes of the gradients that a lane has of a stage.
+
+        With micro-batches they are those of one beside the sums, and the weights in the dtype in which all read them.
+        """
+        found = 0
+        for v in self.variables(stage):
+            variable = self.partition.graph.variables[v]
+            if variable.trainable:
+                found += self.part(v, lane, zero=2)
+                if self.schedule.micro_batches > 1:
+                    read = variable.read_bytes
+                    found += self.part(v, lane, read or variable.bytes) + self.part(v, lane, read)
+        return found
 
     def variables(self, stage: int) -> list[int]:
         """The variables of a stage."""
@@ -165,13 +185,14 @@ class Plan:
         columns += [("first layer", "left"), ("layers", "right"), ("time", "right")] if stages > 1 else []
         columns += [("samples", "right")] if mesh.data > 1 else []
         columns += [("parameters", "right")] + ([("of all", "right")] if mesh.tensor > 1 or self.zero == 3 else [])
-        columns += [("optimizer", "right"), (f"activations\nof {self.rows} samples", "right")]
+        columns += [("gradients", "right"), ("optimizer", "right"), (f"activations\nof {self.rows} samples", "right")]
         for name, justify in columns:
             table.add_column(name, justify=justify)
         seconds, rows = sum(self.cost.forward) or 1.0, bounds(self.rows, mesh.data)
         whole = sum(v.bytes for v in self.partition.graph.variables) or 1
         for r, s, k in product(range(mesh.data), range(stages), range(mesh.tensor)):
-            held, ops = self.parameter_bytes(s, r * mesh.tensor + k), self.partition.ops(s)
+            lane, ops = r * mesh.tensor + k, self.partition.ops(s)
+            held = self.parameter_bytes(s, lane)
             cells = [str(n) for n, count in zip((r, s, k), counts.values(), strict=True) if count > 1]
             cells.append(self.device(s, r, k))
             if stages > 1:
@@ -179,8 +200,8 @@ class Plan:
                 cells += [first, str(len(ops)), f"{self.cost.forward[s] / seconds:.0%}"]
             cells += [str(rows[r + 1] - rows[r])] if mesh.data > 1 else []
             cells += [size(held)] + ([f"{held / whole:.0%}"] if mesh.tensor > 1 or self.zero == 3 else [])
-            slots = self.optimizer_bytes(s, r * mesh.tensor + k)
-            cells += [size(slots) if any(self.slot_bytes) else "?", size(self.activation_bytes(s))]
+            slots = size(self.optimizer_bytes(s, lane)) if any(self.slot_bytes) else "?"
+            cells += [size(self.gradient_bytes(s, lane)), slots, size(self.activation_bytes(s))]
             table.add_row(*cells)
         notes = [f"predicted bubble {self.timeline.bubble:.0%} (idle share of all devices)"] if stages > 1 else []
         if mesh.data > 1:
