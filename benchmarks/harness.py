@@ -214,8 +214,8 @@ def measured_fit(options, strategy, build, x, y, gpus, loss="mse", jit_compile="
 
     Returns:
         Seconds until the first step begins, of tracing in it, of all of it, and of the fastest; its CPU seconds; the
-        loss; the largest memory of any GPU, what the plan says of it, and that of the process beyond what it had before;
-        and the number of weights.
+        loss; the largest memory of any GPU, what the plan says of it, and that of the process beyond what it had
+        before; and the number of weights.
     """
     import keras
     import tensorflow as tf

@@ -25,10 +25,10 @@ PLANNING = [
 ]
 RUNNING = [
     "_tf", "_keras", "_keras_parts", "_moments", "variables", "detached", "batch", "feed", "flops", "state",
-    "_keras_run", "_keras_backup", "model",
-    "collectives", "local", "crossentropy", "rules", "divide", "probe", "opening", "program", "whole", "engine",
-    "halves", "backward", "together", "passes", "outcome", "update", "loss", "call", "routes", "prepare", "faults", "traced",
-    "saving", "step", "callbacks", "convert", "measure", "testing",
+    "_keras_run", "_keras_backup", "model", "collectives", "local", "crossentropy", "rules", "divide", "probe",
+    "opening", "program", "whole", "engine", "halves", "backward", "together", "passes", "outcome", "update",
+    "loss", "call", "routes", "prepare", "faults", "traced", "saving", "step", "callbacks", "convert", "measure",
+    "testing",
 ]  # fmt: skip
 ORDER = [*PLANNING, *RUNNING, "strategies"]
 FILES = sorted(f for d in ("tfpar", "strategies") for f in (ROOT / d).rglob("*.py"))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from training import ROWS, STRATEGIES, WIDTH, check, compiled, data, history
+from training import ROWS, STRATEGIES, WIDTH, check, compiled, data, history, mostly
 
 from tfpar.errors import ModelError
 from tfpar.testing import assert_same, difference
@@ -128,7 +128,7 @@ OPTIMIZERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", mostly(OPTIMIZERS, list(OPTIMIZERS)[::2]))
 def test_optimizer(name):
     keras.config.set_floatx("float64")
     keras.config.set_dtype_policy("float64")

@@ -8,7 +8,7 @@ from keras import layers
 from training import check, data, history
 
 import tfpar
-from tfpar import backward, halves
+from tfpar import backward, halves, passes
 from tfpar.program import Function
 
 X, Y = data(12)
@@ -26,7 +26,7 @@ def block(h, width):
 def encoder():
     x = layers.Input((5,), dtype="int32")
     embedding = layers.Embedding(9, 8)
-    h = block(block(embedding(x), 8), 8)
+    h = block(embedding(x), 8)
     logits = keras.ops.matmul(h, keras.ops.transpose(embedding(keras.ops.arange(9))))  # a tied weight
     return keras.Model(x, layers.Softmax()(layers.Dense(3)(layers.GlobalAveragePooling1D()(logits))))
 
@@ -98,8 +98,7 @@ def made(patch):
     return found
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name, schedule", [*((m, "gpipe") for m in MODELS), ("encoder", "1f1b"), ("images", "1f1b")])
 def test_same_numbers(name, schedule, monkeypatch):
     found = made(monkeypatch)
     trained(name, schedule)
@@ -133,8 +132,11 @@ def test_the_same_random_numbers(monkeypatch):
     one = train()
     assert found and all(h.can for h in found)
     monkeypatch.setattr(backward, "halves_of", lambda *args: None)
-    for a, b in zip(one, train(), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    other = train()
+    monkeypatch.setattr(passes, "again_of", lambda run, s, m, program: [None] * len(program.variables))
+    for a, b, c in zip(one, other, train(), strict=True):  # what TensorFlow keeps is what went forward
+        np.testing.assert_allclose(a, c, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(b, c, rtol=1e-5, atol=1e-7)
 
 
 def test_keeps_products_and_little_else(monkeypatch):

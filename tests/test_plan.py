@@ -44,6 +44,19 @@ def test_explain():
     assert "?" not in str(after)
 
 
+@pytest.mark.parametrize("policy, read", [("float32", 4), ("mixed_bfloat16", 2)])
+def test_gradients(policy, read):
+    """Their sums, those of a micro-batch beside them, and in mixed precision the weights as layers read them."""
+    keras.config.set_dtype_policy(policy)
+    strategies = tfpar.PipelineStrategy(FOUR, micro_batches=8), tfpar.LayerPlacementStrategy(FOUR)
+    for strategy, each in zip(strategies, (4 + read + (read if read < 4 else 0), 4), strict=True):
+        plan = strategy.explain(compiled(strategy, build=chain), 64)
+        count = sum(map(plan.parameter_bytes, range(4))) / 4
+        assert sum(map(plan.gradient_bytes, range(4))) == each * count
+        parts = plan.parameter_bytes, plan.gradient_bytes, plan.optimizer_bytes, plan.activation_bytes
+        assert plan.bytes(1) == sum(of(1) for of in parts) and size(plan.gradient_bytes(1)) in str(plan)
+
+
 def test_activations_follow_the_schedule():
     """1F1B holds `stages - s` micro-batches, GPipe all of them."""
 

@@ -17,6 +17,28 @@ def test_every_name_is_tested():
     assert [n for n in [*names, *_tf.__all__] if n not in mine] == []
 
 
+def test_copied():
+    """In another graph too; a gradient that the operation had in its place stays behind."""
+
+    @tf.function(autograph=False)
+    def one(x):
+        return tf.raw_ops.MatMul(a=x, b=x, transpose_b=True)
+
+    op = one.get_concrete_function(tf.TensorSpec((2, 3))).graph.get_operations()[1]
+    assert op.type == "MatMul"
+    op._set_attr("_gradient_op_type", tf.compat.v1.AttrValue(s=b"none"))
+
+    @tf.function(autograph=False)
+    def other(x):
+        new = _tf.copied(op, [x, x])
+        assert new.get_attr("transpose_b") and "_gradient_op_type" not in new.node_def.attr
+        assert _tf.copied(op, [x, x], new.graph).graph is new.graph
+        return new.outputs[0]
+
+    x = tf.constant([[1.0, 2.0, 3.0], [0.0, 1.0, 0.0]])
+    assert np.array_equal(other(x), x @ tf.transpose(x))
+
+
 def test_classes():
     """The strategy is built on them."""
     strategy = tfpar.LayerPlacementStrategy(["CPU:0"])

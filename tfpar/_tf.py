@@ -20,9 +20,9 @@ from tensorflow.python.training.saving.saveable_object import SaveableObject, Sa
 
 __all__ = [
     "LogicalReplica", "MirroredExtended", "MirroredVariable", "OwnedMultiDeviceIterator", "PerReplica",
-    "ResourceVariable", "awaited", "batch_reduce", "call_flat", "copied", "fingerprint", "following_inputs", "independent",
-    "made_again", "outside_replica", "record_gradient", "replica_of", "saveable", "select_replica", "tape_watches",
-    "unrecorded", "update_regroup", "without_device",
+    "ResourceVariable", "awaited", "batch_reduce", "call_flat", "copied", "fingerprint", "following_inputs",
+    "independent", "made_again", "outside_replica", "record_gradient", "replica_of", "saveable",
+    "select_replica", "tape_watches", "unrecorded", "update_regroup", "without_device",
 ]  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """A compiled program and its way back as two functions, with few bytes between them: what is cheap is computed again.
 
-After "Transcending runtime-memory tradeoffs in checkpointing by being fusion aware" (He and Yu, MLSys 2023), as PyTorch's
-AOTAutograd does it: the way forward and the way back are one graph, which is cut where the least has to be kept.
+After "Transcending runtime-memory tradeoffs in checkpointing by being fusion aware" (He and Yu, MLSys 2023), as
+PyTorch's AOTAutograd does it: both ways are one graph, which is cut where the least has to be kept.
 """
 
 from collections.abc import Container, Iterable, Sequence
@@ -15,14 +15,14 @@ from tfpar.cut import smallest_cut
 from tfpar.program import Function, Program, Result, differentiable, kind_of
 
 # what XLA can compute while it reads the operands of what uses it
-CHEAP = frozenset(
-    """Abs Add AddV2 BiasAdd BroadcastTo Cast Ceil ConcatV2 Cos Div DivNoNan Elu Equal Erf Erfc Exp ExpandDims Expm1
-    Fill Floor FloorDiv FloorMod Greater GreaterEqual Identity IdentityN LeakyRelu Less LessEqual Log Log1p LogicalAnd
-    LogicalNot LogicalOr Maximum Minimum Mod Mul MulNoNan Neg NotEqual OnesLike Pack Pad PadV2 Pow PreventGradient
-    RealDiv Reciprocal Relu Relu6 Reshape Round Rsqrt Select SelectV2 Selu Sigmoid Sign Sin Slice Softmax Softplus
-    Softsign Split SplitV Sqrt Square SquaredDifference Squeeze StopGradient StridedSlice Sub Tanh Transpose Unpack
-    Xdivy Xlogy ZerosLike""".split()
-)
+CHEAP = """
+    Abs Add AddV2 BiasAdd BroadcastTo Cast Ceil ConcatV2 Cos Div DivNoNan Elu Equal Erf Erfc Exp ExpandDims
+    Expm1 Fill Floor FloorDiv FloorMod Greater GreaterEqual Identity IdentityN LeakyRelu Less LessEqual Log
+    Log1p LogicalAnd LogicalNot LogicalOr Maximum Minimum Mod Mul MulNoNan Neg NotEqual OnesLike Pack Pad PadV2
+    Pow PreventGradient RealDiv Reciprocal Relu Relu6 Reshape Round Rsqrt Select SelectV2 Selu Sigmoid Sign Sin
+    Slice Softmax Softplus Softsign Split SplitV Sqrt Square SquaredDifference Squeeze StopGradient StridedSlice
+    Sub Tanh Transpose Unpack Xdivy Xlogy ZerosLike
+""".split()  # noqa: SIM905
 SHAPES = ("Shape", "ShapeN")
 SAME = ("Identity", "PreventGradient", "StopGradient")
 
