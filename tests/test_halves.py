@@ -172,6 +172,25 @@ def test_what_is_a_result_already_is_not_kept_once_more(monkeypatch):
     assert first.kept and not results & {x.name for x in first.kept}
 
 
+def test_blocks_that_are_alike_are_compiled_once(monkeypatch):
+    found = made(monkeypatch)
+
+    def build():
+        x = h = layers.Input((8,))
+        for n in range(4):
+            h = layers.Dense(8, name=f"second_{n}")(layers.Dense(16, activation="gelu", name=f"{'zyxw'[n]}_first")(h))
+        return keras.Model(x, layers.Dense(3, activation="softmax")(h))
+
+    cuts = [f"{'zyxw'[n]}_first" for n in (1, 2, 3)]
+    strategy = tfpar.PipelineStrategy([f"CPU:{n}" for n in range(4)], micro_batches=3, placement=cuts)
+    x = np.random.default_rng(0).normal(size=(12, 8)).astype("float32")
+    check(strategy, history(x, Y, batch_size=12), build=build, jit_compile=True)
+    middle = [h for h in found if h.outside][:2]
+    for way in ("forward", "backward"):
+        one, other = ([*getattr(h, way).traces.values()] for h in middle)
+        assert len(one) == len(other) == 1 and one[0].function is other[0].function
+
+
 def test_sums_are_made_in_groups(monkeypatch):
     monkeypatch.setattr(backward, "AT_ONCE", 100)
     calls = []

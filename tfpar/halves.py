@@ -91,13 +91,14 @@ class Halves:
                     first += [x.name for x in op.outputs]
         taken = [x for x in taken if x.name in sizes]  # what else there is follows from weights and constants
         cut = smallest_cut(sizes, ways, first, [x.name for x in taken])
-        kept = {x.name: x for x in (same(named[name]) for name in cut)}
+        kept = {x.name: x for x in (same(named[name]) for name in named if name in cut)}  # in the order of the graph
         reached = {x.name for op in makers(self.found, kept) for x in op.outputs}
         self.needs = [n for n, x in enumerate(self.inputs) if x.name in kept or x.name in reached]
         given = {x.name for x in self.inputs}
         known = {same(x).name: n for n, x in enumerate(self.outputs)}
         self.known = {name: known[name] for name in kept if name in known and name not in given}
         self.kept = [x for name, x in kept.items() if name not in known and name not in given]
+        self.taken = [*(self.inputs[n].name for n in self.needs), *self.known, *(x.name for x in self.kept)]
 
     def run_forward(self, variables: list[tf.Tensor], edges: dict[int, Any]) -> tuple[Result, list[tf.Tensor]]:
         """The program's result, and what is kept for the way back."""
@@ -105,19 +106,16 @@ class Halves:
         found = emitted([*self.outputs, *self.kept], {**self.constants, **given})
         return packed(self.trace.structured_outputs, found[: len(self.outputs)]), found[len(self.outputs) :]
 
-    def run_backward(self, given: dict[str, tf.Tensor], cotangents: list[tf.Tensor]) -> Any:
-        """The gradients, from what was kept and from the arguments that are needed again, by their names."""
+    def run_backward(self, taken: list[tf.Tensor], cotangents: list[tf.Tensor]) -> Any:
+        """The gradients, from what `again` gives and the cotangents of the targets."""
+        given = dict(zip(self.taken, taken, strict=True))
         ends = {x.name: value for x, value in zip(self.cotangents, cotangents, strict=True)}
         return packed(self.gradients, emitted(self.found, {**self.constants, **given, **ends}))
 
-    def again(self, values: dict[int, tf.Tensor], result: Result, kept: list[tf.Tensor]) -> dict[str, tf.Tensor]:
-        """What the way back takes, from the flat arguments and from what the way forward returned."""
+    def again(self, values: dict[int, tf.Tensor], result: Result, kept: list[tf.Tensor]) -> list[tf.Tensor]:
+        """What the way back takes: arguments by their places, and what the way forward returned."""
         outputs = flat(result)
-        return {
-            **{self.inputs[n].name: values[n] for n in self.needs},
-            **{name: outputs[n] for name, n in self.known.items()},
-            **{x.name: value for x, value in zip(self.kept, kept, strict=True)},
-        }
+        return [*(values[n] for n in self.needs), *(outputs[n] for n in self.known.values()), *kept]
 
 
 def makers(targets: Iterable[tf.Tensor], given: Container[str] = ()) -> list[tf.Operation]:
