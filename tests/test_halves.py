@@ -60,6 +60,33 @@ def custom():
     return keras.Model(x, layers.Dense(3, activation="softmax")(Custom()(layers.Dense(8, activation="elu")(h))))
 
 
+class Assigns(layers.Layer):
+    """Changes its own weight after it has used it."""
+
+    def build(self, shape):
+        self.k = self.add_weight(shape=(shape[-1], shape[-1]), trainable=False, initializer="glorot_uniform")
+
+    def call(self, x):
+        y = keras.ops.matmul(x, self.k)
+        self.k.assign(self.k * 0.5)
+        return y
+
+
+def assigned():
+    x = layers.Input((WIDTH,))
+    return keras.Model(x, layers.Dense(3, activation="softmax")(Assigns()(layers.Dense(8)(x))))
+
+
+def compared():
+    """A maximum, the gradient of which looks for it again; frozen weights."""
+    x = layers.Input((WIDTH,))
+    frozen = layers.Dense(8, activation="relu6")
+    frozen.trainable = False
+    h = layers.Dense(8)(x)
+    h = keras.ops.max(keras.ops.reshape(layers.Dense(8, activation="gelu")(frozen(h)), (-1, 4, 2)), axis=-1)
+    return keras.Model(x, layers.Dense(3, activation="softmax", dtype="float32")(h))
+
+
 def loops():
     x = layers.Input((5,), dtype="int32")
     h = layers.GRU(6, return_sequences=True)(layers.Embedding(9, 8)(x))
@@ -78,6 +105,9 @@ MODELS = {
     "encoder": (encoder, WORDS, Y, ONE),
     "several ends": (several_ends, X, (Y, np.zeros((12, 2))), [ONE, None]),
     "custom gradient": (custom, X, Y, ONE),
+    "assigned": (assigned, X, Y, ONE),
+    "compared": (compared, X, Y, ONE),
+    "mean squares": (custom, X, np.eye(3)[Y], "mse"),
     "loops": (loops, WORDS, Y, ONE),
     "images": (images, X, Y, ONE),
 }
@@ -103,6 +133,32 @@ def test_same_numbers(name, schedule, monkeypatch):
     found = made(monkeypatch)
     trained(name, schedule)
     assert found and all(h.can for h in found) == (name != "loops")
+
+
+class Take(layers.Layer):
+    """Rows of the batch in another order; the gradient of what they were is sparse."""
+
+    def call(self, x):
+        return keras.ops.take(x, np.arange(12)[::-1], axis=0)
+
+
+def test_a_sparse_gradient_over_a_cut(monkeypatch):
+    found = made(monkeypatch)
+
+    def build():
+        x = layers.Input((WIDTH,))
+        h = layers.Dense(8)(Take(name="taken")(layers.Dense(8)(x)))
+        return keras.Model(x, layers.Dense(3, activation="softmax")(h))
+
+    strategy = tfpar.LayerPlacementStrategy(["CPU:0", "CPU:1"], placement=["taken"])
+    check(strategy, history(X, Y, batch_size=12, epochs=2), build=build, metrics=lambda: None, jit_compile=True)
+    assert any(h.can for h in found)
+
+
+@pytest.mark.parametrize("name", ["encoder", "mean squares"])
+def test_a_softmax_that_is_asked_for_goes_this_way_too(name, monkeypatch):
+    monkeypatch.setattr(backward, "taped", None)
+    trained(name)
 
 
 def test_ranks_and_shards(monkeypatch):
@@ -133,7 +189,7 @@ def test_the_same_random_numbers(monkeypatch):
     assert found and all(h.can for h in found)
     monkeypatch.setattr(backward, "halves_of", lambda *args: None)
     other = train()
-    monkeypatch.setattr(passes, "again_of", lambda run, s, m, program: [None] * len(program.variables))
+    monkeypatch.setattr(passes, "again_of", lambda run, s, m, program, variables: [None] * len(variables))
     for a, b, c in zip(one, other, train(), strict=True):  # what TensorFlow keeps is what went forward
         np.testing.assert_allclose(a, c, rtol=1e-5, atol=1e-7)
         np.testing.assert_allclose(b, c, rtol=1e-5, atol=1e-7)

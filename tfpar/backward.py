@@ -10,8 +10,8 @@ import tensorflow as tf
 
 from tfpar._tf import made_again
 from tfpar.collectives import add, size
-from tfpar.engine import device_of, scattered, shards_of
-from tfpar.halves import Halves, flat
+from tfpar.engine import device_of, scattered, shards_of, tensors_of
+from tfpar.halves import Halves
 from tfpar.layout import REPLICATED
 from tfpar.program import Edge, Program, Result, differentiable, kind_of, tensor_of
 
@@ -65,15 +65,22 @@ def groups(gradients: dict[int, tf.Tensor]) -> Iterable[list[int]]:
         yield some
 
 
-def again_of(run: Any, s: int, m: int, program: Program) -> list[Callable | None]:
+def again_of(run: Any, s: int, m: int, program: Program, variables: list[tf.Tensor]) -> list[Callable | None]:
     """For each variable of a program, what gives it for the way back, if what goes forward must not keep it.
 
     That is so for what was gathered for this program alone; and a compiled program would keep a copy of each weight for
-    each micro-batch. State, the seeds of random numbers for one, is not given again: it has changed meanwhile.
+    each micro-batch. What a layer has assigned on the way forward is as it was before. Random numbers, which XLA draws in
+    its own way, are not drawn again.
     """
     copies = run.engine.jit_compile and run.parts.micro_batches > 1
-    given = {v for v in program.variables if run.engine.gathers(v) or (copies and v in run.engine.trainable)}
-    return [partial(run.variable, s, m, v) if v in given else None for v in program.variables]
+
+    def again(v: int, before: tf.Tensor) -> tf.Tensor:
+        return tf.identity(before) if v in run.state[m] else run.variable(s, m, v)
+
+    return [
+        partial(again, v, before) if before.dtype.is_floating and (copies or run.engine.gathers(v)) else None
+        for v, before in zip(program.variables, variables, strict=True)
+    ]
 
 
 def vjp(
@@ -88,16 +95,22 @@ def vjp(
     compiled = run.engine.jit_compile and run.head is not None and not tf.executing_eagerly()
     halves = halves_of(program, variables, edges, inside, outside) if compiled else None
     if halves is None:
-        return taped(run, program, variables, edges, again)
+        return taped(run, program, variables, edges, again, inside, outside)
     result, kept = halves.forward(list(variables), edges)
 
     def pullback(cotangents: dict[int, tf.Tensor], added: dict[tuple[int, int], tf.Tensor]):
         given = {**cotangents, **added}
+        for t in cotangents:  # a tensor and its logits are made of the same: who has the gradient does not matter
+            if ~t in halves.targets and ~t not in given:
+                given[~t] = tf.zeros_like(result.edges[~t].value)
         if given.keys() != set(halves.targets):  # some results are not used
-            return taped(run, program, variables, edges, again)[1](cotangents, added)
-        values = [*zip(variables, again, strict=True), *((x, None) for x in flat(edges))]
+            values = [make() if make else x for x, make in zip(variables, again, strict=True)]
+            sources = watched(run, program, values, edges)
+            return taped(run, program, values, edges, [None] * len(again), *sources)[1](cotangents, added)
+        values = [*zip(variables, again, strict=True), *((x, None) for x in tensors_of(edges))]
         taken = {n: make() if make else x for n, (x, make) in enumerate(values) if n in halves.needs}
-        found = halves.backward(halves.again(taken, result, kept), [given[t] for t in halves.targets])
+        ends = [tf.convert_to_tensor(given[t]) for t in halves.targets]
+        found = halves.backward(halves.again(taken, result, kept), ends)
         return present(inside, found), present(outside, found[len(inside) :])
 
     return result, pullback
@@ -115,10 +128,15 @@ def halves_of(
 
 
 def taped(
-    run: Any, program: Program, variables: list[tf.Tensor], edges: dict[int, Edge], again: list[Callable | None]
+    run: Any,
+    program: Program,
+    variables: list[tf.Tensor],
+    edges: dict[int, Edge],
+    again: list[Callable | None],
+    inside: dict[int, tf.Tensor],
+    outside: dict[int, tf.Tensor],
 ) -> tuple[Result, Callable]:
     """The same by a gradient tape: what the way back takes is what TensorFlow keeps for it."""
-    inside, outside = watched(run, program, variables, edges)
     sources = [*inside.values(), *outside.values()]
     with tf.GradientTape(persistent=run.head is None) as tape:  # a user may ask more than once
         tape.watch(sources)

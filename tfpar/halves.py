@@ -12,16 +12,17 @@ import tensorflow as tf
 
 from tfpar._tf import copied, without_device
 from tfpar.cut import smallest_cut
-from tfpar.program import Function, Program, Result, differentiable, kind_of
+from tfpar.engine import tensors_of
+from tfpar.program import Function, Program, Result, differentiable, kind_of, packed
 
-# what XLA can compute while it reads the operands of what uses it
+# What XLA can compute while it reads the operands of what uses it. No comparisons and no steps: in another program,
+# where sums are rounded in another order, they could come out otherwise.
 CHEAP = """
-    Abs Add AddV2 BiasAdd BroadcastTo Cast Ceil ConcatV2 Cos Div DivNoNan Elu Equal Erf Erfc Exp ExpandDims
-    Expm1 Fill Floor FloorDiv FloorMod Greater GreaterEqual Identity IdentityN LeakyRelu Less LessEqual Log
-    Log1p LogicalAnd LogicalNot LogicalOr Maximum Minimum Mod Mul MulNoNan Neg NotEqual OnesLike Pack Pad PadV2
-    Pow PreventGradient RealDiv Reciprocal Relu Relu6 Reshape Round Rsqrt Select SelectV2 Selu Sigmoid Sign Sin
-    Slice Softmax Softplus Softsign Split SplitV Sqrt Square SquaredDifference Squeeze StopGradient StridedSlice
-    Sub Tanh Transpose Unpack Xdivy Xlogy ZerosLike
+    Abs Add AddV2 BiasAdd BroadcastTo Cast ConcatV2 Cos Div DivNoNan Elu Erf Erfc Exp ExpandDims Expm1 Fill
+    Identity IdentityN LeakyRelu Log Log1p LogicalAnd LogicalNot LogicalOr Maximum Minimum Mul MulNoNan Neg
+    OnesLike Pack Pad PadV2 Pow PreventGradient RealDiv Reciprocal Relu Relu6 Reshape Rsqrt Select SelectV2 Selu
+    Sigmoid Sin Slice Softmax Softplus Softsign Split SplitV Sqrt Square SquaredDifference Squeeze StopGradient
+    StridedSlice Sub Tanh Transpose Unpack Xdivy Xlogy ZerosLike
 """.split()  # noqa: SIM905
 SHAPES = ("Shape", "ShapeN")
 SAME = ("Identity", "PreventGradient", "StopGradient")
@@ -51,18 +52,18 @@ class Halves:
         self.inputs = self.trace.inputs[: len(self.trace.inputs) - constants]
         names = [x.name for x in self.trace.inputs[len(self.inputs) :]]
         self.constants = dict(zip(names, self.trace.captured_inputs, strict=True))
-        self.found = flat(self.gradients)
+        self.found = tensors_of(self.gradients)
         made = makers([*self.outputs, *self.found])
-        self.can = bool(self.found) and not any(map(is_bound, made))
+        state = any(op.op_def.is_stateful and op.type != "ReadVariableOp" for op in self.trace.graph.get_operations())
+        self.can = bool(self.found) and not state and not any(map(is_bound, made))
         if self.can:
             self.divide(made)
-        self.forward, self.backward = Function(self.run_forward, True), Function(self.run_backward, True)
+            self.forward, self.backward = Function(self.run_forward, True), Function(self.run_backward, True)
 
     def joint(self, variables: list[tf.Tensor], edges: dict[int, Any]) -> Result:
         """The program, and in the same graph its way back."""
         result = self.program.run(variables, edges)
         ends = {t: e.value for t, e in result.edges.items() if differentiable(self.program.graph.graph, t)}
-        ends = {t: x for t, x in ends.items() if ~t not in ends or t < 0}  # of a tensor and its logits, these
         ends.update({(i, k): x for i, losses in result.losses.items() for k, x in enumerate(losses)})
         self.targets = list(ends)
         self.cotangents = [tf.compat.v1.placeholder(x.dtype, x.shape) for x in ends.values()]
@@ -78,7 +79,8 @@ class Halves:
                 later.add(op.name)
         taken = [*self.found, *(x for op in made if op.name in later for x in op.inputs)]
         taken = [x for x in taken if x.op.name not in later]
-        free = {*self.constants, *(self.inputs[n].name for n in self.inside)}  # weights are there anyway
+        weights = [x.name for x in self.inputs[: len(self.program.variables)] if x.dtype.is_floating]
+        free = {*self.constants, *weights}  # they are there anyway
         sizes, ways, first, named = {}, [], [], {}
         for op in makers(taken):
             inputs = [x.name for x in inputs_of(op) if x.name in sizes]
@@ -102,7 +104,7 @@ class Halves:
 
     def run_forward(self, variables: list[tf.Tensor], edges: dict[int, Any]) -> tuple[Result, list[tf.Tensor]]:
         """The program's result, and what is kept for the way back."""
-        given = {x.name: value for x, value in zip(self.inputs, flat((variables, edges)), strict=True)}
+        given = {x.name: value for x, value in zip(self.inputs, tensors_of((variables, edges)), strict=True)}
         found = emitted([*self.outputs, *self.kept], {**self.constants, **given})
         return packed(self.trace.structured_outputs, found[: len(self.outputs)]), found[len(self.outputs) :]
 
@@ -114,7 +116,7 @@ class Halves:
 
     def again(self, values: dict[int, tf.Tensor], result: Result, kept: list[tf.Tensor]) -> list[tf.Tensor]:
         """What the way back takes: arguments by their places, and what the way forward returned."""
-        outputs = flat(result)
+        outputs = tensors_of(result)
         return [*(values[n] for n in self.needs), *(outputs[n] for n in self.known.values()), *kept]
 
 
@@ -137,7 +139,8 @@ def emitted(targets: Sequence[tf.Tensor], given: dict[str, tf.Tensor]) -> list[t
             new = [tf.constant(x.shape.as_list(), y.dtype) for x, y in zip(op.inputs, op.outputs, strict=True)]
         else:
             new = copied(op, [made[x.name] for x in op.inputs]).outputs
-        made = {x.name: y for x, y in zip(op.outputs, new, strict=True)} | made
+        for x, y in zip(op.outputs, new, strict=True):
+            made.setdefault(x.name, y)
     return [made[x.name] for x in targets]
 
 
@@ -165,14 +168,3 @@ def same(x: tf.Tensor) -> tf.Tensor:
 def size(x: tf.Tensor) -> int:
     """Bytes, for each row if that many are not known."""
     return prod(n or 1 for n in x.shape.as_list()) * x.dtype.size if x.shape.rank is not None else x.dtype.size
-
-
-def flat(values: Any) -> list[tf.Tensor]:
-    """All tensors of a structure."""
-    return [x for x in tf.nest.flatten(values, expand_composites=True) if x is not None]
-
-
-def packed(structure: Any, values: Sequence[tf.Tensor]) -> Any:
-    """The reverse of `flat`."""
-    found = iter(values)
-    return tf.nest.map_structure(lambda x: None if x is None else next(found), structure, expand_composites=True)

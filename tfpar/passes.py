@@ -192,7 +192,9 @@ class Pass:
     def ran(self, s: int, m: int, program: Program, variables: list[tf.Tensor], edges: dict[int, Edge]) -> Result:
         """The result of a segment's program, and for later its way back."""
         if self.differentiate:
-            result, self.pullbacks[s, m] = vjp(self, program, variables, edges, again_of(self, s, m, program))
+            result, self.pullbacks[s, m] = vjp(
+                self, program, variables, edges, again_of(self, s, m, program, variables)
+            )
         else:
             result = program(variables, edges)
         independent(tensors_of(result))

@@ -140,7 +140,7 @@ class Plan:
                 found += self.part(v, lane, zero=2)
                 if self.schedule.micro_batches > 1:
                     read = variable.read_bytes
-                    found += self.part(v, lane, read or variable.bytes) + self.part(v, lane, read)
+                    found += self.part(v, lane, read or variable.bytes, 4) + self.part(v, lane, read, 4)
         return found
 
     def variables(self, stage: int) -> list[int]:
@@ -151,7 +151,7 @@ class Plan:
         """Of the bytes of a variable, or of its slots, those that a lane has.
 
         Args:
-            zero: from which kind of ZeRO on replicas divide them.
+            zero: from which kind of ZeRO on replicas divide them; 4 for what they never divide.
         """
         variable = self.partition.graph.variables[v]
         part = self.sharding(v, zero).shape(variable.shape, lane, self.mesh.data * self.mesh.tensor)

@@ -91,8 +91,13 @@ class Trace:
 
     def __call__(self, *args: Any) -> Any:
         given = [x for x in tf.nest.flatten(args, expand_composites=True) if x is not None]
-        found = iter(call_flat(self.function, given))
-        return tf.nest.map_structure(lambda x: None if x is None else next(found), self.results, expand_composites=True)
+        return packed(self.results, call_flat(self.function, given))
+
+
+def packed(structure: Any, values: Sequence[tf.Tensor]) -> Any:
+    """Flat values in a structure that may hold `None`."""
+    found = iter(values)
+    return tf.nest.map_structure(lambda x: None if x is None else next(found), structure, expand_composites=True)
 
 
 KNOWN: weakref.WeakValueDictionary[tuple, Trace] = weakref.WeakValueDictionary()
