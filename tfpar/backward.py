@@ -69,8 +69,8 @@ def again_of(run: Any, s: int, m: int, program: Program, variables: list[tf.Tens
     """For each variable of a program, what gives it for the way back, if what goes forward must not keep it.
 
     That is so for what was gathered for this program alone; and a compiled program would keep a copy of each weight for
-    each micro-batch. What a layer has assigned on the way forward is as it was before. Random numbers, which XLA draws in
-    its own way, are not drawn again.
+    each micro-batch. What a layer has assigned on the way forward is as it was before. Random numbers, which XLA draws
+    in its own way, are not drawn again.
     """
     copies = run.engine.jit_compile and run.parts.micro_batches > 1
 
