@@ -103,6 +103,30 @@ def test_jit_compile(strategy):
     assert other.jit_compile
 
 
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("own_step", [False, True])
+def test_a_layer_that_assigns_what_is_trained(strategy, own_step, jit):
+    """As on one device, the gradient is applied to what was assigned, and does not go through the assignment."""
+
+    class Own(keras.Model):
+        def train_step(self, data):
+            x, y = data
+            with tf.GradientTape() as tape:
+                loss = self.compute_loss(y=y, y_pred=self(x, training=True))
+            weights = self.trainable_weights
+            self.optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
+            return {"loss": loss}
+
+    def build():
+        x = layers.Input((WIDTH,))
+        h = layers.SpectralNormalization(layers.Dense(8, activation="tanh"))(x)
+        y = layers.Dense(3, activation="softmax")(layers.SpectralNormalization(layers.Dense(6))(h))
+        return (Own if own_step else keras.Model)(x, y)
+
+    x, y = data(16)
+    check(strategy, history(x, y, batch_size=8, epochs=2), build=build, metrics=lambda: None, jit_compile=jit)
+
+
 def test_jit_compile_is_off_on_cpus(strategy):
     assert not compiled(strategy).jit_compile
 

@@ -73,9 +73,10 @@ class Function:
             if self.compiled is None:
                 return self.plain.get_concrete_function(*examples)
             compiled = self.compiled.get_concrete_function(*examples)
-            loops = any(op.type in ("While", "StatelessWhile") for op in compiled.graph.get_operations())
-            # what a loop keeps for its gradient cannot leave a compiled program
-            return self.plain.get_concrete_function(*examples) if loops and self.differentiated else compiled
+            kinds = {op.type.removeprefix("Stateless") for op in compiled.graph.get_operations()}
+            # what a loop or a branch keeps for its gradient cannot leave a compiled program
+            kept = self.differentiated and kinds & {"While", "If", "Case"}
+            return self.plain.get_concrete_function(*examples) if kept else compiled
 
 
 class Trace:

@@ -46,11 +46,15 @@ class RecordingScope(keras.StatelessScope):
             raise UnknownVariables(self.call, [variable])
 
     def add_update(self, update):
-        variable, _ = update
+        variable, value = update
         self.check(variable)
         self.written[id(variable)] = variable
         self.writers[id(variable)] = self.call
-        super().add_update(update)
+        if variable.trainable and id(variable) in self.state_mapping:
+            # the gradient of a weight is that of all that was read of it, not of what was assigned
+            before = tf.cast(self.state_mapping[id(variable)], variable.dtype)
+            value = tf.stop_gradient(value) + (before - tf.stop_gradient(before))
+        super().add_update((variable, value))
 
     def get_current_value(self, variable):
         self.check(variable)

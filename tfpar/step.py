@@ -230,12 +230,12 @@ class Steps:
             outputs = outcome.outputs(run)
             for tracker, value in zip(_keras.loss_trackers(model), head.each_loss(), strict=False):
                 tracker.update_state(value, sample_weight=data.rows)  # as Keras: the static size, if there is one
-            if model.trainable_weights:
-                with tf.control_dependencies([loss] if self.checks else []):
+            with tf.control_dependencies([loss] if self.checks else []):
+                outcome.write_state(run)  # first: a layer may have assigned a weight that is trained
+                if model.trainable_weights:
                     self.update(run, scale)
-            else:
-                warnings.warn("The model does not have any trainable weights.", stacklevel=2)  # as Keras does
-            outcome.write_state(run)
+                else:
+                    warnings.warn("The model does not have any trainable weights.", stacklevel=2)  # as Keras does
             y_pred = structured(self.engine, outputs)
             return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight), run
 
