@@ -93,9 +93,9 @@ def resident(peak=False):
     return found * 1024
 
 
-def gibibytes(found):
-    """The largest memory of a GPU; nothing without one."""
-    return f"{found['memory'] / 2**30:.2f} GiB" if found["memory"] else ""
+def gibibytes(found, key="memory"):
+    """The largest memory of a GPU, or what is said of it; nothing without one."""
+    return f"{found[key] / 2**30:.2f} GiB" if found[key] else ""
 
 
 def add_options(p, runs):

@@ -13,7 +13,7 @@ from tfpar.collectives import add, size
 from tfpar.engine import device_of, scattered, shards_of, tensors_of
 from tfpar.halves import Halves
 from tfpar.layout import REPLICATED
-from tfpar.program import Edge, Program, Result, differentiable, kind_of, tensor_of
+from tfpar.program import Edge, Program, Result, differentiable, key_of, tensor_of
 
 AT_ONCE = 2**26  # elements of gradients that a compiled program adds up
 
@@ -108,7 +108,7 @@ def vjp(
             sources = watched(run, program, values, edges)
             return taped(run, program, values, edges, [None] * len(again), *sources)[1](cotangents, added)
         values = [*zip(variables, again, strict=True), *((x, None) for x in tensors_of(edges))]
-        taken = {n: make() if make else x for n, (x, make) in enumerate(values) if n in halves.needs}
+        taken = [make() if make else x for x, make in map(values.__getitem__, halves.needs)]
         ends = [tf.convert_to_tensor(given[t]) for t in halves.targets]
         found = halves.backward(halves.again(taken, result, kept), ends)
         return present(inside, found), present(outside, found[len(inside) :])
@@ -120,7 +120,7 @@ def halves_of(
     program: Program, variables: list[tf.Tensor], edges: dict[int, Edge], inside: Iterable[int], outside: Iterable[int]
 ) -> Halves | None:
     """A program and its way back as two functions, made once for each kind of arguments; `None` if that cannot be."""
-    kind = str(tf.nest.map_structure(kind_of, (list(variables), edges))), tuple(inside), tuple(outside)
+    kind = key_of((list(variables), edges)), tuple(inside), tuple(outside)
     if kind not in program.halves:
         places = [program.variables.index(v) for v in inside]
         program.halves[kind] = Halves(program, variables, edges, places, list(outside))

@@ -114,10 +114,10 @@ class Halves:
         ends = {x.name: value for x, value in zip(self.cotangents, cotangents, strict=True)}
         return packed(self.gradients, emitted(self.found, {**self.constants, **given, **ends}))
 
-    def again(self, values: dict[int, tf.Tensor], result: Result, kept: list[tf.Tensor]) -> list[tf.Tensor]:
-        """What the way back takes: arguments by their places, and what the way forward returned."""
+    def again(self, needed: list[tf.Tensor], result: Result, kept: list[tf.Tensor]) -> list[tf.Tensor]:
+        """What the way back takes: the arguments that it needs, and what the way forward returned."""
         outputs = tensors_of(result)
-        return [*(values[n] for n in self.needs), *(outputs[n] for n in self.known.values()), *kept]
+        return [*needed, *(outputs[n] for n in self.known.values()), *kept]
 
 
 def makers(targets: Iterable[tf.Tensor], given: Container[str] = ()) -> list[tf.Operation]:

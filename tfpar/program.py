@@ -56,14 +56,14 @@ class Function:
         self.traces: dict[str, Callable] = {}
 
     def __call__(self, *args: Any) -> Any:
-        kind = str(tf.nest.map_structure(kind_of, args))
+        kind = key_of(args)
         if kind not in self.traces:
             self.traces[kind] = shared(self.trace(args), self.compiled is not None)
         return self.traces[kind](*args)
 
     def of(self, *args: Any) -> Any:
         """The traced function for arguments of this kind, which it was called with."""
-        trace = self.traces[str(tf.nest.map_structure(kind_of, args))]
+        trace = self.traces[key_of(args)]
         return trace.function if isinstance(trace, Trace) else trace
 
     def trace(self, args: Any) -> Callable:
@@ -122,6 +122,11 @@ def kind_of(value: Any) -> Any:
         return None
     variable = isinstance(value, tf.Variable)
     return tf.TensorSpec(value.shape, value.dtype) if variable else tf.type_spec_from_value(value)
+
+
+def key_of(args: Any) -> str:
+    """Tells arguments of different kinds apart."""
+    return str(tf.nest.map_structure(kind_of, args))
 
 
 class Program:

@@ -36,7 +36,6 @@ def parser():
 
 def measure(options):
     """The numbers of one run."""
-
     import tfpar
     from tfpar.testing import logical_cpus
 

@@ -61,8 +61,7 @@ def report(options, best):
     rows = [
         (run, f"{found['batch']:.0f}", f"{found['step'] * 1e3:.1f} ms",
          f"{keras['sample'] / found['sample']:.2f}" if keras else "", f"{found['rate']:.0%}", f"{found['first']:.0f} s",
-         harness.gibibytes(found), f"{found['planned'] / 2**30:.2f} GiB" if found["planned"] else "",
-         f"{found['loss']:.5f}")
+         harness.gibibytes(found), harness.gibibytes(found, "planned"), f"{found['loss']:.5f}")
         for run, found in best.items()
     ]  # fmt: skip
     weights = max(found["weights"] for found in best.values()) / 1e6
