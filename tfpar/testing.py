@@ -34,17 +34,28 @@ def logical_cpus(count: int, threads: int | None = None):
 def difference(one: Any, other: Any) -> float:
     """The largest difference of any number in two arrays, relative to the largest magnitude in the first.
 
+    Infinite for arrays of different shapes, and where one has a NaN or an infinity that the other has not.
+
     Example:
         >>> difference([100.0, 1.0], [100.0, 2.0])
         0.01
+        >>> difference([1.0, 2.0], [1.0, float("nan")])
+        inf
     """
+    one = np.asarray(one, np.float64)
+    scale = np.abs(one[np.isfinite(one)]).max(initial=0.0)
+    return distance(one, other) / (scale if scale > 0 else 1.0)
+
+
+def distance(one: Any, other: Any) -> float:
+    """The largest difference of any number in two arrays; infinite as for `difference`."""
     one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
     if one.shape != other.shape:
         return float("inf")
-    if not one.size or np.array_equal(one, other, equal_nan=True):
-        return 0.0
-    scale = np.abs(one).max()
-    return float(np.abs(one - other).max() / (scale if scale > 0 else 1.0))
+    same = (one == other) | (np.isnan(one) & np.isnan(other))
+    if not np.isfinite(one[~same]).all() or not np.isfinite(other[~same]).all():
+        return float("inf")
+    return float(np.abs(one[~same] - other[~same]).max(initial=0.0))
 
 
 def named_values(model: Any) -> dict[str, np.ndarray]:
@@ -66,11 +77,11 @@ def assert_same(one: Any, other: Any, rtol: float, atol: float = 0.0):
 
 
 def different(names: Sequence[str], one: Sequence[Any], other: Sequence[Any], rtol: float, atol: float) -> list[str]:
-    """The names of the arrays that differ, each with its difference."""
+    """The names of the arrays that differ, each with its difference, or the two shapes."""
     return [
-        f"{name}: {difference(a, b):.2g}"
+        f"{name}: {difference(a, b):.2g}" if np.shape(a) == np.shape(b) else f"{name}: {np.shape(a)}, not {np.shape(b)}"
         for name, a, b in zip(names, one, other, strict=True)
-        if difference(a, b) > rtol and np.abs(np.asarray(a) - np.asarray(b)).max() > atol
+        if difference(a, b) > rtol and distance(a, b) > atol
     ]
 
 
