@@ -24,8 +24,8 @@ PLANNING = [
     "plan",
 ]
 RUNNING = [
-    "_tf", "_keras", "_keras_parts", "_moments", "variables", "detached", "batch", "feed", "flops", "state",
-    "_keras_run", "_keras_backup", "model", "collectives", "local", "crossentropy", "rules", "divide", "probe",
+    "_tf", "gradients", "_keras", "_keras_parts", "_moments", "variables", "detached", "batch", "feed", "flops",
+    "state", "_keras_run", "_keras_backup", "model", "collectives", "local", "crossentropy", "rules", "divide", "probe",
     "opening", "program", "whole", "engine", "halves", "backward", "together", "passes", "outcome", "update",
     "loss", "call", "routes", "prepare", "faults", "traced", "saving", "step", "callbacks", "convert", "measure",
     "testing",

@@ -188,15 +188,18 @@ def norms_of_parts(patch):
 
 @pytest.mark.parametrize("bug", [None, no_sum_over_replicas, no_sum_over_ranks, first_part_for_all, norms_of_parts])
 def test_planted_bugs_are_caught(bug, monkeypatch):
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    fit = history(*data(16), batch_size=8)
     adam = lambda: keras.optimizers.Adam(0.01, global_clipnorm=0.05)  # noqa: E731
     one = compiled(None, adam, build=deep)
-    history(X, Y, batch_size=8)(one)
+    fit(one)
     if bug:
         bug(monkeypatch)
     other = compiled(tfpar.MeshStrategy(CUBE, micro_batches=2), adam, build=deep)
-    history(X, Y, batch_size=8)(other)
+    fit(other)
     if bug:
         with pytest.raises(AssertionError, match="differ"):
-            assert_same(one, other, 1e-5, 1e-7)
+            assert_same(one, other, 1e-9, 1e-12)
     else:
-        assert_same(one, other, 1e-5, 1e-7)
+        assert_same(one, other, 1e-9, 1e-12)

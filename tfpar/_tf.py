@@ -21,7 +21,7 @@ from tensorflow.python.training.saving.saveable_object import SaveableObject, Sa
 __all__ = [
     "LogicalReplica", "MirroredExtended", "MirroredVariable", "OwnedMultiDeviceIterator", "PerReplica",
     "ResourceVariable", "awaited", "batch_reduce", "call_flat", "copied", "fingerprint", "following_inputs",
-    "independent", "made_again", "outside_replica", "record_gradient", "replica_of", "saveable",
+    "independent", "made_again", "outside_replica", "record_gradient", "recorded", "replica_of", "saveable",
     "select_replica", "tape_watches", "unrecorded", "update_regroup", "without_device",
 ]  # fmt: skip
 
@@ -104,8 +104,13 @@ def record_gradient(
     """
     with record.stop_recording():
         copies = [tf.identity(y) for y in outputs]
-    record.record_operation("tfpar", copies, list(inputs), backward)
-    return copies
+    return recorded(copies, inputs, backward)
+
+
+def recorded(outputs: Sequence[tf.Tensor], inputs: Sequence[tf.Tensor], backward: Callable) -> list[tf.Tensor]:
+    """The same for tensors that no tape has seen; a tape gives `backward` zeros for those that nothing depends on."""
+    record.record_operation("tfpar", list(outputs), list(inputs), backward)
+    return list(outputs)
 
 
 def independent(tensors: Sequence[tf.Tensor]):

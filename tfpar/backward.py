@@ -9,8 +9,9 @@ from typing import Any
 import tensorflow as tf
 
 from tfpar._tf import made_again
-from tfpar.collectives import add, size
+from tfpar.collectives import size
 from tfpar.engine import device_of, scattered, shards_of, tensors_of
+from tfpar.gradients import SharedRows, add, cast
 from tfpar.halves import Halves
 from tfpar.layout import REPLICATED
 from tfpar.program import Edge, Program, Result, differentiable, key_of, tensor_of
@@ -23,12 +24,14 @@ def keep(run: Any, s: int, m: int, gradients: dict[int, Any]):
     lanes, whole = [run.lane(n) for n in run.together(s, m)], {}
     for v, gradient in gradients.items():
         variable = run.engine.graph.variables[v]
+        if run.shares_rows(s, v, gradient):
+            gradient = SharedRows(gradient.values, gradient.indices, gradient.dense_shape)
         if not run.scatters or shards_of(variable) == REPLICATED:
             whole[v] = gradient
             continue
         key = s, m % run.parts.micro_batches, run.rank(m), v
         waiting = run.waiting.setdefault(key, {})
-        waiting.update({lanes[0]: tf.cast(gradient, variable.dtype), **dict.fromkeys(lanes[1:])})
+        waiting.update({lanes[0]: cast(gradient, variable.dtype), **dict.fromkeys(lanes[1:])})
         if len(waiting) == run.parts.replicas:
             every = range(run.rank(m), run.engine.lanes, run.ranks)
             for lane, part in zip(every, scattered(variable, list(waiting.values()), every), strict=True):
@@ -45,7 +48,7 @@ def count(run: Any, s: int, lane: int, gradients: dict[int, Any]):
         if run.engine.jit_compile and isinstance(known, tf.Tensor) and isinstance(gradient, tf.Tensor):
             later[v] = gradient
             continue
-        gradient = tf.cast(gradient, run.engine.graph.variables[v].dtype)  # of a weight cast for all micro-batches
+        gradient = cast(gradient, run.engine.graph.variables[v].dtype)  # of a weight cast for all micro-batches
         run.gradients[s, lane, v] = gradient if known is None else add(known, gradient)
     for some in groups(later):
         sums = run.engine.sums([run.gradients[s, lane, v] for v in some], [later[v] for v in some])

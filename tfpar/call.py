@@ -1,17 +1,19 @@
 """A model's call, run by the engine inside a step that is not scheduled: Keras' own, or the user's."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-import keras
 import tensorflow as tf
 from keras import tree
 
 from tfpar import _keras, batch, outcome
-from tfpar._tf import record_gradient, tape_watches, unrecorded
+from tfpar._tf import record_gradient, recorded, tape_watches, unrecorded
+from tfpar.collectives import on_each
 from tfpar.engine import copy_of, device_of, read
 from tfpar.errors import ModelError
-from tfpar.layout import WHOLE
+from tfpar.gradients import SharedRows, folded, is_sparse, joined, plain, sum_of
+from tfpar.layout import REPLICATED
 from tfpar.loss import structured
 from tfpar.passes import Pass
 from tfpar.program import Edge
@@ -19,21 +21,28 @@ from tfpar.schedule import Kind
 
 
 def call(
-    steps: Any, parts: batch.Parts, losses: list[tf.Tensor], inputs: Any, training: bool | None = None, mask: Any = None
+    steps: Any,
+    parts: batch.Parts,
+    likely: int,
+    losses: list[tf.Tensor],
+    inputs: Any,
+    training: bool | None = None,
+    mask: Any = None,
 ) -> Any:
     """What the model makes of a batch.
 
     Args:
         steps: of the model; gives `model`, `strategy` and `prepared(data, rows)`.
         parts: how to divide the batch.
+        likely: samples that the model is planned for, where it gets an unknown number of them.
         losses: is set to what the step reads as `model.losses`.
     """
     model = steps.model
     if _keras.in_program():
         return _keras.own_call(model, inputs, training)
-    engine = steps.prepared((inputs,), parts.count)
+    rows = batch.count(inputs)
+    engine = steps.prepared((inputs,), rows if isinstance(rows, int) else likely)
     flat = _keras.graph_inputs(model, inputs)
-    rows = batch.count(flat)
     parts = parts.fit(rows) if isinstance(rows, int) else parts
     masks = [None] * len(flat) if mask is None else tree.flatten(mask)
     edges = [Edge(x, m) for x, m in zip(flat, masks, strict=True)]
@@ -53,24 +62,44 @@ def forward_on_tape(
 ):
     """All parts forward, each operation recorded: every tape can go back, as often as it likes."""
     sources: dict[int, tf.Tensor] = {}
+    copies: dict[tuple[int, int], list[tf.Tensor]] = {}
 
-    def recorded(variable: keras.Variable, lane: int) -> tf.Tensor:
-        divided = getattr(_keras.stored(variable), "sharding", WHOLE).divides
-        if id(variable) not in sources:
+    def copied(s: int, v: int) -> list[tf.Tensor]:
+        variable = engine.graph.variables[v]
+        if v not in sources:
             with tf.device(device_of(variable)):
-                sources[id(variable)] = tf.convert_to_tensor(copy_of(variable, 0))
-        if not lane and not divided:
-            return sources[id(variable)]
+                sources[v] = tf.convert_to_tensor(copy_of(variable, 0))
+        values = on_each([device_of(variable, lane) for lane in range(engine.lanes)], lambda r: read(variable, r))
+        # the copies are one source
+        return recorded(values, [sources[v]], lambda *found: [of_lanes(run, s, v, found)])
 
-        def back(gradient: tf.Tensor) -> list[tf.Tensor]:
-            return [_keras.stored(variable).whole_from(lane, gradient) if divided else gradient]
+    def value(s: int, v: int, lane: int) -> tf.Tensor:
+        if (s, v) not in copies:
+            copies[s, v] = copied(s, v)
+        return copies[s, v][lane]
 
-        with tf.device(device_of(variable, lane)):  # the copies are one source: their gradients add up
-            return record_gradient([read(variable, lane)], [sources[id(variable)]], back)[0]
-
-    run = Pass(engine, parts, batch.split(edges, parts.count), weights, training, read=recorded, route=route)
+    run = Pass(engine, parts, batch.split(edges, parts.count), weights, training, read=value, route=route)
     run.run(schedule, Kind.FORWARD)
     return run, outcome.outputs(run), outcome.added_losses(run)
+
+
+def of_lanes(run: Pass, s: int, v: int, found: Sequence[Any]) -> Any:
+    """A variable's gradient in a segment from those of all lanes, of which each has the part of its own outputs."""
+    variable, ranks = _keras.stored(run.engine.graph.variables[v]), run.ranks
+    found = [SharedRows(g.values, g.indices, g.dense_shape) if isinstance(g, tf.IndexedSlices) else g for g in found]
+    sparse = any(map(is_sparse, found))
+    replicas = []
+    for r in range(0, len(found), ranks):
+        of_ranks = [g for g in found[r : r + ranks] if is_sparse(g) or not sparse]  # a tape fills gaps with zeros
+        if not of_ranks:
+            continue
+        if getattr(variable, "layout", REPLICATED) != REPLICATED:
+            replicas.append(joined(list(map(plain, of_ranks)), variable.layout, variable.shape.as_list()))
+        else:  # all look up the same rows, unless each has a part of the samples' dims
+            replicas.append(plain(sum_of(map(plain, of_ranks) if v in run.engine.partial else of_ranks)))
+    if sparse and run.shares_rows(s, v, replicas[0]):
+        return plain(sum_of(folded(g, run.parts.micro_batches) for g in replicas))
+    return sum_of(replicas)
 
 
 def forward_with_pullback(
@@ -105,8 +134,9 @@ def forward_with_pullback(
                 back.cotangents[m][t] = [piece]
         back.loss_cotangent = dict(zip(added, cotangents[len(outputs) :], strict=True))
         back.run(schedule, Kind.BACKWARD)
+        of = outcome.gradients(back)
         found = [
-            *(outcome.gradients(back, v)[0] for v, _ in trainable),
+            *(plain(outcome.summed(back, v, 0, [part for (part,) in of.get(v, ())])) for v, _ in trainable),
             *(outcome.input_gradient(back, t) for t in inside),
         ]
         dense = [n for n, g in enumerate(found) if isinstance(g, tf.Tensor)]

@@ -10,15 +10,8 @@ from typing import Any
 import tensorflow as tf
 
 from tfpar._tf import batch_reduce
-from tfpar.layout import bounds, part_of
-
-
-def add(a: Any, b: Any) -> Any:
-    """The sum of two gradients; of two sparse ones, a sparse one."""
-    if isinstance(a, tf.IndexedSlices) and isinstance(b, tf.IndexedSlices):
-        values, indices = tf.concat([a.values, b.values], 0), tf.concat([a.indices, b.indices], 0)
-        return tf.IndexedSlices(values, indices, a.dense_shape)
-    return tf.convert_to_tensor(a) + tf.convert_to_tensor(b)
+from tfpar.gradients import SharedRows, dense_part, is_sparse, plain, sparse_part, sum_of
+from tfpar.layout import bounds
 
 
 def all_reduce(values: Sequence[Sequence[Any]], devices: Sequence[str], ops: Any = None) -> list[list[Any]]:
@@ -36,8 +29,10 @@ def all_reduce(values: Sequence[Sequence[Any]], devices: Sequence[str], ops: Any
     result: list[Any] = [None if parts else [None] * len(devices) for parts in found]
     complete = [n for n, parts in enumerate(found) if len(parts) == len(devices)]
     if ops is not None and complete:
-        for n, reduced in zip(complete, batch_reduce(ops, [found[n] for n in complete]), strict=True):
-            result[n] = reduced
+        tensors = [[p.values if isinstance(p, SharedRows) else p for p in found[n]] for n in complete]
+        for n, reduced in zip(complete, batch_reduce(ops, tensors), strict=True):
+            shared = isinstance(found[n][0], SharedRows)
+            result[n] = [p._replace(values=x) if shared else x for p, x in zip(found[n], reduced, strict=True)]
     load = [0] * len(devices)
     for n, parts in enumerate(found):
         if result[n] is None:
@@ -52,46 +47,23 @@ def reduce_scatter(parts: Sequence[Any], devices: Sequence[str], dim: int, shape
     found = [x for x in parts if x is not None]
     if not found:
         return [None] * len(devices)
-    sparse = all(isinstance(x, tf.IndexedSlices) for x in found)
+    sparse = all(map(is_sparse, found))
     shards = []
     for device, edges in zip(devices, pairwise(bounds(shape[dim], len(devices))), strict=True):
-        parts = [sparse_part(x, dim, shape, *edges) if sparse else dense_part(x, dim, *edges) for x in found]
+        parts = [sparse_part(x, dim, shape, *edges) if sparse else dense_part(plain(x), dim, *edges) for x in found]
         shards.append(summed(parts, device))
     return shards
 
 
-def dense_part(value: Any, dim: int, start: Any, stop: Any) -> tf.Tensor:
-    """A part of a tensor along `dim`, placed where the tensor is."""
-    value = tf.convert_to_tensor(value)
-    with tf.device(value.device or None):
-        return part_of(value, dim, start, stop)
-
-
-def sparse_part(value: tf.IndexedSlices, dim: int, shape: Sequence[int], start: int, stop: int) -> tf.IndexedSlices:
-    """A shard of a sparse gradient, of as many rows: those of other shards are zero, so that XLA knows all shapes."""
-    values, indices = value.values, value.indices
-    if dim:
-        values = part_of(values, dim, start, stop)
-    else:
-        inside = (indices >= start) & (indices < stop)
-        values = tf.where(tf.reshape(inside, [-1] + [1] * (len(shape) - 1)), values, tf.zeros((), values.dtype))
-        indices = tf.where(inside, indices - tf.cast(start, indices.dtype), tf.zeros((), indices.dtype))
-    dense = [stop - start if d == dim else n for d, n in enumerate(shape)]
-    return tf.IndexedSlices(values, indices, tf.constant(dense, tf.int32))
-
-
 def size(value: Any) -> int:
     """The number of elements, as far as it is known."""
-    return (value.values if isinstance(value, tf.IndexedSlices) else value).shape.num_elements() or 1
+    return (value.values if is_sparse(value) else value).shape.num_elements() or 1
 
 
 def summed(parts: Sequence[Any], device: str) -> Any:
     """The sum of the parts, on one device."""
     with tf.device(device):
-        total = parts[0]
-        for part in parts[1:]:
-            total = add(total, part)
-    return total
+        return sum_of(parts)
 
 
 def on_each(devices: Sequence[str], make: Callable[[int], Any]) -> list[Any]:

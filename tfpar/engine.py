@@ -16,7 +16,7 @@ from tfpar.local import is_collective
 from tfpar.model import KerasGraph
 from tfpar.partition import Partition
 from tfpar.plan import Plan
-from tfpar.probe import Probe
+from tfpar.probe import Combine, Probe
 from tfpar.program import Edge, Function, Program
 from tfpar.schedule import Schedule, in_segments
 from tfpar.state import UnknownVariables
@@ -98,6 +98,12 @@ class Route:
     def probe(self) -> Probe:
         """What is known of how the results of the model's operations combine."""
         return Probe(self.source)
+
+    def rows(self, s: int, v: int, variable: keras.Variable) -> dict[int, Combine]:
+        """For each operation of a segment that looks up rows of a variable, how they follow from those of parts."""
+        users = [i for i in self.partition.ops(s) if v in self.graph.graph.ops[i].variables]
+        found = {i: self.probe.rows(self.in_source(i), variable) for i in users}
+        return {i: kind for i, kind in found.items() if kind is not None}
 
     def in_source(self, i: int) -> int | None:
         """The model's own operation that an operation stands for."""

@@ -2,14 +2,14 @@
 
 # s: segment, m: micro-batch of a lane, t: tensor of the graph, v: variable, i: operation, k: its k-th added loss
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from tfpar import _keras, _moments, batch
-from tfpar.collectives import add
 from tfpar.engine import device_of, layout_of, read
+from tfpar.gradients import SharedRows, sum_of
 from tfpar.layout import REPLICATED
 from tfpar.passes import Pass
 from tfpar.probe import Combine
@@ -40,17 +40,25 @@ def added_losses(run: Pass) -> dict[tuple[int, int], tf.Tensor]:
     return total
 
 
-def gradients(run: Pass, v: int) -> list[Any]:
-    """The gradient of a variable, if there is one, for each lane on its device; `None` if nothing depends on it."""
-    found = []
-    for lane in range(run.engine.lanes):
-        parts = [g for (_, owner, of), g in run.gradients.items() if (owner, of) == (lane, v)]
-        with tf.device(device_of(run.engine.graph.variables[v], lane)):
-            total = parts[0] if parts else None
-            for part in parts[1:]:
-                total = add(total, part)
-        found.append(total)
-    return found
+def gradients(run: Pass) -> dict[int, list[list[Any]]]:
+    """The gradient of each variable that has one, in terms: each a list of what lanes have of it, on their devices.
+
+    It is in one term, but for rows that all parts of a batch have: those of each segment are added up on their own.
+    """
+    found: dict[int, dict[Any, dict[int, list]]] = {}
+    for (s, lane, v), gradient in run.gradients.items():
+        term = s if isinstance(gradient, SharedRows) else None
+        found.setdefault(v, {}).setdefault(term, {}).setdefault(lane, []).append(gradient)
+    return {
+        v: [[summed(run, v, lane, lanes.get(lane, ())) for lane in range(run.engine.lanes)] for lanes in terms.values()]
+        for v, terms in found.items()
+    }
+
+
+def summed(run: Pass, v: int, lane: int, gradients: Sequence[Any]) -> Any:
+    """The sum of some gradients of a variable, on the device of a lane; `None` of none."""
+    with tf.device(device_of(run.engine.graph.variables[v], lane)):
+        return sum_of(gradients)
 
 
 def input_gradient(run: Pass, t: int) -> tf.Tensor | None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import keras
 import tensorflow as tf
 
 from tfpar import _keras, batch
@@ -40,7 +39,7 @@ class Pass:
         watch_inputs: whether the gradient of the inputs is wanted.
         head: ends a training pass: from the model's outputs for a part to their cotangents.
         loss_cotangent: the gradient of each added loss, one for all or one for each.
-        read: a variable's value for a replica, on the current device.
+        read: a variable's value in a segment for a lane, on the current device, if a tape is to see it.
         clock: whether to note when each action starts and stops.
         route: the way through the model; that of `training`, if not given.
         scatters: whether replicas divide gradients between them as soon as they are there.
@@ -55,7 +54,7 @@ class Pass:
     watch_inputs: bool = False
     head: Any = None
     loss_cotangent: Any = 1.0
-    read: Callable[[keras.Variable, int], tf.Tensor] = read
+    read: Callable[[int, int, int], tf.Tensor] | None = None
     clock: bool = False
     route: Route | None = None
     scatters: bool = False
@@ -240,6 +239,26 @@ class Pass:
         for t, cotangent in cotangents.items():
             self.cotangents[m].setdefault(t, []).append(cotangent)
 
+    def count_of(self, s: int) -> int:
+        """In how many parts a batch goes through a segment."""
+        return self.parts.micro_batches if s in self.route.whole else self.parts.count
+
+    def shares_rows(self, s: int, v: int, gradient: Any) -> bool:
+        """Whether a variable's gradient in a segment has the same rows for each part of the batch.
+
+        Raises:
+            NeedsWholeBatch, ModelError: it has some such rows, and others that are each part's own.
+        """
+        if not isinstance(gradient, tf.IndexedSlices) or self.count_of(s) == 1:
+            return False
+        variable = self.engine.graph.variables[v]
+        found = self.route.rows(s, v, variable)
+        if Combine.MIXED in found.values() or {Combine.ROWS, Combine.SAME} <= set(found.values()):
+            i = next(i for i, kind in found.items() if kind is not Combine.ROWS)
+            why = f"{self.graph.ops[i].name} looks up rows of {variable.path} for each sample, and rows for all of them"
+            raise self.needs_whole(i, why)
+        return Combine.SAME in found.values()
+
     def is_learned(self, t: int) -> bool:
         """Whether the gradient of a tensor is one of weights, too."""
         return t in (self.graph.producer if self.route.learned is None else self.route.learned)
@@ -298,13 +317,17 @@ class Pass:
         if (s, lane, v) not in self.known:
             if self.engine.gathers(v):  # for this action alone, while the one before it runs
                 with tf.control_dependencies(self.before.get((lane, self.schedule.device_of[s]), [])):
-                    return self.cast(s, v, self.read(variable, lane))
-            self.known[s, lane, v] = self.cast(s, v, self.read(variable, lane))
+                    return self.cast(s, v, self.value(s, v, lane))
+            self.known[s, lane, v] = self.cast(s, v, self.value(s, v, lane))
         value = self.known[s, lane, v]
         if not _keras.is_seed(variable):
             return value
         # ranks that fill the same tensor draw the same numbers
         return _keras.nth_seed(value, m if v in self.route.drawn else self.part(m))
+
+    def value(self, s: int, v: int, lane: int) -> tf.Tensor:
+        """A variable's value before the batch."""
+        return self.read(s, v, lane) if self.read else read(self.engine.graph.variables[v], lane)
 
     def cast(self, s: int, v: int, value: tf.Tensor) -> tf.Tensor:
         """A weight as a segment's layers read it: in mixed precision cast once, not in every micro-batch."""

@@ -73,13 +73,17 @@ def build_losses(strategy: Any, engine: Engine, data: Any):
 
 
 def replicate(strategy: Any, variable: keras.Variable, weight: keras.Variable | None):
-    """Take over a variable of an optimizer that was made outside of the scope, a slot of a weight or not."""
-    if isinstance(_keras.stored(variable), LogicalVariable):
+    """Take over a variable of an optimizer, a slot of a weight or not, that does not belong here or there yet."""
+    stored, of = _keras.stored(variable), None if weight is None else _keras.stored(weight)
+    if isinstance(stored, LogicalVariable):
+        if isinstance(of, LogicalVariable) and all(follower is not stored for follower in of.followers):
+            of.followed_by(stored)
+            stored.place(*of.follow.of(stored.shape == of.shape))
         return
     with strategy.planning(), contextlib.ExitStack() as stack:
-        if weight is not None and isinstance(_keras.stored(weight), LogicalVariable):
-            stack.enter_context(strategy.extended.colocate_vars_with(_keras.stored(weight)))
-        value = _keras.stored(variable).read_value()
+        if isinstance(of, LogicalVariable):
+            stack.enter_context(strategy.extended.colocate_vars_with(of))
+        value = stored.read_value()
         _keras.set_value(variable, tf.Variable(value, trainable=False, name=variable.name))
 
 

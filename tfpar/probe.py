@@ -36,6 +36,7 @@ class Combine(enum.Enum):
     SAME = "each part's"
     MEAN = "mean weighted by samples"
     SUM = "sum"
+    MIXED = "some of each"
 
 
 def combination(whole: Any, parts: Sequence[Any], base: Any = 0) -> Combine | None:
@@ -73,14 +74,18 @@ def sample(
     shape: Sequence[int | None], dtype: str, rng: np.random.Generator, batched: bool = True, draw: Callable = DRAWS[0]
 ) -> tf.Tensor:
     """Random samples; integers are 0 or 1, valid as an index nearly everywhere."""
-    shape = [GUESS if dim is None else dim for dim in shape]
-    if batched:
-        shape[0] = sum(SIZES)
+    shape = sized(shape, sum(SIZES) if batched else None)
     if tf.as_dtype(dtype).is_floating:
         values = draw(rng, shape)
         values[: SIZES[0]] *= 0.3  # so that the parts are not alike
         return tf.cast(values, dtype)
     return tf.cast(rng.integers(0, 2, shape), dtype)
+
+
+def sized(shape: Sequence[int | None], rows: int | None) -> list[int]:
+    """A shape with all dimensions known, and this number of samples, unless that is `None`."""
+    known = [GUESS if dim is None else dim for dim in shape]
+    return known if rows is None else [rows, *known[1:]]
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,7 @@ class Probe:
 
     graph: KerasGraph
     known: dict[Any, Findings] = field(default_factory=dict)
+    counts: dict[int, list[dict[int, int | None]]] = field(default_factory=dict)  # of rows, by call
 
     def of(self, index: int, training: bool) -> Findings:
         """What is known of a call.
@@ -133,6 +139,53 @@ class Probe:
             tuple(map(agreed, outputs.values())), tuple(map(agreed, losses.values())),
             {v: agreed(kinds) for v, kinds in state.items()},
         )  # fmt: skip
+
+    def rows(self, index: int | None, variable: keras.Variable) -> Combine | None:
+        """How the rows of a variable's sparse gradient by a call follow from those of parts of a batch.
+
+        It is asked of shapes: the call is traced for batches of two sizes.
+
+        Returns:
+            `ROWS` for look-ups of samples, `SAME` for those that do not come from samples, or `MIXED`; `None` where the
+            gradient is dense, or the call cannot be traced on its own.
+        """
+        if index is None:
+            return None
+        if index not in self.counts:
+            with tf.init_scope():
+                self.counts[index] = self.count_rows(index)
+        one, other = (found.get(id(variable)) for found in self.counts[index])
+        if one is None or other is None:
+            return None
+        if one * SIZES[1] == other * SIZES[0] or is_told_random(self.graph, index):
+            return Combine.ROWS
+        return Combine.SAME if one == other else Combine.MIXED
+
+    def count_rows(self, index: int) -> list[dict[int, int | None]]:
+        """For batches of each of two sizes, how many rows each variable's sparse gradient by a call has, by `id`."""
+        call, op = self.graph.calls[index], self.graph.graph.ops[index]
+        variables = [v for v in (self.graph.variables[v] for v in op.variables) if v.trainable]
+        weights = [tf.TensorSpec(v.shape, v.dtype) for v in variables]
+        found = []
+        for rows in SIZES:
+            inputs = [
+                tf.TensorSpec(sized(s.shape, rows if self.graph.is_batched(t) else None), s.dtype)
+                for t, s in ((t, self.graph.symbols[t]) for t in op.inputs)
+            ]
+
+            def gradients(values, inputs):
+                tensors = dict(zip(op.inputs, inputs, strict=True))
+                with RecordingScope(list(zip(variables, values, strict=True))):
+                    call(tensors, True)
+                made = [tensors[t] for t in call.outputs if tensors[t].dtype.is_floating]
+                counts = {id(v): g for v, g in zip(variables, tf.gradients(made, values), strict=True)}
+                sparse = {v: g for v, g in counts.items() if isinstance(g, tf.IndexedSlices)}
+                found.append({v: g.indices.shape[0] for v, g in sparse.items()})
+                return ()
+
+            tf.function(gradients, autograph=False).get_concrete_function(weights, inputs)
+            _keras.clear_losses(call.operation)
+        return found
 
     def sees_others(self, call: Call) -> bool:
         """Whether the first samples' results in training depend on the others, with the same random numbers."""
@@ -248,7 +301,8 @@ def reads_variables(loss: keras.losses.Loss, y_true: Any, y_pred: Any) -> bool:
     """Whether a loss uses variables besides the predictions; also if it cannot be traced on its own."""
     with tf.init_scope():
         rng = np.random.default_rng(0)
-        samples = tree.map_structure(lambda s: tf.cast(sample(s.shape, s.dtype, rng), loss.dtype), (y_true, y_pred))
+        symbols = compatible(y_true, y_pred)
+        samples = tree.map_structure(lambda s: tf.cast(sample(s.shape, s.dtype, rng), loss.dtype), symbols)
         try:
             graph = tf.function(loss.call, autograph=False).get_concrete_function(*samples).graph
         except Exception:
@@ -256,11 +310,25 @@ def reads_variables(loss: keras.losses.Loss, y_true: Any, y_pred: Any) -> bool:
     return any(outside.dtype == tf.resource for outside, _ in graph.captures)
 
 
+def compatible(y_true: Any, y_pred: Any) -> tuple[Any, Any]:
+    """The symbols of targets and predictions, each with the sizes that it leaves open and the other has."""
+    if not all(isinstance(y, keras.KerasTensor) for y in (y_true, y_pred)):
+        return y_true, y_pred
+
+    def filled(y: keras.KerasTensor, other: keras.KerasTensor) -> keras.KerasTensor:
+        sizes = [*other.shape[1 : len(y.shape)], *[None] * len(y.shape)]
+        return keras.KerasTensor(
+            (None, *(n if n is not None else m for n, m in zip(y.shape[1:], sizes, strict=False))), y.dtype
+        )
+
+    return filled(y_true, y_pred), filled(y_pred, y_true)
+
+
 def loss_combination(loss: keras.losses.Loss, y_true: Any, y_pred: Any) -> Combine | None:
     """How the values of a loss, before its reduction, combine; `None` if it cannot be run on random samples."""
     with tf.init_scope():
         rng = np.random.default_rng(0)
-        y_true, y_pred = tree.map_structure(lambda s: sample(s.shape, s.dtype, rng), (y_true, y_pred))
+        y_true, y_pred = tree.map_structure(lambda s: sample(s.shape, s.dtype, rng), compatible(y_true, y_pred))
 
         def values(rows):
             return loss.call(*tree.map_structure(lambda v: tf.cast(v[rows], loss.dtype), (y_true, y_pred)))

@@ -53,6 +53,7 @@ class Steps:
         self.has_targets = False
         self.checks = False  # whether a loss that is not finite is an error
         self.whole: set[str] = set()  # operations that were found to need the whole batch
+        self.seen = 1  # samples of the batch for which a step was traced last
 
     def adopt(self, strategy_for_keras: Any):
         """Make Keras call these functions, through the hooks that it offers, on this one model."""
@@ -258,7 +259,7 @@ class Steps:
         with following_inputs(), contextlib.ExitStack() as stack:
             for steps in family(self.model):
                 losses: list[tf.Tensor] = []
-                run = partial(call, steps, parts, losses)
+                run = partial(call, steps, parts, self.seen, losses)
                 stack.enter_context(_keras.running(steps.model, run, losses))
             yield
 

@@ -75,7 +75,7 @@ class Traced:
         """The function for a batch and its arguments; run eagerly, none and the results."""
         model, strategy = self.steps.model, self.steps.strategy
         pieces, rows, uniform = self.of(pieces)
-        parts = strategy.parts.fit(rows)
+        parts, self.steps.seen = strategy.parts.fit(rows), rows
         while True:
             if not self.lazy:
                 self.steps.prepared(pieces[0], rows)

@@ -13,13 +13,14 @@ import tensorflow as tf
 
 from tfpar import _keras, _keras_parts, outcome
 from tfpar._tf import LogicalReplica
-from tfpar.collectives import add, all_reduce, on_each
+from tfpar.collectives import all_reduce, on_each
 from tfpar.collectives import reduced as summed
 from tfpar.detached import Detached
 from tfpar.engine import Engine, device_of, each, layout_of, scattered, shards_of, whole
+from tfpar.gradients import add, joined, plain, sum_of
 from tfpar.layout import REPLICATED
 from tfpar.passes import Pass
-from tfpar.variables import HOST, LogicalVariable, joined
+from tfpar.variables import HOST, LogicalVariable
 
 
 class Place(NamedTuple):
@@ -166,7 +167,9 @@ class Update:
 
         Those that come from one segment are added up together.
         """
-        last = {v: min(s for s, _, of in run.gradients if of == v) for _, _, v in run.gradients}
+        last: dict[int, int] = {}  # of each variable, the segment that is the last to go backward
+        for s, _, v in run.gradients:
+            last[v] = min(s, last.get(v, s))
         buckets: dict[tuple, list[int]] = {}
         for s, members in self.members.items():
             for n in members:
@@ -174,47 +177,57 @@ class Update:
                 if v is not None:
                     key = s, last.get(v, 0) if run.ranks == 1 else 0, v in self.engine.partial
                     buckets.setdefault(key, []).append(n)
-        found: list[list[Any]] = [[None] * self.lanes for _ in self.weights]
-        ranks, lanes = self.mesh.tensor, range(self.lanes)
-        for n in [n for members in buckets.values() for n in members]:
-            found[n] = outcome.gradients(run, self.numbers[n])
+        ranks, lanes, gradients = self.mesh.tensor, range(self.lanes), outcome.gradients(run)
+        terms = {n: gradients.get(v, []) for n, v in enumerate(self.numbers)}
         with tf.name_scope("all-reduce/weights"):
             for (*_, is_partial), members in buckets.items():
-                copied = [n for n in members if not self.in_parts or shards_of(self.weights[n]) == REPLICATED]
+                copied = {n for n in members if not self.in_parts or shards_of(self.weights[n]) == REPLICATED}
+                every = [(n, term) for n in members for term in terms[n]]
                 for k in range(ranks):
-                    self.add_up(copied, found, lanes[k::ranks])
+                    self.add_up([(n, term) for n, term in every if n in copied], lanes[k::ranks])
                     if not run.scatters:
-                        self.scatter([n for n in members if n not in copied], found, lanes[k::ranks])
+                        self.scatter([(n, term) for n, term in every if n not in copied], lanes[k::ranks])
                 for r in range(self.mesh.data if is_partial else 0):
-                    self.add_up(members, found, lanes[r * ranks : (r + 1) * ranks])
+                    self.add_up(every, lanes[r * ranks : (r + 1) * ranks])
+        found = [[self.total(n, lane, terms[n]) for lane in lanes] for n in range(len(self.weights))]
         if self.engine.plan.zero < 3:
             return found
         # other replicas read a shard until they are back; TensorFlow's optimizer may lose the edges that say so
         with tf.control_dependencies([done for last in run.last.values() for done in last]):
             return [[each(tf.identity, g) for g in parts] for parts in found]
 
-    def add_up(self, members: Sequence[int], found: list[list[Any]], lanes: Sequence[int]):
+    def add_up(self, terms: Sequence[tuple[int, list]], lanes: Sequence[int]):
         """Replace gradients of these lanes by their sum."""
-        if members:
-            devices = [device_of(self.weights[members[0]], lane) for lane in lanes]
-            values = [[found[n][lane] for lane in lanes] for n in members]
-            for n, totals in zip(members, all_reduce(values, devices, self.strategy.cross_device_ops), strict=True):
+        if terms:
+            devices = [device_of(self.weights[terms[0][0]], lane) for lane in lanes]
+            values = [[term[lane] for lane in lanes] for _, term in terms]
+            for (_, term), totals in zip(
+                terms, all_reduce(values, devices, self.strategy.cross_device_ops), strict=True
+            ):
                 for lane, total in zip(lanes, totals, strict=True):
-                    found[n][lane] = total
+                    term[lane] = total
 
-    def scatter(self, members: Sequence[int], found: list[list[Any]], lanes: Sequence[int]):
+    def scatter(self, terms: Sequence[tuple[int, list]], lanes: Sequence[int]):
         """Replace gradients of these lanes, each by its shard of their sum."""
-        for n in members:
-            shards = scattered(self.weights[n], [found[n][lane] for lane in lanes], lanes)
+        for n, term in terms:
+            shards = scattered(self.weights[n], [term[lane] for lane in lanes], lanes)
             for lane, shard in zip(lanes, shards, strict=True):
-                found[n][lane] = shard
+                term[lane] = shard
+
+    def total(self, n: int, lane: int, terms: Sequence[list]) -> Any:
+        """The gradient of a weight on a lane from its terms; `None` if it has none."""
+        present = [term[lane] for term in terms if term[lane] is not None]
+        if len(present) < 2:
+            return plain(present[0]) if present else None
+        with tf.device(device_of(self.weights[n], lane)):
+            return plain(sum_of(present))
 
     def whole_gradient(self, n: int, parts: Sequence[Any]) -> Any:
-        """The gradient of a weight, from those of its parts."""
+        """The gradient of a weight, from those of its ranks' parts, each the sum over replicas."""
+        stored = _keras.stored(self.weights[n])
         if parts[0] is None or not is_divided(self.weights[n]):
             return parts[0]
-        ranks = _keras.stored(self.weights[n]).sharding.of_ranks
-        return joined([tf.convert_to_tensor(part) for part in parts], ranks) if ranks.divides else parts[0]
+        return joined(parts[: self.mesh.tensor], stored.layout, stored.shape.as_list())
 
     # ---- the optimizer
 

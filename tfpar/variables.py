@@ -157,6 +157,8 @@ class LogicalVariable(MirroredVariable):
         """A value for all as what each copy is given of it."""
         if self._sharding.divides and isinstance(value, tf.IndexedSlices):
             return [sparse_part(value, region) for region in self.regions]
+        if self._sharding.divides:  # what a gradient of an unknown number of rows made of it has no known shape
+            value = tf.ensure_shape(tf.convert_to_tensor(value), self.shape)
         return parts_of(value, self._sharding, len(self._values))
 
     def of_lane(self, lane: int) -> tf.Tensor:
@@ -193,11 +195,6 @@ class LogicalVariable(MirroredVariable):
                     ranks = self._sharding.ranks
                     value = concat(shards[lane % ranks :: ranks], self.follow.sharding.shards)
                 copy.assign(value)
-
-    def whole_from(self, lane: int, part: tf.Tensor) -> tf.Tensor:
-        """A tensor of the shape of the whole value, with the part of a lane's rank in its place, and zeros."""
-        region = self._sharding.of_ranks.region(self.shape.as_list(), lane, len(self._values))
-        return tf.pad(part, [[start, n - stop] for (start, stop), n in zip(region, self.shape, strict=True)])
 
     @property
     def regions(self) -> list[tuple]:
