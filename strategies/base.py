@@ -1,6 +1,7 @@
 """What all strategies share: they extend MirroredStrategy, and describe; the engine does the work."""
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from tfpar._tf import (
 )
 from tfpar.batch import Parts
 from tfpar.convert import convert
-from tfpar.errors import DeviceError, ModelError, ScheduleError, ScopeError
+from tfpar.errors import DeviceError, ModelError, ScheduleError, ScopeError, user_level
 from tfpar.feed import Feed, can_be_fed
 from tfpar.layout import WHOLE
 from tfpar.mesh import Mesh
@@ -225,9 +226,16 @@ class Strategy(MirroredStrategy):
             raise ModelError(f"zero is 0, 1, 2 or 3; received {zero!r}")
         if offload not in (None, "optimizer"):
             raise ModelError(f'offload is None or "optimizer"; received {offload!r}')
-        self.batch_norm, self.buckets, self.cross_device_ops = batch_norm, buckets or SEGMENTS[zero], cross_device_ops
-        self.layout, self.sequence_parallel = layout, sequence_parallel
+        if buckets is not None and (not isinstance(buckets, int) or buckets < 1):
+            raise ModelError(f"buckets is a whole number of at least 1; received {buckets!r}")
+        if zero and mesh.data == 1:
+            warnings.warn(
+                f"zero={zero} divides between replicas, and {mesh} has one: nothing is divided", stacklevel=user_level()
+            )
         self.zero, self.offload = (max(zero, 1) if offload else zero) if mesh.data > 1 else 0, offload
+        self.batch_norm, self.cross_device_ops = batch_norm, cross_device_ops
+        self.buckets = buckets or SEGMENTS[zero if mesh.data > 1 else 0]
+        self.layout, self.sequence_parallel = layout, sequence_parallel
         self._schedule = schedule if callable(schedule) else SCHEDULES[schedule]
         super(MirroredStrategy, self).__init__(
             Extended(self, mesh, cross_device_ops, on_all=mesh.data == mesh.size and not self.zero and not offload)
@@ -347,25 +355,61 @@ class ForKeras(Strategy):
 
 
 def each_gpu_is_one_device() -> bool:
-    """Whether no GPU is split into several devices, as NCCL demands."""
-    return len(tf.config.list_physical_devices("GPU")) == len(tf.config.list_logical_devices("GPU"))
+    """Whether no GPU that this process sees is split into several devices, as NCCL demands."""
+    return len(tf.config.get_visible_devices("GPU")) == len(tf.config.list_logical_devices("GPU"))
 
 
-def local_devices(devices: Sequence[str] | None) -> tuple[str, ...]:
-    """The devices asked for, or all GPUs, or else all logical CPUs.
+Devices = Sequence[Any] | str | int | None
+
+
+def local_devices(devices: Devices, name: str) -> tuple[str, ...]:
+    """The devices asked for, or all GPUs, or else all logical CPUs; warns if that is one.
+
+    Args:
+        devices: names or `tf.config.LogicalDevice`s, one of these, or how many of the GPUs or CPUs.
+        name: of the strategy.
 
     Raises:
-        DeviceError: a name that no device has; the message lists those there are.
+        DeviceError: what no device is; the message lists those there are.
     """
-    known = {d.name.removeprefix("/device:"): d for d in tf.config.list_logical_devices()}
+    known = [d.name.removeprefix("/device:") for d in tf.config.list_logical_devices()]
+    every = [d for d in known if d.startswith("GPU")] or [d for d in known if d.startswith("CPU")]
+    if devices is None and len(every) == 1:
+        warnings.warn(
+            f"{name} found one device, {every[0]}, so nothing is divided. To try it on a machine without GPUs, call "
+            "tfpar.testing.logical_cpus(4) before TensorFlow starts",
+            stacklevel=user_level(),
+        )
     if devices is None:
-        gpus = [name for name in known if name.startswith("GPU")]
-        return tuple(gpus or [name for name in known if name.startswith("CPU")])
-    names = []
-    for device in devices:
-        spec = tf.DeviceSpec.from_string(device if "/" in device or ":" not in device else f"/device:{device}")
-        name = f"{spec.device_type}:{spec.device_index or 0}"
-        if name not in known:
-            raise DeviceError(f"there is no device {device!r}; there are {', '.join(known)}")
-        names.append(name)
-    return tuple(names)
+        return tuple(every)
+    if isinstance(devices, int) and not isinstance(devices, bool):
+        if not 1 <= devices <= len(every):
+            raise DeviceError(f"there are {len(every)} devices, {', '.join(every)}; {devices} were asked for")
+        return tuple(every[:devices])
+    single = isinstance(devices, str) or hasattr(devices, "name") or not isinstance(devices, Sequence)
+    asked = [devices] if single else devices
+    return tuple(local_device(device, known) for device in asked)
+
+
+def local_device(device: Any, known: Sequence[str]) -> str:
+    """The short name of a device.
+
+    Raises:
+        DeviceError: there is none such on this host.
+    """
+    name = getattr(device, "name", device)
+    if not isinstance(name, str):
+        raise DeviceError(
+            f"devices are names such as {known[0]!r}, tf.config.LogicalDevice objects, or how many there are to be; "
+            f"received {device!r}"
+        )
+    try:
+        spec = tf.DeviceSpec.from_string(name if "/" in name or ":" not in name else f"/device:{name}")
+    except ValueError:
+        spec = tf.DeviceSpec()
+    if spec.job not in (None, "localhost") or spec.task or spec.replica:
+        raise DeviceError(f"{name!r} is on another host; a strategy's devices are on this one: {', '.join(known)}")
+    short = f"{spec.device_type}:{spec.device_index or 0}"
+    if short not in known:
+        raise DeviceError(f"there is no device {name!r}; there are {', '.join(known)}")
+    return short

@@ -1,9 +1,7 @@
 """Consecutive layers on consecutive devices."""
 
-from collections.abc import Sequence
-
 from tfpar.mesh import Mesh
-from tfpar.strategies.base import Placement, Strategy, local_devices
+from tfpar.strategies.base import Devices, Placement, Strategy, local_devices
 
 
 class LayerPlacementStrategy(Strategy):
@@ -13,7 +11,7 @@ class LayerPlacementStrategy(Strategy):
     see `PipelineStrategy`.
 
     Args:
-        devices: names such as `"GPU:1"`; all GPUs, else all logical CPUs, if not given.
+        devices: names such as `"GPU:1"`, or how many; all GPUs, else all logical CPUs, if not given.
         placement: `"auto"`, a list of layer names where a new stage begins, or a mapping layer name -> stage.
 
     Example:
@@ -22,6 +20,6 @@ class LayerPlacementStrategy(Strategy):
         ...     model = build()
     """
 
-    def __init__(self, devices: Sequence[str] | None = None, placement: Placement = "auto"):
-        names = local_devices(devices)
+    def __init__(self, devices: Devices = None, placement: Placement = "auto"):
+        names = local_devices(devices, type(self).__name__)
         super().__init__(Mesh(stage=len(names), devices=names), schedule="gpipe", placement=placement)

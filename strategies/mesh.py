@@ -59,7 +59,7 @@ class MeshStrategy(Strategy):
         buckets: int | None = None,
         cross_device_ops: tf.distribute.CrossDeviceOps | None = None,
     ):
-        names = local_devices(mesh.devices or None)
+        names = local_devices(mesh.devices or (1 if mesh.size == 1 else None), type(self).__name__)
         if len(names) < mesh.size:
             raise DeviceError(f"{mesh} has {mesh.size} places; there are {len(names)} devices: {', '.join(names)}")
         super().__init__(

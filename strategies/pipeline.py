@@ -1,17 +1,17 @@
 """Consecutive layers on consecutive devices, all of them busy."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from tfpar.mesh import Mesh
 from tfpar.schedule import Schedule
-from tfpar.strategies.base import Placement, Strategy, local_devices
+from tfpar.strategies.base import Devices, Placement, Strategy, local_devices
 
 
 class PipelineStrategy(Strategy):
     """Cuts the model into stages and each batch into micro-batches, which follow one another through the stages.
 
     Args:
-        devices: names such as `"GPU:1"`; all GPUs, else all logical CPUs, if not given.
+        devices: names such as `"GPU:1"`, or how many; all GPUs, else all logical CPUs, if not given.
         micro_batches: more of them leave devices less idle, and make each product smaller.
         schedule: `"1f1b"` (little memory), `"gpipe"`, or a function `(stages, micro_batches) -> Schedule`.
         placement: `"auto"`, a list of layer names where a new stage begins, or a mapping layer name -> stage.
@@ -24,10 +24,10 @@ class PipelineStrategy(Strategy):
 
     def __init__(
         self,
-        devices: Sequence[str] | None = None,
+        devices: Devices = None,
         micro_batches: int = 8,
         schedule: str | Callable[[int, int], Schedule] = "1f1b",
         placement: Placement = "auto",
     ):
-        names = local_devices(devices)
+        names = local_devices(devices, type(self).__name__)
         super().__init__(Mesh(stage=len(names), devices=names), micro_batches, schedule, placement)

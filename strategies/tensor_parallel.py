@@ -1,12 +1,11 @@
 """Every weight divided between devices."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from tfpar.mesh import Mesh
-from tfpar.strategies.base import Strategy, local_devices
+from tfpar.strategies.base import Devices, Strategy, local_devices
 
 
 class TensorParallelStrategy(Strategy):
@@ -17,7 +16,7 @@ class TensorParallelStrategy(Strategy):
     Multi-Billion Parameter Language Models Using Model Parallelism"). What no rule divides is computed on every device.
 
     Args:
-        devices: names such as `"GPU:1"`; all GPUs, else all logical CPUs, if not given.
+        devices: names such as `"GPU:1"`, or how many; all GPUs, else all logical CPUs, if not given.
         layout: `"auto"`, a `keras.distribution.LayoutMap`, or a mapping from regular expressions over the paths of
             weights to a tuple with an entry for each dim, `"tensor"` for the one that is divided, else `None`.
         sequence_parallel: whether what lies between divided layers, normalisation and dropout for instance, is divided
@@ -37,12 +36,12 @@ class TensorParallelStrategy(Strategy):
 
     def __init__(
         self,
-        devices: Sequence[str] | None = None,
+        devices: Devices = None,
         layout: Any = "auto",
         sequence_parallel: bool = False,
         cross_device_ops: tf.distribute.CrossDeviceOps | None = None,
     ):
-        names = local_devices(devices)
+        names = local_devices(devices, type(self).__name__)
         super().__init__(
             Mesh(tensor=len(names), devices=names), schedule="gpipe", layout=layout,
             sequence_parallel=sequence_parallel, cross_device_ops=cross_device_ops,

@@ -1,6 +1,8 @@
 """What cannot work says so, with what to do; nothing hangs, and nothing is silently wrong."""
 
 import re
+import types
+import warnings
 
 import keras
 import numpy as np
@@ -12,6 +14,7 @@ from training import STRATEGIES, WIDTH, build, check, compiled, data, history
 import tfpar
 from tfpar import BatchError, DeviceError, ModelError, PartitionError, ScheduleError, ScopeError
 from tfpar.schedule import forward_only
+from tfpar.strategies import base
 
 X, Y = data()
 TWO = ["CPU:0", "CPU:1"]
@@ -38,6 +41,55 @@ def test_devices(make):
         make(["CPU:1", "CPU:0", "/device:CPU:1"])
     assert make().mesh.stage == 8  # all logical CPUs where there is no GPU
     assert make(["/job:localhost/replica:0/task:0/device:CPU:2", "cpu:3"]).mesh.devices == ("CPU:2", "CPU:3")
+
+
+def test_other_ways_to_name_devices():
+    logical = tf.config.list_logical_devices("CPU")
+    for devices, names in (("CPU:1", ["CPU:1"]), (2, TWO), (logical[2:4], ["CPU:2", "CPU:3"]), (logical[1], ["CPU:1"])):
+        assert tfpar.DataParallelStrategy(devices).mesh.devices == tuple(names)
+    for devices, match in {
+        "/job:worker/task:3/device:CPU:1": "is on another host; a strategy's devices are on this one: CPU:0",
+        "/job:localhost/task:1/device:CPU:1": "is on another host",
+        "CPU:a:b": "there is no device 'CPU:a:b'",
+        9: "there are 8 devices, CPU:0, CPU:1.*; 9 were asked for",
+        0: "; 0 were asked for",
+        (1, 2): "devices are names such as 'CPU:0', tf.config.LogicalDevice objects, or how many",
+        True: "; received True",
+    }.items():
+        with pytest.raises(DeviceError, match=match):
+            tfpar.DataParallelStrategy(devices)
+
+
+def test_fewer_devices_than_one_would_think(monkeypatch):
+    with pytest.warns(UserWarning, match=r"zero=3 divides between replicas, and Mesh\(stage=2\) has one") as warned:
+        strategy = tfpar.MeshStrategy(tfpar.Mesh(stage=2), zero=3)
+    assert warned[0].filename == __file__
+    assert strategy.buckets == 1 and strategy.zero == 0
+    one = tf.config.list_logical_devices()[:1]
+    monkeypatch.setattr(tf.config, "list_logical_devices", lambda *_: one)
+    with pytest.warns(
+        UserWarning, match="DataParallelStrategy found one device, CPU:0, so nothing is divided"
+    ) as warned:
+        tfpar.DataParallelStrategy()
+    assert warned[0].filename == __file__ and "tfpar.testing.logical_cpus(4)" in str(warned[0].message)
+    with warnings.catch_warnings(action="error"):
+        tfpar.DataParallelStrategy("CPU:0"), tfpar.MeshStrategy(tfpar.Mesh())
+
+
+def test_the_gpus_that_are_visible_count(monkeypatch):
+    gpus = [types.SimpleNamespace(name=f"/device:GPU:{n}", device_type="GPU") for n in range(8)]
+    monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind=None: gpus[:2])
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind=None: gpus)
+    monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind=None: gpus[:2])
+    assert base.each_gpu_is_one_device()
+    monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind=None: gpus[:1])
+    assert not base.each_gpu_is_one_device()
+
+
+@pytest.mark.parametrize("buckets", [0, -1, 2.5])
+def test_buckets(buckets):
+    with pytest.raises(ModelError, match=f"buckets is a whole number of at least 1; received {buckets}"):
+        tfpar.DataParallelStrategy(TWO, buckets=buckets)
 
 
 # ---- the cut
@@ -248,6 +300,20 @@ class Counting(keras.Model):
 def test_a_subclassed_model_that_is_not_what_it_seems(strategy):
     with pytest.raises(ModelError, match="Counting"):
         fit(strategy, Counting)
+
+
+@pytest.mark.parametrize("name", ["data", "zero", *STRATEGIES])
+def test_no_gradient_for_any_weight(name):
+    make = {"data": lambda: tfpar.DataParallelStrategy(2), "zero": lambda: tfpar.DataParallelStrategy(2, zero=3)}
+    strategy = {**make, **STRATEGIES}[name]()
+
+    def stopped():
+        x = layers.Input((WIDTH,))
+        h = layers.Dense(3, activation="softmax")(layers.Dense(4)(layers.Dense(4)(x)))
+        return keras.Model(x, ops.stop_gradient(h))
+
+    with pytest.raises(ValueError, match="No gradients provided for any variable"):
+        fit(strategy, stopped)
 
 
 def test_outputs_without_a_batch():

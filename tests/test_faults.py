@@ -125,6 +125,19 @@ def test_own_steps_that_compute_the_loss_are_checked():
     history(nines(), Y, batch_size=16)(model)  # without the callback nothing is checked
 
 
+def test_training_on_a_batch_in_a_callback():
+    """It does not end the checks of the fit around it; another fit has none."""
+    model = model_with(MESHES["pipeline"](), Overflows)
+
+    class Train(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            self.model.train_on_batch(X, Y)
+
+    with pytest.raises(tfpar.StageError, match="in fragile"):
+        history(nines(), Y, batch_size=16, callbacks=[tfpar.CheckNumerics(), Train()])(model)
+    history(nines(), Y, batch_size=16, callbacks=[Train()])(model)
+
+
 def test_a_weight_that_is_not_finite():
     model = compiled(MESHES["pipeline"]())
     model.layers[1].kernel.assign(np.full((6, 5), np.nan))

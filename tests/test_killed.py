@@ -8,6 +8,7 @@ import sys
 
 import keras
 import pytest
+import tensorflow as tf
 import train_and_die
 from training import compiled, data, history
 
@@ -59,6 +60,20 @@ def test_killed_in_the_middle_of_a_save(at, tmp_path, monkeypatch):
     monkeypatch.undo()
     history(X, Y, batch_size=8, epochs=4, callbacks=[tfpar.BackupAndRestore(str(tmp_path))])(again)
     assert_same(whole, again, 1e-6)
+
+
+def test_a_remote_folder():
+    """Of a file system that TensorFlow knows; nothing of it is left on this one."""
+    strategy, folder = tfpar.PipelineStrategy(["CPU:0", "CPU:1"], micro_batches=2), "ram://bucket/backup"
+    whole, model, again = (compiled(strategy, "adam") for _ in range(3))
+    history(X, Y, batch_size=8, epochs=4)(whole)
+    keep = tfpar.BackupAndRestore(folder, delete_checkpoint=False)
+    history(X, Y, batch_size=8, epochs=2, callbacks=[keep])(model)
+    assert sorted(tf.io.gfile.listdir(folder)) == ["2-0-6.weights.h5", "training_metadata.json"]
+    assert not pathlib.Path("ram:").exists()
+    history(X, Y, batch_size=8, epochs=4, callbacks=[tfpar.BackupAndRestore(folder)])(again)
+    assert_same(whole, again, 1e-6)
+    assert not tf.io.gfile.exists(folder)
 
 
 def test_a_backup_that_keras_made(tmp_path):

@@ -1,6 +1,7 @@
 """The measured timeline: the actions of the schedule, in its order, one at a time on each device."""
 
 import keras
+import numpy as np
 import pytest
 from training import build, compiled, data
 
@@ -24,6 +25,21 @@ def test_measured(schedule):
         assert all(s.stop >= s.start for s in spans)
         assert all(after.start >= before.stop for before, after in zip(spans[:-1], spans[1:], strict=True))
     assert str(timeline.draw()).count("\n") == 1
+
+
+@pytest.mark.parametrize("mesh", [tfpar.Mesh(data=2, stage=2), tfpar.Mesh(data=2, tensor=2), tfpar.Mesh(2, 2, 2)])
+def test_meshes_of_several_axes(mesh):
+    """Each device has the actions of its own stage, on its own part of the batch, one after the other."""
+    strategy = tfpar.MeshStrategy(mesh, micro_batches=2)
+    timeline = measured(compiled(strategy), X, Y)
+    assert timeline.devices == mesh.size and 0 <= timeline.bubble < 1
+    for d in range(mesh.size):
+        replica, stage, _ = np.unravel_index(d, mesh.shape)
+        spans = [s for s in timeline.spans if s.device == d]
+        assert {s.action.micro_batch for s in spans} == {2 * replica, 2 * replica + 1}
+        if mesh.tensor == 1:
+            assert {s.action.stage for s in spans} == {stage}
+        assert all(after.start >= before.stop for before, after in zip(spans[:-1], spans[1:], strict=True))
 
 
 def test_it_trains():

@@ -33,3 +33,4 @@ def test_refused(arguments, message):
 def test_on_gpus():
     assert Mesh(data=2, devices=("GPU:0", "GPU:1")).on_gpus
     assert not Mesh(data=2, devices=("GPU:0", "CPU:0")).on_gpus
+    assert not Mesh(stage=4).on_gpus

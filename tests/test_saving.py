@@ -1,5 +1,7 @@
 """Files hold ordinary Keras models: written under a strategy, read on one device, and the other way around."""
 
+import inspect
+
 import keras
 import numpy as np
 import pytest
@@ -49,6 +51,15 @@ def test_a_keras_file_read_outside_is_one_of_one_device(trained, tmp_path):
     trained.save(tmp_path / "model.keras")
     with pytest.raises(ScopeError, match="was not constructed in this strategy's scope"):
         trained.distribute_strategy.explain(keras.saving.load_model(tmp_path / "model.keras"))
+
+
+def test_positional_arguments_are_those_of_keras(trained, tmp_path):
+    trained.save(tmp_path / "model.keras", True, None)
+    trained.save_weights(tmp_path / "model.weights.json", True, 1)
+    trained.load_weights(tmp_path / "model.weights.json", False)
+    for method in ("save", "save_weights", "load_weights"):
+        ours, theirs = (list(inspect.signature(getattr(o, method)).parameters)[:3] for o in (trained, type(trained)))
+        assert ours[:2] == theirs[1:3]
 
 
 def test_weights(trained, tmp_path):

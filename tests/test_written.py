@@ -34,6 +34,7 @@ def test_what_is_not_mentioned():
     found = layouts_of(layout_map(RULES), VARIABLES, LAYERS, 2)
     assert found == {0: Layout(1), 2: Layout(0), 3: REPLICATED}  # the bias goes with its kernel
     assert layouts_of({r"(up|down)/kernel": ("tensor", None)}, VARIABLES, LAYERS, 2)[0] == Layout(0)
+    assert layouts_of(layout_map({"up/kernel": ("batch", "model")}), VARIABLES, LAYERS, 2)[0] == Layout(1)
 
 
 def test_a_whole_path_wins_over_a_pattern():
@@ -49,6 +50,7 @@ def test_a_whole_path_wins_over_a_pattern():
         ({"up/kernel": (None, "tensor")}, 5, r"dim 1 of up/kernel \(6, 12\), of size 12, between 5 ranks"),
         ({"up/kernel": ("tensor",)}, 2, r"gives 1 axes, .*up/kernel has the shape \(6, 12\)"),
         ({"up/kernel": ("tensor", "tensor")}, 2, "along 2 dims"),
+        ({"up/kernel": (None, "tensro")}, 2, "names the axis 'tensro'; an entry is None, or 'tensor' for the dim"),
         ("columns", 2, 'layout is "auto"'),
         (layout_map({}, (2, 1)), 2, r"device mesh of this LayoutMap is {'batch': 2, 'model': 1}"),
     ],

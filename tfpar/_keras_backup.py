@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import keras
+from tensorflow.io import gfile
 
 
 class BackupAndRestore(keras.callbacks.BackupAndRestore):
@@ -12,30 +13,58 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
 
     Keras writes the weights, and then the epoch that they are of; a process that dies in between goes on with weights
     of one epoch and the number of another. Here both change at once. With a whole number as `save_freq` the epoch that
-    was interrupted begins anew, as with Keras.
+    was interrupted begins anew, as with Keras. The folder may be a remote one, such as `"gs://bucket/backup"`.
 
     Example:
         >>> model.fit(x, y, epochs=90, callbacks=[tfpar.BackupAndRestore("backup")])  # doctest: +SKIP
     """
 
     def _save_model(self):
-        folder, epoch, batch = Path(self.backup_dir), self._current_epoch, self._last_batch_seen
-        folder.mkdir(parents=True, exist_ok=True)
-        before = set(folder.glob("*.weights.h5"))
-        weights = folder / f"{epoch}-{batch}-{self.model.optimizer.iterations.numpy()}.weights.h5"
-        self.model.save_weights(weights)
-        partial = folder / "partial.json"
-        with partial.open("w") as file:
-            file.write(json.dumps({"epoch": epoch, "batch": batch, "weights": weights.name}))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self._training_metadata_path)  # from here on, this is the backup
-        for old in before - {weights}:
-            old.unlink(missing_ok=True)
+        folder, epoch, batch = str(self.backup_dir), self._current_epoch, self._last_batch_seen
+        gfile.makedirs(folder)
+        before = gfile.glob(gfile.join(folder, "*.weights.h5"))
+        weights = f"{epoch}-{batch}-{self.model.optimizer.iterations.numpy()}.weights.h5"
+        self.model.save_weights(gfile.join(folder, weights))
+        backup = json.dumps({"epoch": epoch, "batch": batch, "weights": weights})
+        write_at_once(str(self._training_metadata_path), backup)  # from here on, this is the backup
+        for old in before:
+            if not old.endswith("/" + weights):
+                remove(old)
 
     def _load_model(self):
-        metadata = Path(self._training_metadata_path)
-        if metadata.exists():
-            name = json.loads(metadata.read_text()).get("weights", "latest.weights.h5")
-            self._weights_path = str(Path(self.backup_dir) / name)
+        metadata = str(self._training_metadata_path)
+        if gfile.exists(metadata):
+            with gfile.GFile(metadata) as file:
+                name = json.loads(file.read()).get("weights", "latest.weights.h5")
+            self._weights_path = gfile.join(str(self.backup_dir), name)
             super()._load_model()
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is that of another file system than this machine's."""
+    return "://" in path
+
+
+def write_at_once(path: str, text: str):
+    """Write a file that is the old one or the new one at any moment."""
+    if is_remote(path):
+        partial = path + ".partial"
+        remove(partial)
+        with gfile.GFile(partial, "w") as file:
+            file.write(text)
+        gfile.rename(partial, path, overwrite=True)
+        return
+    partial = Path(path).with_name("partial.json")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def remove(path: str):
+    """Remove a file, if it is there."""
+    if not is_remote(path):
+        Path(path).unlink(missing_ok=True)
+    elif gfile.exists(path):
+        gfile.remove(path)

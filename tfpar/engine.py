@@ -149,7 +149,6 @@ class Engine:
     reduce: Any = None
     has_masks: bool = False  # outputs have masks that their symbols do not show
     programs: dict[tuple[Route, int, bool | None], Program] = field(default_factory=dict)
-    raw: dict[int, Callable] = field(default_factory=dict)  # of tensors that are functions of their logits, which
 
     def __post_init__(self):
         trainable = {id(v) for v in self.model.trainable_weights}
@@ -170,7 +169,7 @@ class Engine:
         if key not in self.programs:
             self.programs[key] = Program(
                 route.graph, route.partition.ops(segment), route.partition.edges(segment), self.model, training,
-                self.jit_compile, self.eager, self.raw,
+                self.jit_compile, self.eager,
             )  # fmt: skip
         return self.programs[key]
 
@@ -218,7 +217,7 @@ class Engine:
         """
         graph = self.route(training).source
         program = Program(
-            graph, range(len(graph.calls)), graph.graph.outputs, self.model, training, False, True, self.raw
+            graph, range(len(graph.calls)), graph.graph.outputs, self.model, training, False, True
         )  # fmt: skip
         with tf.device(HOST):
             variables = [whole(graph.variables[v]) for v in program.variables]

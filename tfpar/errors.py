@@ -1,6 +1,7 @@
 """Everything that tfpar raises on purpose. Each message says what is wrong, the values, and what to do."""
 
 import re
+import sys
 
 
 class TfparError(ValueError):
@@ -41,6 +42,17 @@ class FileError(TfparError, OSError):
 
 class StageError(TfparError):
     """A step that failed on a device; the message names the stage, the micro-batch and the layer."""
+
+
+def user_level() -> int:
+    """The `stacklevel` of a warning given where this is called: that of the first caller outside of libraries."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in LIBRARIES:
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+LIBRARIES = ("tfpar", "keras", "tensorflow", "contextlib", "functools")
 
 
 def brief(error: Exception) -> str:

@@ -64,7 +64,7 @@ def layer(run: Pass, action: Action, finite: bool) -> str:
     ops, values = run.graph.ops, dict(run.values[m])
     for i in run.partition.ops(s) if s not in run.route.collectives else ():
         program = Program(
-            run.route.graph, [i], ops[i].outputs, run.engine.model, run.training, False, True, run.engine.raw
+            run.route.graph, [i], ops[i].outputs, run.engine.model, run.training, False, True
         )  # fmt: skip
         try:
             variables = [run.variable(s, m, v) for v in program.variables]

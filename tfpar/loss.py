@@ -40,7 +40,7 @@ def separable(engine: Engine, data: Any, parts: int) -> bool:
 def structured(engine: Engine, outputs: dict[int, Edge], route: Route | None = None) -> Any:
     """The model's outputs as Keras expects them: in their structure, with their masks and logits."""
     graph = route.graph if route else engine.graph
-    return tree.map_structure(lambda t: restored(t, outputs, engine.raw), graph.outputs)
+    return tree.map_structure(lambda t: restored(t, outputs, graph), graph.outputs)
 
 
 def whole_inputs(run: Pass) -> list[Edge]:
@@ -79,8 +79,9 @@ class LossProgram:
         if loss is None:
             return _keras.loss_calls(model, y, structured(self.engine, outputs), sample_weight)
         (t,) = self.engine.training.ends
-        value = loss.prediction(outputs[t].value)
-        y_pred = restored(t, {t: Edge(value, outputs[t].mask)}, {})
+        y_pred = loss.prediction(outputs[t].value)
+        if outputs[t].mask is not None:
+            _keras.set_keras_mask(y_pred, outputs[t].mask)
         return _keras.loss_calls(model, loss.targets(y), y_pred, sample_weight)
 
     def run(self, outputs: dict[int, Edge], y: Any, sample_weight: Any, totals: list[tf.Tensor] | None, scale: Any):

@@ -37,36 +37,36 @@ def measured(model: keras.Model, *batch: Any, repeat: int = 1) -> Timeline:
     steps = steps_of(model)
     if steps is None or not model.compiled:
         raise ModelError(f"{model.name} is not scheduled: construct and compile it in the scope of a strategy")
-    clocked = Traced(steps, partial(clocked_step, steps))
+    places: dict[str, tuple[int, Action]] = {}
+    clocked = Traced(steps, partial(clocked_step, steps, places))
     runs = [clocked(batch) for _ in range(repeat + 1)][1:]
-    return min((timeline(steps, run) for run in runs), key=lambda t: t.makespan)
+    return min((timeline(places, run) for run in runs), key=lambda t: t.makespan)
 
 
-def clocked_step(steps: Steps, data: Batch, parts: Parts) -> dict[str, tuple[tf.Tensor, tf.Tensor]]:
-    """A scheduled step that returns the times of its actions."""
+def clocked_step(
+    steps: Steps, places: dict[str, tuple[int, Action]], data: Batch, parts: Parts
+) -> dict[str, tuple[tf.Tensor, tf.Tensor]]:
+    """A scheduled step that returns the times of its actions.
+
+    Args:
+        places: is given, for each action, the number of its device and the action with the number of its part.
+    """
     if not steps.is_scheduled(data, parts):
         raise ModelError(
             f"{steps.model.name} is not scheduled: its train_step, compute_loss or loss needs the whole batch at once"
         )
     _, run = steps.scheduled_step(data, parts, clock=True)
+    devices = steps.strategy.mesh.devices
+    for action in run.stops:
+        s, kind, m = action
+        places[str(action)] = devices.index(run.device(s, run.lane(m))), Action(s, kind, run.part(m))
     return {str(action): (run.starts[action], run.stops[action]) for action in run.stops}
 
 
-def timeline(steps: Steps, times: dict[str, tuple[tf.Tensor, tf.Tensor]]) -> Timeline:
-    """The times of a run as spans."""
-    plan = steps.engine.plan
-    parts = Parts(1, len({name.split("F")[1] for name in times if "F" in name}))
-    schedule = steps.engine.schedule(steps.strategy, parts, steps.engine.training)
-    actions: list[Action] = [a for a in schedule.order if str(a) in times]
+def timeline(places: dict[str, tuple[int, Action]], times: dict[str, tuple[tf.Tensor, tf.Tensor]]) -> Timeline:
+    """The times of a run as spans, in the order of their starts."""
     begin = min(float(start) for start, _ in times.values())
-    return Timeline(
-        tuple(
-            Span(
-                a.micro_batch if plan.mesh.data > 1 else schedule.device_of[a.stage],  # a replica has one part
-                a,
-                float(times[str(a)][0]) - begin,
-                float(times[str(a)][1]) - begin,
-            )
-            for a in actions
-        )
-    )
+    spans = [
+        Span(*places[name], float(start) - begin, float(stop) - begin) for name, (start, stop) in times.items()
+    ]  # fmt: skip
+    return Timeline(tuple(sorted(spans, key=lambda span: span.start)))

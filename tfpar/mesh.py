@@ -57,8 +57,8 @@ class Mesh:
 
     @property
     def on_gpus(self) -> bool:
-        """Whether all devices are GPUs."""
-        return all("GPU" in device for device in self.devices)
+        """Whether there are devices, and all of them are GPUs."""
+        return bool(self.devices) and all("GPU" in device for device in self.devices)
 
     def device(self, data: int = 0, stage: int = 0, tensor: int = 0) -> str:
         """The name of the device at a coordinate."""

@@ -100,6 +100,11 @@ class KerasGraph:
         return tree.map_structure(lambda t: tensors[t], self.outputs)
 
     @cached_property
+    def activations(self) -> dict[int, Callable]:
+        """Of each tensor that was found to be a TensorFlow function of its logits, that function."""
+        return {}
+
+    @cached_property
     def places(self) -> dict[int, int]:
         """The number of each variable, by its `id`."""
         return {id(v): n for n, v in enumerate(self.variables)}

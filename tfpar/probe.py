@@ -15,7 +15,7 @@ import tensorflow as tf
 from keras import tree
 
 from tfpar import _keras, _moments
-from tfpar.errors import ModelError, brief
+from tfpar.errors import ModelError, brief, user_level
 from tfpar.model import Call, KerasGraph
 from tfpar.state import RecordingScope
 
@@ -277,7 +277,7 @@ def mixes(graph: KerasGraph, probe: Probe, index: int) -> bool:
         warnings.warn(
             f"could not check that {name} treats the samples of a batch one by one ({brief(error)}); if it does not, "
             "its numbers depend on how the batch is divided",
-            stacklevel=2,
+            stacklevel=user_level(),
         )
         return False
     return any(kind not in (Combine.ROWS, Combine.SAME) for kind in kinds)

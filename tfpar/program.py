@@ -143,7 +143,6 @@ class Program:
         training: what the layers are told; `None` to leave it to them.
         jit_compile: whether to compile with XLA.
         eager: whether to run operation by operation, untraced.
-        raw: is given, for each tensor that is a TensorFlow function of its logits, that function.
     """
 
     def __init__(
@@ -155,10 +154,9 @@ class Program:
         training: bool | None,
         jit_compile: bool,
         eager: bool,
-        raw: dict[int, Callable],
     ):
         self.graph, self.ops, self.gives = graph, ops, gives
-        self.model, self.training, self.raw = model, training, raw
+        self.model, self.training = model, training
         self.variables = tuple(sorted({v for i in ops for v in graph.graph.ops[i].variables}))
         layers = {id(x): x for i in ops for x in _moments.batch_normalizations(graph.calls[i].operation)}
         self.normalizations = list(layers.values()) if training else []
@@ -193,7 +191,7 @@ class Program:
         """The operations, without the context of errors."""
         places = {id(self.graph.variables[v]): v for v in self.variables}
         values = [(self.graph.variables[v], value) for v, value in zip(self.variables, variables, strict=True)]
-        tensors = {t: restored(t, edges, self.raw) for t in edges if t >= 0}
+        tensors = {t: restored(t, edges, self.graph) for t in edges if t >= 0}
         found: list[tuple[int, _moments.Moments]] = []
         losses = {}
         with (
@@ -219,7 +217,7 @@ class Program:
             if logits is not None:
                 given[~t] = Edge(logits)
             if activation is not None:
-                self.raw[t] = activation
+                self.graph.activations[t] = activation
         return Result(
             given,
             losses,
@@ -228,11 +226,11 @@ class Program:
         )
 
 
-def restored(t: int, edges: dict[int, Edge], raw: dict[int, Callable]) -> Any:
+def restored(t: int, edges: dict[int, Edge], graph: KerasGraph) -> Any:
     """A tensor with what Keras attaches to it: its mask, and the logits from which crossentropies compute."""
     value, mask = edges[t]
-    if ~t in edges and t in raw:
-        value = raw[t](edges[~t].value)
+    if ~t in edges and t in graph.activations:
+        value = graph.activations[t](edges[~t].value)
     elif ~t in edges:
         _keras.set_logits(value, edges[~t].value)
     if mask is not None:

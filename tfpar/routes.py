@@ -14,7 +14,7 @@ from tfpar.cost import HARDWARE, Hardware
 from tfpar.crossentropy import CrossEntropy, crossentropy_of
 from tfpar.divide import divided
 from tfpar.engine import Engine, Route, layout_of
-from tfpar.errors import ModelError
+from tfpar.errors import ModelError, user_level
 from tfpar.layout import REPLICATED
 from tfpar.local import LocalGraph, is_collective
 from tfpar.model import KerasGraph, graph_from, one_call
@@ -201,7 +201,7 @@ def warn_of(names: Set[str]):
         warnings.warn(
             f"{', '.join(sorted(names))}: computed for the whole batch on one device, because what comes of a batch is "
             "not what comes of its parts. The numbers are right; this work is not divided",
-            stacklevel=2,
+            stacklevel=user_level(),
         )
 
 

@@ -15,16 +15,16 @@ from tfpar.errors import FileError, brief
 from tfpar.variables import HOST, LogicalVariable, gathered
 
 
-def save(model: keras.Model, filepath: Any, overwrite: bool = True, **options: Any):
+def save(model: keras.Model, filepath: Any, overwrite: bool = True, zipped: bool | None = None, **options: Any):
     """`keras.Model.save`; a process that dies while it writes leaves the file that was there."""
-    with replacing(filepath, overwrite and options.get("zipped") is not False) as path:
-        type(model).save(model, path, overwrite, **options)
+    with replacing(filepath, overwrite and zipped is not False) as path:
+        type(model).save(model, path, overwrite, zipped, **options)
 
 
-def save_weights(model: keras.Model, filepath: Any, overwrite: bool = True, **options: Any):
+def save_weights(model: keras.Model, filepath: Any, overwrite: bool = True, max_shard_size: float | None = None):
     """`keras.Model.save_weights`; a process that dies while it writes leaves the file that was there."""
-    with replacing(filepath, overwrite and not options.get("max_shard_size")) as path:
-        type(model).save_weights(model, path, overwrite, **options)
+    with replacing(filepath, overwrite and not max_shard_size) as path:
+        type(model).save_weights(model, path, overwrite, max_shard_size)
 
 
 def load_weights(model: keras.Model, filepath: Any, skip_mismatch: bool = False, **options: Any):

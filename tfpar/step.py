@@ -16,7 +16,7 @@ from tfpar import _keras, _keras_parts, batch, outcome, saving
 from tfpar._tf import following_inputs
 from tfpar.call import call
 from tfpar.engine import Engine
-from tfpar.errors import ModelError
+from tfpar.errors import ModelError, user_level
 from tfpar.faults import checked
 from tfpar.loss import Head, LossProgram, separable, structured
 from tfpar.passes import Pass
@@ -62,7 +62,7 @@ class Steps:
         hooks = ("make_train_function", "make_test_function", "make_predict_function")
         vars(self.model).update({h: getattr(self, h) for h in hooks if not _keras.overrides(self.model, h)})
         vars(self.model).update(_resolve_auto_jit_compile=self.auto_jit, _maybe_symbolic_build=self.build_later)
-        vars(self.model).update({file.__name__: partial(file, self.model) for file in FILES})
+        vars(self.model).update({file.__name__: partial(file, self.model) for file in FILES}, fit=self.fit)
 
     def auto_jit(self) -> bool:
         """What `jit_compile="auto"` means: programs are compiled on GPUs."""
@@ -71,12 +71,23 @@ class Steps:
     def build_later(self, iterator: Any = None, data_batch: Any = None):
         """In place of Keras' build, which would take its first batch away from a generator."""
 
+    def fit(self, *args: Any, **options: Any) -> Any:
+        """`keras.Model.fit`; what a callback asked of its steps ends with it, also if it fails."""
+        try:
+            return type(self.model).fit(self.model, *args, **options)
+        finally:
+            self.check(False)
+
+    def check(self, checks: bool):
+        """From now on, a loss that is not finite is an error, or is not."""
+        if checks != self.checks:
+            self.checks = checks
+            self.make_train_function(force=True)
+
     # ---- the functions that Keras asks for
 
     def make_train_function(self, force: bool = False) -> Callable:
         """The function that trains on an iterator's next batches."""
-        if self.checks and not force:  # a fit begins after one that failed, and so did not end
-            self.checks, force = False, True
         if self.model.train_function is None or force:
             lazy = _keras.overrides(self.model, "train_step") is not None
             self.model.train_function = self.over_iterator(self.train_step, lazy)
@@ -236,7 +247,7 @@ class Steps:
                 if model.trainable_weights:
                     self.update(run, scale)
                 else:
-                    warnings.warn("The model does not have any trainable weights.", stacklevel=2)  # as Keras does
+                    warnings.warn("The model does not have any trainable weights.", stacklevel=user_level())  # as Keras
             y_pred = structured(self.engine, outputs)
             return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight), run
 

@@ -69,6 +69,7 @@ class Update:
         """Reduce the gradients of a pass and apply them."""
         reduced = self.reduced(run)
         as_one = self.lanes == 1 and not self.engine.jit_compile and not self.away
+        as_one = as_one or all(gradient is None for lanes in reduced for gradient in lanes)  # Keras says what is wrong
         if as_one or not self.in_parts:
             self.apply(range(len(self.weights)), [self.whole_gradient(n, g) for n, g in enumerate(reduced)], scale)
             return

@@ -29,6 +29,7 @@ def layouts_of(
     if isinstance(asked, str) and asked == "auto":
         return None
     axis, written = axis_of(asked, ranks), dict(asked.items())
+    known_axes = getattr(getattr(asked, "device_mesh", None), "axis_names", (axis,))
     found: dict[int, tuple[str, Layout]] = {}
     for key, axes in written.items():
         matched = [v for v, variable in enumerate(variables) if variable.path == key or re.search(key, variable.path)]
@@ -36,7 +37,7 @@ def layouts_of(
             near = difflib.get_close_matches(key, [v.path for v in variables], n=1, cutoff=0.0)
             raise LayoutError(f"the layout for {key!r} matches no weight; the nearest path is {', '.join(near)!r}")
         for v in matched:
-            layout = checked(key, getattr(axes, "axes", axes), variables[v], axis, ranks)
+            layout = checked(key, getattr(axes, "axes", axes), variables[v], axis, known_axes, ranks)
             other, known = found.get(v, (key, layout))
             if known != layout and variables[v].path not in (key, other):
                 raise LayoutError(
@@ -74,8 +75,13 @@ def axis_of(asked: Any, ranks: int) -> str:
     return name
 
 
-def checked(key: str, axes: Sequence[str | None], variable: Variable, axis: str, ranks: int) -> Layout:
+def checked(
+    key: str, axes: Sequence[str | None], variable: Variable, axis: str, known: Sequence[str], ranks: int
+) -> Layout:
     """The layout that a rule gives to a weight.
+
+    Args:
+        axis: the name of the one that divides weights, among all that are `known`.
 
     Raises:
         LayoutError: it does not fit.
@@ -83,6 +89,11 @@ def checked(key: str, axes: Sequence[str | None], variable: Variable, axis: str,
     if len(axes) != len(variable.shape):
         raise LayoutError(
             f"{key!r} gives {len(axes)} axes, {tuple(axes)}, but {variable.path} has the shape {variable.shape}"
+        )
+    wrong = [name for name in axes if name is not None and name not in known]
+    if wrong:
+        raise LayoutError(
+            f"{key!r} names the axis {wrong[0]!r}; an entry is None, or {axis!r} for the dim that ranks divide"
         )
     dims = [d for d, name in enumerate(axes) if name == axis]
     if len(dims) > 1:
