@@ -1,5 +1,6 @@
 """Everything that tfpar raises on purpose. Each message says what is wrong, the values, and what to do."""
 
+import logging
 import re
 import sys
 
@@ -42,6 +43,26 @@ class FileError(TfparError, OSError):
 
 class StageError(TfparError):
     """A step that failed on a device; the message names the stage, the micro-batch and the layer."""
+
+
+class Caught:
+    """What becomes of exceptions of a user's code that is tried out; of those of tfpar's own code, never this.
+
+    They are logged at debug level. With `strict`, for tests, they are raised too.
+    """
+
+    log, strict = logging.getLogger("tfpar"), False
+
+    @classmethod
+    def theirs(cls, error: Exception, what: str):
+        """Called where an exception was caught, with what failed; raises it again if it is a mistake of tfpar's."""
+        trace = error.__traceback__
+        while trace.tb_next is not None:
+            trace = trace.tb_next
+        ours = trace.tb_frame.f_globals.get("__name__", "").split(".")[0] == "tfpar"
+        if cls.strict or (ours and not isinstance(error, TfparError) and not hasattr(error, "is_expected")):
+            raise error
+        cls.log.debug("%s failed", what, exc_info=error)
 
 
 def user_level() -> int:

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from tfpar import batch
 from tfpar._tf import record_gradient, unrecorded
-from tfpar.errors import StageError
+from tfpar.errors import Caught, StageError
 from tfpar.passes import Pass
 from tfpar.program import Edge, Program, with_logits
 from tfpar.schedule import Action, Kind
@@ -35,7 +35,8 @@ def explained(error: tf.errors.OpError, steps: Any, data: batch.Batch, parts: ba
         try:
             run = steps.begun(data, parts, training)
             where = where or located(run, steps.engine.schedule(steps.strategy, parts, run.route), finite)
-        except Exception:  # it cannot be run again
+        except Exception as again:  # it cannot be run again
+            Caught.log.debug("a step that failed could not be repeated", exc_info=again)
             where = None
     if finite:
         return StageError(f"{NOT_FINITE}; it comes from {where or 'the loss itself: what the model makes is finite'}")
@@ -51,7 +52,8 @@ def located(run: Pass, schedule: Any, finite: bool) -> str | None:
                 emit()
                 made = [run.values[n][t] for n in run.together(s, m) for t in run.partition.edges(s)]
                 wrong = finite and not all(is_finite(edge) for edge in made)
-            except Exception:
+            except Exception as error:
+                Caught.theirs(error, run.scope(action))
                 wrong = True
             if wrong:
                 return described(run, action, layer(run, action, finite))
@@ -69,7 +71,8 @@ def layer(run: Pass, action: Action, finite: bool) -> str:
         try:
             variables = [run.variable(s, m, v) for v in program.variables]
             found = program(variables, with_logits(values, ops[i].inputs)).edges
-        except Exception:
+        except Exception as error:
+            Caught.theirs(error, ops[i].name)
             return ops[i].name
         if finite and not all(is_finite(edge) for edge in found.values()):
             return ops[i].name

@@ -13,7 +13,7 @@ import tensorflow as tf
 from keras import tree
 
 from tfpar import _keras, _keras_parts, rules
-from tfpar.errors import ModelError, brief
+from tfpar.errors import Caught, ModelError, brief
 from tfpar.graph import OpGraph
 from tfpar.model import Call, KerasGraph, Ref, graph_from
 from tfpar.probe import sample
@@ -68,6 +68,7 @@ def followed(
         with RecordingScope([]) as scope:
             function = keras.Function(list(symbols), call(*symbols))
     except Exception as error:
+        Caught.theirs(error, f"{name}.call on symbolic inputs")
         raise ModelError(f"{name}.call does not work on symbolic inputs: {brief(error)}\n{cure}.") from error
     if scope.written:
         paths = [v.path for v in scope.written.values()]
@@ -81,7 +82,8 @@ def followed(
         same = written == changed and all(
             np.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True) for a, b in zip(inside, expected, strict=True)
         )
-    except Exception:  # a symbol was kept where a number is needed
+    except Exception as error:  # a symbol was kept where a number is needed
+        Caught.theirs(error, f"running the layers of {name} one by one")
         same = False
     if not same:
         unseen = [v.path for v in layer.weights if all(v is not g for g in graph.variables)]
@@ -201,7 +203,8 @@ def inside(graph: KerasGraph, i: int, training: bool, checked: set[str]) -> Kera
             except ModelError:  # perhaps it asks for the size: a mask that it makes for one sample fits all
                 inner = follow(1)
             adds_losses = samples is not None and perturbed(lambda: original(*samples))[2]
-    except Exception:  # it stays one operation, on every rank
+    except Exception as error:  # it stays one operation, on every rank
+        Caught.theirs(error, f"opening {op.name}")
         return None
     inner = replace(inner, symbols=tuple(of_batch(s, graph.symbols[op.inputs[0]].shape[0], 1) for s in inner.symbols))
     known = {id(v) for v in layer.variables}
@@ -233,7 +236,8 @@ def config_of(layer: keras.layers.Layer) -> Any:
     """The configuration of a layer without names; something that no other layer has, if it has none."""
     try:
         return without_names(layer.get_config())
-    except Exception:
+    except Exception as error:
+        Caught.theirs(error, f"{layer.name}.get_config")
         return id(layer)
 
 

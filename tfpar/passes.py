@@ -15,8 +15,8 @@ from tfpar import _keras, batch
 from tfpar._tf import awaited, independent
 from tfpar.backward import again_of, keep, vjp
 from tfpar.engine import Engine, Route, each, read, tensors_of
-from tfpar.errors import ModelError
-from tfpar.probe import Combine
+from tfpar.errors import Caught, ModelError
+from tfpar.probe import Combine, Findings
 from tfpar.program import Edge, Program, Result, tensor_of, with_logits
 from tfpar.schedule import Action, Kind, Schedule
 from tfpar.state import NeedsWholeBatch
@@ -381,10 +381,13 @@ class Pass:
 
     def found(self, i: int, what: str, key: int) -> Combine | None:
         """How a loss or a state of an operation combines; `None` where the numbers do not tell."""
+        source = self.route.in_source(i)
         try:
-            return getattr(self.route.probe.of(self.route.in_source(i), self.training), what)[key]
-        except Exception:  # the operation does not run on random samples
-            return None
+            findings = Findings() if source is None else self.route.probe.of(source, self.training)
+        except Exception as error:
+            Caught.theirs(error, f"{self.graph.ops[i].name} on random samples")
+            findings = Findings()
+        return findings.state.get(key) if what == "state" else dict(enumerate(findings.losses)).get(key)
 
 
 RUN: dict[Kind, Callable[[Pass, Action], None]] = {Kind.FORWARD: Pass.forward, Kind.BACKWARD: Pass.backward}

@@ -15,7 +15,7 @@ import tensorflow as tf
 from keras import tree
 
 from tfpar import _keras, _moments
-from tfpar.errors import ModelError, brief, user_level
+from tfpar.errors import Caught, ModelError, brief, user_level
 from tfpar.model import Call, KerasGraph
 from tfpar.state import RecordingScope
 
@@ -274,6 +274,7 @@ def mixes(graph: KerasGraph, probe: Probe, index: int) -> bool:
         elif not _moments.batch_normalizations(call.operation) and probe.sees_others(call):
             return True
     except Exception as error:
+        Caught.theirs(error, f"{name} on random samples")
         warnings.warn(
             f"could not check that {name} treats the samples of a batch one by one ({brief(error)}); if it does not, "
             "its numbers depend on how the batch is divided",
@@ -305,7 +306,8 @@ def reads_variables(loss: keras.losses.Loss, y_true: Any, y_pred: Any) -> bool:
         samples = tree.map_structure(lambda s: tf.cast(sample(s.shape, s.dtype, rng), loss.dtype), symbols)
         try:
             graph = tf.function(loss.call, autograph=False).get_concrete_function(*samples).graph
-        except Exception:
+        except Exception as error:
+            Caught.theirs(error, f"{loss.name} on random samples")
             return True
     return any(outside.dtype == tf.resource for outside, _ in graph.captures)
 
@@ -335,7 +337,8 @@ def loss_combination(loss: keras.losses.Loss, y_true: Any, y_pred: Any) -> Combi
 
         try:
             results = [values(rows) for rows in (slice(None), *PARTS)]
-        except Exception:  # whatever it needs, it is not a batch like any other
+        except Exception as error:  # whatever it needs, it is not a batch like any other
+            Caught.theirs(error, f"{loss.name} on random samples")
             return None
         told = np.ptp(results[0]) > 0  # zeros alone would fit any rule
         return combination(results[0], results[1:]) if told else None

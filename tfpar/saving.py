@@ -11,7 +11,7 @@ import keras
 import tensorflow as tf
 
 from tfpar import _keras, _keras_parts
-from tfpar.errors import FileError, brief
+from tfpar.errors import Caught, FileError, brief
 from tfpar.variables import HOST, LogicalVariable, gathered
 
 
@@ -38,6 +38,7 @@ def load_weights(model: keras.Model, filepath: Any, skip_mismatch: bool = False,
             warnings.simplefilter("ignore")
             type(model).load_weights(model, filepath, skip_mismatch, **options)
     except Exception as error:
+        Caught.theirs(error, f"loading {filepath}")
         raise FileError(
             f"{filepath} cannot be loaded into {model.name}, which stays as it is: the file is damaged, or of another "
             f"model. {type(error).__name__}: {brief(error)}"

@@ -13,6 +13,8 @@ from tfpar import _keras, _moments
 class Discovered(Exception):
     """While a step was traced, something about the model came to light; with that known, it is traced again."""
 
+    is_expected = True
+
 
 class UnknownVariables(Discovered):
     """A call used variables that do not belong to its layer, such as the global random seed."""
