@@ -155,8 +155,9 @@ def test_a_sparse_gradient_over_a_cut(monkeypatch):
     assert any(h.can for h in found)
 
 
-@pytest.mark.parametrize("name", ["encoder", "mean squares"])
-def test_a_softmax_that_is_asked_for_goes_this_way_too(name, monkeypatch):
+@pytest.mark.parametrize("name", ["encoder", "mean squares", "several ends"])
+def test_no_program_runs_forward_twice(name, monkeypatch):
+    """Neither where a softmax is asked for, nor for what leads to no loss: an output without one, an edge to argmax."""
     monkeypatch.setattr(backward, "taped", None)
     trained(name)
 

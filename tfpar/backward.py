@@ -15,6 +15,7 @@ from tfpar.gradients import SharedRows, add, cast
 from tfpar.halves import Halves
 from tfpar.layout import REPLICATED
 from tfpar.program import Edge, Program, Result, differentiable, key_of, tensor_of
+from tfpar.state import UnusedResults
 
 AT_ONCE = 2**26  # elements of gradients that a compiled program adds up
 
@@ -106,7 +107,10 @@ def vjp(
         for t in cotangents:  # a tensor and its logits are made of the same: who has the gradient does not matter
             if ~t in halves.targets and ~t not in given:
                 given[~t] = tf.zeros_like(result.edges[~t].value)
-        if given.keys() != set(halves.targets):  # some results are not used
+        if program.targets is None and given.keys() < set(halves.targets):
+            program.targets = frozenset(given)
+            raise UnusedResults(program.graph)
+        if given.keys() != set(halves.targets):  # not the same as before
             values = [make() if make else x for x, make in zip(variables, again, strict=True)]
             sources = watched(run, program, values, edges)
             return taped(run, program, values, edges, [None] * len(again), *sources)[1](cotangents, added)
@@ -123,7 +127,7 @@ def halves_of(
     program: Program, variables: list[tf.Tensor], edges: dict[int, Edge], inside: Iterable[int], outside: Iterable[int]
 ) -> Halves | None:
     """A program and its way back as two functions, made once for each kind of arguments; `None` if that cannot be."""
-    kind = key_of((list(variables), edges)), tuple(inside), tuple(outside)
+    kind = key_of((list(variables), edges)), tuple(inside), tuple(outside), program.targets
     if kind not in program.halves:
         places = [program.variables.index(v) for v in inside]
         program.halves[kind] = Halves(program, variables, edges, places, list(outside))

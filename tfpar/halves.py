@@ -65,6 +65,8 @@ class Halves:
         result = self.program.run(variables, edges)
         ends = {t: e.value for t, e in result.edges.items() if differentiable(self.program.graph.graph, t)}
         ends.update({(i, k): x for i, losses in result.losses.items() for k, x in enumerate(losses)})
+        known = self.program.targets
+        ends = {key: x for key, x in ends.items() if known is None or key in known}
         self.targets = list(ends)
         self.cotangents = [tf.compat.v1.placeholder(x.dtype, x.shape) for x in ends.values()]
         sources = [*(variables[n] for n in self.inside), *(edges[t].value for t in self.outside)]

@@ -162,6 +162,7 @@ class Program:
         self.normalizations = list(layers.values()) if training else []
         self.writers: dict[int, int] = {}  # of each variable that changes, the operation that wrote it last
         self.halves: dict[tuple, Any] = {}  # the ways forward and back, by the kind of arguments
+        self.targets: Any = None  # of its results, those that lead to a loss, if some are known not to
         self.call = self.run if eager else Function(self.run, jit_compile, differentiated=True)
 
     def __call__(self, variables: Sequence[tf.Tensor], edges: dict[int, Edge]) -> Result:

@@ -71,6 +71,14 @@ class NeedsWholeBatch(Discovered):
         self.name, self.graph = name, graph
 
 
+class UnusedResults(Discovered):
+    """Some of what a program makes leads to no loss: its way back does without, which the program knows from now on."""
+
+    def __init__(self, graph: Any):
+        super().__init__("unused results")
+        self.graph = graph
+
+
 class HasMask(Discovered):
     """An output of the model has a mask, by which the loss depends on more than the sizes of the batch's parts."""
 

@@ -25,7 +25,7 @@ from tfpar.prepare import build_losses, place, prepared
 from tfpar.program import Edge
 from tfpar.routes import planned
 from tfpar.schedule import Kind
-from tfpar.state import Discovered, HasMask, NeedsWholeBatch
+from tfpar.state import Discovered, HasMask, NeedsWholeBatch, UnusedResults
 from tfpar.traced import Traced
 from tfpar.update import Update
 from tfpar.variables import follower_bytes
@@ -151,6 +151,8 @@ class Steps:
 
     def learn(self, discovered: Discovered):
         """Take up what came to light while a step was traced, in whichever model it was."""
+        if isinstance(discovered, UnusedResults):
+            return
         if isinstance(discovered, HasMask):
             self.engine.has_masks = True
             return
