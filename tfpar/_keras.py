@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 from keras import tree
+from keras.src.backend.common.global_state import get_global_attribute, set_global_attribute
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
 from keras.src.backend.common.variables import AutocastScope
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
+from keras.src.layers.layer import CallContext
 from keras.src.losses.loss import Loss, apply_mask
 from keras.src.models.functional import Functional, operation_fn
 from keras.src.models.sequential import Sequential
@@ -134,7 +136,26 @@ def training_argument(model: keras.Model, training: bool | None) -> dict[str, An
 
 def own_call(model: keras.Model, inputs: Any, training: bool | None) -> Any:
     """What the model's class computes, whatever `running` has put in its place."""
-    return type(model).call(model, inputs, **training_argument(model, training))
+    with telling(model, training):
+        return type(model).call(model, inputs, **training_argument(model, training))
+
+
+@contextlib.contextmanager
+def telling(layer: keras.layers.Layer, training: bool | None) -> Iterator[None]:
+    """Inside, layers that are called without a `training` argument take this one, as they do in a call of `layer`."""
+    before, context = get_global_attribute("current_call_ctx"), CallContext(layer)
+    context.set_value("training", training)
+    set_global_attribute("current_call_ctx", context)
+    try:
+        yield
+    finally:
+        set_global_attribute("current_call_ctx", before)
+
+
+def told() -> bool | None:
+    """The `training` that the call of a layer around here was given."""
+    context = get_global_attribute("current_call_ctx")
+    return None if context is None else context.get_value("training")
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ def call(
         likely: samples that the model is planned for, where it gets an unknown number of them.
         losses: is set to what the step reads as `model.losses`.
     """
-    model = steps.model
+    model, training = steps.model, _keras.told() if training is None else training
     if _keras.in_program():
         return _keras.own_call(model, inputs, training)
     rows = batch.count(inputs)

@@ -144,9 +144,14 @@ class KerasGraph:
 
 
 class Builder:
-    """Collects operations while walking through a model."""
+    """Collects operations while walking through a model.
 
-    def __init__(self):
+    Args:
+        opened: whether it is a `call` that was followed, in which a `training` argument of a layer is that of the code.
+    """
+
+    def __init__(self, opened: bool = False):
+        self.opened = opened
         self.ops: list[Op] = []
         self.calls: list[Call] = []
         self.symbols: list[keras.KerasTensor] = []
@@ -186,8 +191,12 @@ class Builder:
         """The shape of one sample, guessing dimensions that are not known."""
         return tuple(UNKNOWN if dim is None else dim for dim in self.symbols[tensor].shape[1:])
 
-    def walk(self, function: Any, inputs: Sequence[int], prefix: str = "", explicit: bool = False) -> Any:
-        """Add the operations of a Functional model or `keras.Function`; returns its outputs as tensor indices."""
+    def walk(self, function: Any, inputs: Sequence[int], prefix: str = "", told: bool | None = None) -> Any:
+        """Add the operations of a Functional model or `keras.Function`; returns its outputs as tensor indices.
+
+        Args:
+            told: the `training` that a nested model was called with, which wins over what its own nodes have noted.
+        """
         known = {id(symbol): tensor for symbol, tensor in zip(function.inputs, inputs, strict=True)}
         for node in _keras.nodes_in_order(function):
             if any(id(t) not in known for t in node.input_tensors):
@@ -196,11 +205,16 @@ class Builder:
                 lambda a: Ref(known[id(a)]) if isinstance(a, keras.KerasTensor) else a,
                 (node.arguments.args, node.arguments.kwargs),
             )
-            name = prefix + name_of(node.operation, explicit)
+            explicit = told is not None or (self.opened and not prefix)
+            if told is not None and "training" in getattr(node.operation, "_call_context_args", ()):
+                kwargs = {**kwargs, "training": told}
+            name = prefix + name_of(node.operation, self.opened)
             if _keras.is_graph(node.operation) and len(args) == 1 and set(kwargs) <= {"training", "mask"}:
                 inner = _keras.graph_of(node.operation)
                 entered = self.enter(name, node.operation, inner, args[0], kwargs.get("mask"))
-                outputs = tree.flatten(self.walk(inner, entered, name + "/", explicit))
+                outputs = tree.flatten(
+                    self.walk(inner, entered, name + "/", kwargs.get("training") if explicit else None)
+                )
             else:
                 # a Sequential model that first saw numbers has their batch size in its symbols
                 results = [rebatched(t, function.inputs[0], self.symbols[inputs[0]]) for t in node.outputs]
@@ -270,11 +284,11 @@ def describe(variable: keras.Variable, users: Sequence[Any] = ()) -> Variable:
     )
 
 
-def graph_from(function: Any, explicit: bool = False) -> KerasGraph:
-    """The graph of a Functional model or a `keras.Function`, with nested models inlined."""
-    builder = Builder()
+def graph_from(function: Any, opened: bool = False) -> KerasGraph:
+    """The graph of a Functional model or a `keras.Function`, with nested models inlined; `opened` as for `Builder`."""
+    builder = Builder(opened)
     inputs = [builder.tensor(symbol) for symbol in function.inputs]
-    return builder.finish(inputs, builder.walk(function, inputs, explicit=explicit))
+    return builder.finish(inputs, builder.walk(function, inputs))
 
 
 def one_call(model: keras.Model, x: Any) -> KerasGraph:

@@ -30,13 +30,12 @@ def opened(model: keras.Model, x: Any, training: bool) -> KerasGraph:
     Raises:
         ModelError: `call` does not take symbolic inputs, or what it does with them is not what it does with numbers.
     """
-    given = _keras.training_argument(model, training)
     flat = tree.flatten(x)
 
     def call(*values):
-        return model.call(tree.pack_sequence_as(x, values), **given)
+        return _keras.own_call(model, tree.pack_sequence_as(x, values), training)
 
-    return followed(model, call, [_keras.symbolic(a) for a in flat], flat, training if given else None)
+    return followed(model, call, [_keras.symbolic(a) for a in flat], flat, training)
 
 
 def followed(
@@ -73,7 +72,7 @@ def followed(
     if scope.written:
         paths = [v.path for v in scope.written.values()]
         raise ModelError(f"{name}.call changes {paths} beside its layers, which symbolic inputs do not show. {cure}.")
-    graph = graph_from(function, explicit=True)
+    graph = graph_from(function, opened=True)
     if samples is None:
         return graph
     expected, changed, _ = perturbed(lambda: (original or call)(*samples))
@@ -171,21 +170,22 @@ def inside(graph: KerasGraph, i: int, training: bool, checked: set[str]) -> Kera
     layer = call.operation
     if not is_composite(layer) or any(_keras.get_keras_mask(graph.symbols[t]) is not None for t in op.inputs):
         return None
-    given = _keras.training_argument(layer, call.kwargs.get("training", training) if call.explicit else training)
+    told = call.kwargs.get("training", training) if call.explicit else training
+    given = _keras.training_argument(layer, told)
 
     def run(*values, function=None):
         left = iter(values)
         args, kwargs = call.arguments(lambda _: next(left))
         if function is None:
             args, kwargs = _keras_parts.converted_arguments(layer, (args, kwargs))
-        with _keras.autocast_of(layer):
+        with _keras.autocast_of(layer), _keras.telling(layer, told):
             return (function or layer.call)(*args, **{**kwargs, **given})
 
     if {inner.compute_dtype for inner in _keras.layers_in(layer)} != {layer.compute_dtype}:
         return None  # its own weights would be read in another dtype
 
     symbols = [keras.KerasTensor(graph.symbols[t].shape, graph.symbols[t].dtype) for t in op.inputs]
-    kind = f"{type(layer)} {config_of(layer)} {[(s.shape, s.dtype) for s in symbols]} {given}"
+    kind = f"{type(layer)} {config_of(layer)} {[(s.shape, s.dtype) for s in symbols]} {told}"
     rng = np.random.default_rng(0)
     samples = None
     if kind not in checked:
@@ -194,7 +194,7 @@ def inside(graph: KerasGraph, i: int, training: bool, checked: set[str]) -> Kera
     original = partial(run, function=layer)
 
     def follow(batch: int | None) -> KerasGraph:
-        return followed(layer, run, [of_batch(s, batch) for s in symbols], samples, given.get("training"), original)
+        return followed(layer, run, [of_batch(s, batch) for s in symbols], samples, told, original)
 
     try:
         with tf.device(HOST):

@@ -104,6 +104,7 @@ class Probe:
     graph: KerasGraph
     known: dict[Any, Findings] = field(default_factory=dict)
     counts: dict[int, list[dict[int, int | None]]] = field(default_factory=dict)  # of rows, by call
+    written: dict[Any, list[keras.Variable]] = field(default_factory=dict)  # what a call changed, as `known`
 
     def of(self, index: int, training: bool) -> Findings:
         """What is known of a call.
@@ -118,7 +119,9 @@ class Probe:
 
     def run(self, call: Call, training: bool) -> Findings:
         """Run a call on all samples and on the parts, for several draws, and see how the results combine."""
-        runs = [self.run_once(call, training, draw) for draw in DRAWS]
+        written: dict[int, keras.Variable] = {}
+        runs = [self.run_once(call, training, draw, written) for draw in DRAWS]
+        self.written[self.graph.calls.index(call), training] = list(written.values())
 
         def gathered(number: int, tells: Callable[[Any, Any], bool]) -> dict[int, list[Combine | None]]:
             kinds: dict[int, list[Combine | None]] = {}
@@ -157,7 +160,7 @@ class Probe:
         one, other = (found.get(id(variable)) for found in self.counts[index])
         if one is None or other is None:
             return None
-        if one * SIZES[1] == other * SIZES[0] or is_told_random(self.graph, index):
+        if one * SIZES[1] == other * SIZES[0] or has_seed(self.graph, index):
             return Combine.ROWS
         return Combine.SAME if one == other else Combine.MIXED
 
@@ -187,26 +190,39 @@ class Probe:
             _keras.clear_losses(call.operation)
         return found
 
-    def sees_others(self, call: Call) -> bool:
-        """Whether the first samples' results in training depend on the others, with the same random numbers."""
-        op = self.graph.graph.ops[self.graph.calls.index(call)]
+    def is_random(self, index: int, training: bool) -> bool:
+        """Whether a call draws random numbers, from a seed of its own or from Keras' global one."""
+        self.of(index, training)
+        return any(map(_keras.is_seed, self.written[index, training]))
+
+    def sees_others(self, index: int, training: bool) -> bool:
+        """Whether the first samples' results depend on the others, with the same random numbers.
+
+        Of a call that draws others each time it is not known; it is taken for one that does not mix.
+        """
+        call, op = self.graph.calls[index], self.graph.graph.ops[index]
         symbols = {t: self.graph.symbols[t] for t in op.inputs}
         first = PARTS[0]
         results = []
-        for others in (0, 1):
+        for others in (0, 1, 0):
             tensors = {}
             for t, s in symbols.items():
                 batched = self.graph.is_batched(t)
                 one, other = (sample(s.shape, s.dtype, np.random.default_rng(n), batched) for n in (0, others))
                 tensors[t] = tf.concat([one[first], other[PARTS[1]]], 0) if batched else one
             with tf.init_scope(), RecordingScope([]):
-                call(tensors, True)
+                call(tensors, training)
             _keras.clear_losses(call.operation)
             results.append([tensors[t][first] for t in call.outputs if self.graph.is_batched(t)])
-        return not all(np.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*results, strict=True))
+        once, others, again = results
+        return are_close(once, again) and not are_close(once, others)
 
-    def run_once(self, call: Call, training: bool, draw: Callable) -> list[Any]:
-        """The state before, then outputs, losses and written state of all samples and of each part."""
+    def run_once(self, call: Call, training: bool, draw: Callable, changed: dict[int, keras.Variable]) -> list[Any]:
+        """The state before, then outputs, losses and written state of all samples and of each part.
+
+        Args:
+            changed: is given the variables that are written.
+        """
         rng = np.random.default_rng(0)
         op = self.graph.graph.ops[self.graph.calls.index(call)]
         symbols = {t: self.graph.symbols[t] for t in op.inputs}
@@ -219,10 +235,16 @@ class Probe:
                 call(tensors, training)
                 written = {i: scope.get_current_value(v) for i, v in scope.written.items()}
             _keras.clear_losses(call.operation)
+            changed.update(scope.written)
             outputs = dict(enumerate(tensors[t] for t in call.outputs))
             results.append((outputs, dict(enumerate(scope.losses)), written))
             results[0].update({i: v._value for i, v in scope.written.items()})
         return results
+
+
+def are_close(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    """Whether all of these arrays are the same, to rounding."""
+    return all(np.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(some, others, strict=True))
 
 
 MIXING = keras.layers.MixUp | keras.layers.CutMix
@@ -240,10 +262,9 @@ def is_known(operation: Any, rank: int) -> bool:
     )
 
 
-def is_told_random(graph: KerasGraph, index: int) -> bool:
-    """Whether what a call does in training is not that of its parts by design: random, or batch statistics."""
-    seeds = any(_keras.is_seed(graph.variables[v]) for v in graph.graph.ops[index].variables)
-    return seeds or bool(_moments.batch_normalizations(graph.calls[index].operation))
+def has_seed(graph: KerasGraph, index: int) -> bool:
+    """Whether a call can draw random numbers from a seed of its own."""
+    return any(_keras.is_seed(graph.variables[v]) for v in graph.graph.ops[index].variables)
 
 
 def mixing(graph: KerasGraph, probe: Probe) -> Iterator[int]:
@@ -268,11 +289,14 @@ def mixes(graph: KerasGraph, probe: Probe, index: int) -> bool:
     if any(isinstance(x, MIXING) for x in _keras.layers_in(call.operation)):
         return True
     try:
-        kinds = list(probe.of(index, False).outputs)
-        if not is_told_random(graph, index):
-            kinds += probe.of(index, True).outputs
-        elif not _moments.batch_normalizations(call.operation) and probe.sees_others(call):
-            return True
+        kinds: list[Combine | None] = []
+        for training in (False, True):
+            normalizes = training and _moments.batch_normalizations(call.operation)
+            if probe.is_random(index, training):
+                if not normalizes and probe.sees_others(index, training):
+                    return True
+            elif not normalizes:
+                kinds += probe.of(index, training).outputs
     except Exception as error:
         Caught.theirs(error, f"{name} on random samples")
         warnings.warn(

@@ -199,6 +199,7 @@ class Program:
             RecordingScope(values, strict=True) as scope,
             _keras_parts.shaped(values),
             _keras.autocast_of(self.model),
+            _keras.telling(self.model, self.training),
             _moments.recorded(self.normalizations, found),
         ):
             for scope.call in self.ops:
