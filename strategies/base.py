@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfpar import _keras
+from tfpar import _keras_calls
 from tfpar._keras_run import Replicas, as_in_this_thread
 from tfpar._tf import (
     LogicalReplica,
@@ -20,7 +20,8 @@ from tfpar._tf import (
 )
 from tfpar.batch import Parts
 from tfpar.convert import convert
-from tfpar.errors import DeviceError, ModelError, ScheduleError, ScopeError, user_level
+from tfpar.devices import each_gpu_is_one_device
+from tfpar.errors import ModelError, ScheduleError, ScopeError, user_level
 from tfpar.feed import Feed, can_be_fed
 from tfpar.layout import WHOLE
 from tfpar.mesh import Mesh
@@ -248,8 +249,19 @@ class Strategy(MirroredStrategy):
 
     @contextlib.contextmanager
     def scope(self) -> Iterator["Strategy"]:
-        """Models and variables created inside belong to this strategy."""
-        with _keras.Adoption.in_scope(), super().scope():
+        """Models and variables created inside belong to this strategy.
+
+        Raises:
+            ScopeError: in the scope of another strategy.
+        """
+        around = tf.distribute.get_strategy()
+        if tf.distribute.has_strategy() and around.extended is not self.extended:
+            raise ScopeError(
+                f"this is the scope of a {type(around).__name__}, in which there can be no scope of a "
+                f"{type(self).__name__}: a model has one strategy. Leave the one before entering the other; to divide "
+                "batches, layers and weights at once use one MeshStrategy(Mesh(data=2, stage=2, tensor=2))"
+            )
+        with _keras_calls.Adoption.in_scope(), super().scope():
             yield self
 
     @contextlib.contextmanager
@@ -268,8 +280,8 @@ class Strategy(MirroredStrategy):
         if not self.extended.is_one and not self.extended.has_copies:
             raise ModelError(
                 "strategy.run needs a whole copy of each variable on each replica, and with ZeRO, offload, stages or "
-                "ranks there is none: train with fit, with a train_step of your own if need be, or use "
-                "DataParallelStrategy(zero=0)"
+                "ranks there is none: call the model in your loop without strategy.run (its calls are divided by "
+                "themselves), train with fit, or use DataParallelStrategy(zero=0)"
             )
         if isinstance(fn, tf.types.experimental.PolymorphicFunction) or self.extended.is_one:
             return super().run(fn, args, kwargs, options)
@@ -352,64 +364,3 @@ class ForKeras(Strategy):
         """The dataset as it is, or on its way to replicas on GPUs."""
         feeds = self.mesh.stage == 1 and self.mesh.on_gpus and can_be_fed(dataset)
         return Feed(dataset, self.extended.replicas) if feeds else dataset
-
-
-def each_gpu_is_one_device() -> bool:
-    """Whether no GPU that this process sees is split into several devices, as NCCL demands."""
-    return len(tf.config.get_visible_devices("GPU")) == len(tf.config.list_logical_devices("GPU"))
-
-
-Devices = Sequence[Any] | str | int | None
-
-
-def local_devices(devices: Devices, name: str) -> tuple[str, ...]:
-    """The devices asked for, or all GPUs, or else all logical CPUs; warns if that is one.
-
-    Args:
-        devices: names or `tf.config.LogicalDevice`s, one of these, or how many of the GPUs or CPUs.
-        name: of the strategy.
-
-    Raises:
-        DeviceError: what no device is; the message lists those there are.
-    """
-    known = [d.name.removeprefix("/device:") for d in tf.config.list_logical_devices()]
-    every = [d for d in known if d.startswith("GPU")] or [d for d in known if d.startswith("CPU")]
-    if devices is None and len(every) == 1:
-        warnings.warn(
-            f"{name} found one device, {every[0]}, so nothing is divided. To try it on a machine without GPUs, call "
-            "tfpar.testing.logical_cpus(4) before TensorFlow starts",
-            stacklevel=user_level(),
-        )
-    if devices is None:
-        return tuple(every)
-    if isinstance(devices, int) and not isinstance(devices, bool):
-        if not 1 <= devices <= len(every):
-            raise DeviceError(f"there are {len(every)} devices, {', '.join(every)}; {devices} were asked for")
-        return tuple(every[:devices])
-    single = isinstance(devices, str) or hasattr(devices, "name") or not isinstance(devices, Sequence)
-    asked = [devices] if single else devices
-    return tuple(local_device(device, known) for device in asked)
-
-
-def local_device(device: Any, known: Sequence[str]) -> str:
-    """The short name of a device.
-
-    Raises:
-        DeviceError: there is none such on this host.
-    """
-    name = getattr(device, "name", device)
-    if not isinstance(name, str):
-        raise DeviceError(
-            f"devices are names such as {known[0]!r}, tf.config.LogicalDevice objects, or how many there are to be; "
-            f"received {device!r}"
-        )
-    try:
-        spec = tf.DeviceSpec.from_string(name if "/" in name or ":" not in name else f"/device:{name}")
-    except ValueError:
-        spec = tf.DeviceSpec()
-    if spec.job not in (None, "localhost") or spec.task or spec.replica:
-        raise DeviceError(f"{name!r} is on another host; a strategy's devices are on this one: {', '.join(known)}")
-    short = f"{spec.device_type}:{spec.device_index or 0}"
-    if short not in known:
-        raise DeviceError(f"there is no device {name!r}; there are {', '.join(known)}")
-    return short

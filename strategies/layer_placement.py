@@ -1,7 +1,8 @@
 """Consecutive layers on consecutive devices."""
 
+from tfpar.devices import Devices, local_devices
 from tfpar.mesh import Mesh
-from tfpar.strategies.base import Devices, Placement, Strategy, local_devices
+from tfpar.strategies.base import Placement, Strategy
 
 
 class LayerPlacementStrategy(Strategy):

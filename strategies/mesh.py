@@ -5,10 +5,11 @@ from typing import Any
 
 import tensorflow as tf
 
+from tfpar.devices import local_devices
 from tfpar.errors import DeviceError
 from tfpar.mesh import Mesh
 from tfpar.schedule import Schedule
-from tfpar.strategies.base import Placement, Strategy, local_devices
+from tfpar.strategies.base import Placement, Strategy
 
 
 class MeshStrategy(Strategy):
@@ -47,7 +48,7 @@ class MeshStrategy(Strategy):
 
     def __init__(
         self,
-        mesh: Mesh,
+        mesh: Mesh = None,
         micro_batches: int = 1,
         schedule: str | Callable[[int, int], Schedule] = "1f1b",
         placement: Placement = "auto",
@@ -58,7 +59,14 @@ class MeshStrategy(Strategy):
         batch_norm: str = "global",
         buckets: int | None = None,
         cross_device_ops: tf.distribute.CrossDeviceOps | None = None,
+        **axes: int,
     ):
+        if not isinstance(mesh, Mesh):
+            sizes = ", ".join(f"{axis}={size}" for axis, size in axes.items()) or "data=2, tensor=2"
+            given = "" if mesh is None else f"; received {mesh!r}"
+            raise DeviceError(f"the sizes of the axes belong to a Mesh: MeshStrategy(Mesh({sizes})){given}")
+        if axes:
+            raise TypeError(f"MeshStrategy has no argument {', '.join(axes)}")
         names = local_devices(mesh.devices or (1 if mesh.size == 1 else None), type(self).__name__)
         if len(names) < mesh.size:
             raise DeviceError(f"{mesh} has {mesh.size} places; there are {len(names)} devices: {', '.join(names)}")

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 
+from tfpar.devices import Devices, local_devices
 from tfpar.mesh import Mesh
 from tfpar.schedule import Schedule
-from tfpar.strategies.base import Devices, Placement, Strategy, local_devices
+from tfpar.strategies.base import Placement, Strategy
 
 
 class PipelineStrategy(Strategy):

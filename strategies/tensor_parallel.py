@@ -4,8 +4,9 @@ from typing import Any
 
 import tensorflow as tf
 
+from tfpar.devices import Devices, local_devices
 from tfpar.mesh import Mesh
-from tfpar.strategies.base import Devices, Strategy, local_devices
+from tfpar.strategies.base import Strategy
 
 
 class TensorParallelStrategy(Strategy):

@@ -13,8 +13,9 @@ from training import STRATEGIES, WIDTH, build, check, compiled, data, history
 
 import tfpar
 from tfpar import BatchError, DeviceError, ModelError, PartitionError, ScheduleError, ScopeError
+from tfpar.devices import each_gpu_is_one_device
 from tfpar.schedule import forward_only
-from tfpar.strategies import base
+from tfpar.testing import logical_cpus
 
 X, Y = data()
 TWO = ["CPU:0", "CPU:1"]
@@ -81,9 +82,9 @@ def test_the_gpus_that_are_visible_count(monkeypatch):
     monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind=None: gpus[:2])
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind=None: gpus)
     monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind=None: gpus[:2])
-    assert base.each_gpu_is_one_device()
+    assert each_gpu_is_one_device()
     monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind=None: gpus[:1])
-    assert not base.each_gpu_is_one_device()
+    assert not each_gpu_is_one_device()
 
 
 @pytest.mark.parametrize("buckets", [0, -1, 2.5])
@@ -227,11 +228,58 @@ def test_a_second_strategy():
     fit(one), fit(other), fit(one)
     with (
         one.scope(),
-        pytest.raises(RuntimeError, match="Mixing different tf.distribute.Strategy objects"),
+        pytest.raises(ScopeError, match="scope of a LayerPlacementStrategy, .* no scope of a PipelineStrategy"),
         other.scope(),
     ):
         pass
+    with one.scope():
+        fit(one)
     fit(other)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_compiled_in_the_scope_of_no_model_of_its(strategy, optimizer):
+    """A model that was built outside, or elsewhere, would train on one device, or fail with TensorFlow's own words."""
+    plain, other = build(), compiled(tfpar.DataParallelStrategy(2))
+    message = "was constructed outside of this .*Strategy's scope, so it is of {}, and {} would not divide it"
+    with strategy.scope():
+        with pytest.raises(ScopeError, match=message.format("none", "compile")):
+            plain.compile(optimizer, "mse")
+        with pytest.raises(ScopeError, match=message.format("another strategy", "compile")):
+            other.compile(optimizer, "mse")
+        with pytest.raises(ScopeError, match=message.format("another strategy", "fit")):
+            other.fit(X, Y, verbose=0)
+    history(X, Y)(other)
+
+
+def test_weights_that_a_layer_gets_later():
+    strategy = tfpar.TensorParallelStrategy(2)
+    with strategy.scope():
+        model = build()
+    model.layers[1].enable_lora(2)
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    with pytest.raises(ScopeError, match="lora_kernel_a was created outside (?s:.*)enable_lora and the like"):
+        model.fit(X, Y, verbose=0)
+    with strategy.scope():
+        model = build()
+        model.layers[1].enable_lora(2)
+        model.compile("sgd", "sparse_categorical_crossentropy")
+    history(X, Y)(model)
+
+
+def test_a_mesh_strategy_without_a_mesh():
+    with pytest.raises(DeviceError, match=r"belong to a Mesh: MeshStrategy\(Mesh\(data=2\)\)"):
+        tfpar.MeshStrategy(data=2)
+    with pytest.raises(DeviceError, match=r"MeshStrategy\(Mesh\(data=2, tensor=2\)\); received 4"):
+        tfpar.MeshStrategy(4)
+    with pytest.raises(TypeError, match="has no argument stages"):
+        tfpar.MeshStrategy(tfpar.Mesh(), stages=2)
+
+
+def test_logical_cpus_come_first():
+    for options in ({}, {"threads": 2}):
+        with pytest.raises(DeviceError, match="TensorFlow has started, with 8 CPU devices: call logical_cpus"):
+            logical_cpus(4, **options)
 
 
 def test_compiled_outside(strategy):

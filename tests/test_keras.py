@@ -11,15 +11,16 @@ from keras import layers, ops
 from training import STRATEGIES, build, compiled, data
 
 import tfpar
-from tfpar import _keras, _keras_run, _moments
+from tfpar import _keras, _keras_calls, _keras_run, _moments
 from tfpar.state import RecordingScope
+from tfpar.step import steps_of
 
 X, Y = data(8)
 
 
 def test_every_name_is_tested():
     mine = pathlib.Path(__file__).read_text()
-    code = "".join(pathlib.Path(bridge.__file__).read_text() for bridge in (_keras, _keras_run, _moments))
+    code = "".join(pathlib.Path(bridge.__file__).read_text() for bridge in (_keras, _keras_calls, _keras_run, _moments))
     names = re.findall(r"^(?:def|class) (\w+)", code, re.MULTILINE)
     assert [n for n in [*names, *_keras.__all__] if n not in mine] == []
 
@@ -28,18 +29,21 @@ def test_every_name_is_tested():
 
 
 def test_adoption_touches_keras_only_inside_scopes():
-    original = _keras.Adoption.original
-    trainer = _keras.TensorFlowTrainer
-    assert trainer.__init__ is original
+    before = {(owner, name): vars(owner)[name] for owner, name in _keras_calls.Adoption.methods}
+
+    def is_touched():
+        same = {vars(owner)[name] is method for (owner, name), method in before.items()}
+        assert len(same) == 1
+        return not same.pop()
+
+    assert len(before) == 3 and not is_touched()
     one, other = (make() for make in STRATEGIES.values())
     with one.scope():
-        assert trainer.__init__ is not original
-        assert hasattr(build(), "_tfpar_steps")
-    assert trainer.__init__ is original
+        assert is_touched() and hasattr(build(), "_tfpar_steps")
+    assert not is_touched()
     with pytest.raises(KeyError), other.scope():
         raise KeyError
-    assert trainer.__init__ is original
-    assert not hasattr(build(), "_tfpar_steps")
+    assert not is_touched() and not hasattr(build(), "_tfpar_steps")
 
 
 def test_overrides():
@@ -99,8 +103,8 @@ def test_training_argument_and_call_operation():
             return x + float(bool(training))
 
     x = tf.zeros((1,))
-    assert _keras.training_argument(Called(), True) == {"training": True}
-    assert _keras.training_argument(Silent(), True) == {}
+    assert _keras_calls.training_argument(Called(), True) == {"training": True}
+    assert _keras_calls.training_argument(Silent(), True) == {}
     told = Told()
     assert float(_keras.call_operation(told, (x,), {}, True, False)[0]) == 1.0
     assert float(_keras.call_operation(told, (x,), {"training": False}, True, True)[0]) == 0.0
@@ -264,7 +268,8 @@ def test_replicas_touch_keras_only_while_they_run():
     strategy.run(inside)  # `as_in_this_thread`: threads of replicas see this thread's policy
     assert [vars(owner)[name] for owner, name in names] == before
     assert _keras_run.one_of_several() is None and _keras_run.Replicas.running == 0
-    assert _keras_run.replaced(layers.Dense, "call", None)[0] is layers.Dense.call
+    assert _keras_calls.replaced(layers.Dense, "call", None)[0] is layers.Dense.call
+    assert not _keras_run.is_one_of_several()
 
 
 def test_methods_in_replicas():
@@ -391,11 +396,47 @@ def test_auto_jit():
 def test_running():
     model = build()
     model.compile("sgd", "sparse_categorical_crossentropy")
-    with _keras.running(model, lambda x, training=None: x * 2.0, [tf.constant(7.0)]):
+    with _keras_calls.running(model, lambda x, training=None: x * 2.0, [tf.constant(7.0)]):
         assert np.array_equal(model(X, training=True), X * 2.0)
         assert [float(v) for v in model.losses] == [7.0]
-        assert _keras.own_call(model, X, True).shape == (8, 3)
+        assert _keras_calls.own_call(model, X, True).shape == (8, 3)
     assert model(X).shape == (8, 3) and model.losses == []
+
+
+class Told(layers.Layer):
+    """Makes what it is told of training."""
+
+    def call(self, x, training=None):
+        return x * (0.0 if training is None else 2.0 if training else 1.0)
+
+
+def test_telling():
+    layer, x = Told(), np.ones(2, "float32")
+    assert _keras_calls.told() is None and float(layer(x)[0]) == 0.0
+    for training, made in ((True, 2.0), (False, 1.0), (None, 0.0)):
+        with _keras_calls.telling(layer, training):
+            assert _keras_calls.told() is training and float(layer(x)[0]) == made
+            with _keras_calls.telling(layer, None):
+                assert float(layer(x)[0]) == 0.0
+    assert _keras_calls.told() is None
+
+
+def test_own_calls():
+    with tfpar.DataParallelStrategy(2).scope():
+        model = build()
+    called = steps_of(model).divides_calls
+    assert called(tf.constant(X)) and not called(keras.KerasTensor((None, 6)))
+    with _keras_calls.own_calls():
+        assert not called(tf.constant(X))
+    assert called(tf.constant(X))
+
+
+def test_override_losses():
+    model = build()
+    _keras_calls.override_losses(model, [3.0])
+    assert model.losses == [3.0]
+    _keras_calls.override_losses(model, [])
+    assert model.losses == []
 
 
 def test_unpack_x_y_sample_weight():

@@ -213,6 +213,24 @@ def test_awaited():
     assert _tf.awaited(x) is x
 
 
+def test_in_xla():
+    seen = []
+    for jit in (False, True):
+        tf.function(lambda x: seen.append(_tf.in_xla()) or x, jit_compile=jit)(tf.constant(1.0))
+    assert seen == [False, True] and not _tf.in_xla()
+
+
+def test_recorded():
+    x = tf.constant(2.0)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        with tape.stop_recording():
+            values = [tf.identity(x), tf.identity(x)]
+        first, _ = _tf.recorded(values, [x], lambda *found: [sum((n + 1.0) * g for n, g in enumerate(found))])
+        y = first * 5.0
+    assert float(tape.gradient(y, x)) == 5.0  # of the other, which is not used, it is given zero
+
+
 def test_without_device():
     @tf.function
     def function(x):

@@ -3,19 +3,16 @@
 import contextlib
 import functools
 import operator
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 from keras import tree
-from keras.src.backend.common.global_state import get_global_attribute, set_global_attribute
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
 from keras.src.backend.common.variables import AutocastScope
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
-from keras.src.layers.layer import CallContext
 from keras.src.losses.loss import Loss, apply_mask
 from keras.src.models.functional import Functional, operation_fn
 from keras.src.models.sequential import Sequential
@@ -25,38 +22,6 @@ from keras.src.trainers.trainer import Trainer, model_supports_jit
 __all__ = ["get_keras_mask", "set_keras_mask", "unpack_x_y_sample_weight"]
 
 # ---- models: construction, what of Keras they override, what Keras does before it calls them
-
-
-class Adoption:
-    """While any strategy's scope is open, `TensorFlowTrainer.__init__` hands each new model to its strategy.
-
-    Keras reads the strategy there, and nowhere tells it of the model. Outside of scopes nothing is replaced.
-    """
-
-    open_scopes = 0
-    lock = threading.Lock()
-    original = TensorFlowTrainer.__init__
-
-    @staticmethod
-    def init(model):
-        Adoption.original(model)
-        adopt = getattr(model._distribute_strategy, "_adopt", None)
-        if adopt is not None:
-            adopt(model)
-
-    @classmethod
-    @contextlib.contextmanager
-    def in_scope(cls) -> Iterator[None]:
-        with cls.lock:
-            cls.open_scopes += 1
-            TensorFlowTrainer.__init__ = cls.init
-        try:
-            yield
-        finally:
-            with cls.lock:
-                cls.open_scopes -= 1
-                if not cls.open_scopes:
-                    TensorFlowTrainer.__init__ = cls.original
 
 
 def set_strategy(model: keras.Model, strategy: Any):
@@ -127,35 +92,6 @@ def call_operation(operation: Callable, args: Any, kwargs: Any, training: bool |
     if explicit and kwargs.get("training") is not None:
         return operation(*args, **kwargs)
     return operation_fn(operation, training=training)(*args, **kwargs)
-
-
-def training_argument(model: keras.Model, training: bool | None) -> dict[str, Any]:
-    """What Keras passes on of `training` when a step calls the model."""
-    return {"training": training} if model._call_has_training_arg else {}
-
-
-def own_call(model: keras.Model, inputs: Any, training: bool | None) -> Any:
-    """What the model's class computes, whatever `running` has put in its place."""
-    with telling(model, training):
-        return type(model).call(model, inputs, **training_argument(model, training))
-
-
-@contextlib.contextmanager
-def telling(layer: keras.layers.Layer, training: bool | None) -> Iterator[None]:
-    """Inside, layers that are called without a `training` argument take this one, as they do in a call of `layer`."""
-    before, context = get_global_attribute("current_call_ctx"), CallContext(layer)
-    context.set_value("training", training)
-    set_global_attribute("current_call_ctx", context)
-    try:
-        yield
-    finally:
-        set_global_attribute("current_call_ctx", before)
-
-
-def told() -> bool | None:
-    """The `training` that the call of a layer around here was given."""
-    context = get_global_attribute("current_call_ctx")
-    return None if context is None else context.get_value("training")
 
 
 @contextlib.contextmanager
@@ -408,14 +344,3 @@ def give_strategy(optimizer: Any, strategy: tf.distribute.Strategy):
 def auto_jit(model: keras.Model) -> bool:
     """Whether XLA can compile the model's layers."""
     return model_supports_jit(model)
-
-
-@contextlib.contextmanager
-def running(model: keras.Model, call: Callable, losses: list[tf.Tensor]) -> Iterator[None]:
-    """Inside, `model(x)` runs `call` in place of the model's own, and `model.losses` are what `losses` holds."""
-    vars(model).update(call=call, _losses_override=losses)
-    try:
-        yield
-    finally:
-        del vars(model)["call"]
-        vars(model)["_losses_override"] = []

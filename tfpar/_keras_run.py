@@ -19,7 +19,7 @@ from keras.src.optimizers.loss_scale_optimizer import LossScaleOptimizer
 from keras.src.optimizers.multi_optimizer import MultiOptimizer
 from keras.src.random.seed_generator import SeedGenerator, global_seed_generator
 
-from tfpar import _keras, _moments
+from tfpar import _keras, _keras_calls, _moments
 from tfpar._tf import LogicalReplica
 from tfpar.state import whole_moments
 
@@ -47,6 +47,11 @@ class Replicas:
                 if not cls.running:
                     for (owner, name), (original, _) in METHODS.items():
                         setattr(owner, name, original)
+
+
+def is_one_of_several() -> bool:
+    """Whether `strategy.run` of a strategy of ours is running one of several replicas here."""
+    return one_of_several() is not None
 
 
 def one_of_several() -> tf.distribute.ReplicaContext | None:
@@ -87,19 +92,8 @@ def next_seed(original: Callable, self: SeedGenerator, ordered: bool = True) -> 
     return seed if replica is None else _keras.nth_seed(seed, replica._replica_id)
 
 
-def replaced(owner: type, name: str, by: Callable) -> tuple[Callable, Callable]:
-    """A method, and what takes its place."""
-    original = vars(owner)[name]
-
-    @functools.wraps(original)
-    def method(self, *args, **kwargs):
-        return by(original, self, *args, **kwargs)
-
-    return original, method
-
-
 METHODS = {
-    (owner, name): replaced(owner, name, by)
+    (owner, name): _keras_calls.replaced(owner, name, by)
     for owner, name, by in (
         (BaseOptimizer, "apply", apply),
         (LossScaleOptimizer, "apply", apply),

@@ -14,6 +14,7 @@ from tensorflow.python.distribute.mirrored_strategy import MirroredExtended
 from tensorflow.python.distribute.values import MirroredVariable, PerReplica
 from tensorflow.python.eager import record
 from tensorflow.python.framework import ops
+from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 from tensorflow.python.trackable.base import VARIABLE_VALUE_KEY
 from tensorflow.python.training.saving.saveable_object import SaveableObject, SaveSpec
@@ -21,7 +22,7 @@ from tensorflow.python.training.saving.saveable_object import SaveableObject, Sa
 __all__ = [
     "LogicalReplica", "MirroredExtended", "MirroredVariable", "OwnedMultiDeviceIterator", "PerReplica",
     "ResourceVariable", "awaited", "batch_reduce", "call_flat", "copied", "fingerprint", "following_inputs",
-    "independent", "made_again", "outside_replica", "record_gradient", "recorded", "replica_of", "saveable",
+    "in_xla", "independent", "made_again", "outside_replica", "record_gradient", "recorded", "replica_of", "saveable",
     "select_replica", "tape_watches", "unrecorded", "update_regroup", "without_device",
 ]  # fmt: skip
 
@@ -148,6 +149,11 @@ def batch_reduce(ops: tf.distribute.CrossDeviceOps, values: Sequence[Sequence[An
     """The sums over replicas of several values, each on the devices of its parts, by `tf.distribute`'s own means."""
     pairs = [(per_replica, per_replica) for per_replica in map(PerReplica, map(tuple, values))]
     return [list(total.values) for total in ops.batch_reduce(tf.distribute.ReduceOp.SUM, pairs)]
+
+
+def in_xla() -> bool:
+    """Whether a function that is to be compiled is being traced: there are no other devices in it."""
+    return not tf.executing_eagerly() and bool(GraphOrParentsInXlaContext(ops.get_default_graph()))
 
 
 def without_device() -> contextlib.AbstractContextManager:

@@ -7,7 +7,7 @@ from typing import Any
 import tensorflow as tf
 from keras import tree
 
-from tfpar import _keras, batch, outcome
+from tfpar import _keras, _keras_calls, batch, outcome
 from tfpar._tf import record_gradient, recorded, tape_watches, unrecorded
 from tfpar.collectives import on_each
 from tfpar.engine import copy_of, device_of, read
@@ -37,9 +37,9 @@ def call(
         likely: samples that the model is planned for, where it gets an unknown number of them.
         losses: is set to what the step reads as `model.losses`.
     """
-    model, training = steps.model, _keras.told() if training is None else training
+    model, training = steps.model, _keras_calls.told() if training is None else training
     if _keras.in_program():
-        return _keras.own_call(model, inputs, training)
+        return _keras_calls.own_call(model, inputs, training)
     rows = batch.count(inputs)
     engine = steps.prepared((inputs,), rows if isinstance(rows, int) else likely)
     flat = _keras.graph_inputs(model, inputs)

@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 
 from tfpar import _keras, batch
+from tfpar._tf import independent
 from tfpar.collectives import Collective, reduce_scatter
 from tfpar.crossentropy import CrossEntropy
 from tfpar.layout import REPLICATED, Layout
@@ -238,3 +239,11 @@ def each(function: Callable, values: Any) -> Any:
 def tensors_of(values: Any) -> list[tf.Tensor]:
     """All tensors in a structure, those of sparse gradients too."""
     return [x for x in tf.nest.flatten(values, expand_composites=True) if x is not None]
+
+
+def now(after: list[tf.Tensor]) -> tf.Tensor:
+    """The host's time, in seconds, once these are there."""
+    with tf.device(HOST), tf.control_dependencies(after):
+        time = tf.timestamp()
+    independent([time])
+    return time

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 from keras import tree
 
-from tfpar import _keras
+from tfpar import _keras, _keras_calls
 from tfpar.flops import flops
 from tfpar.graph import Op, OpGraph, Tensor, Variable
 from tfpar.state import UnknownVariables
@@ -300,7 +300,7 @@ def one_call(model: keras.Model, x: Any) -> KerasGraph:
     refs = tree.pack_sequence_as(x, [Ref(t) for t in inputs])
 
     def call(inputs, training=None):
-        return _keras.own_call(model, inputs, training)
+        return _keras_calls.own_call(model, inputs, training)
 
     call.variables, call._call_context_args = model.variables, ("training",)
     outputs = builder.add(model.name, call, (refs,), {}, tree.flatten(spec), False)

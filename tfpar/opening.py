@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 from keras import tree
 
-from tfpar import _keras, _keras_parts, rules
+from tfpar import _keras, _keras_calls, _keras_parts, rules
 from tfpar.errors import Caught, ModelError, brief
 from tfpar.graph import OpGraph
 from tfpar.model import Call, KerasGraph, Ref, graph_from
@@ -33,7 +33,7 @@ def opened(model: keras.Model, x: Any, training: bool) -> KerasGraph:
     flat = tree.flatten(x)
 
     def call(*values):
-        return _keras.own_call(model, tree.pack_sequence_as(x, values), training)
+        return _keras_calls.own_call(model, tree.pack_sequence_as(x, values), training)
 
     return followed(model, call, [_keras.symbolic(a) for a in flat], flat, training)
 
@@ -171,14 +171,14 @@ def inside(graph: KerasGraph, i: int, training: bool, checked: set[str]) -> Kera
     if not is_composite(layer) or any(_keras.get_keras_mask(graph.symbols[t]) is not None for t in op.inputs):
         return None
     told = call.kwargs.get("training", training) if call.explicit else training
-    given = _keras.training_argument(layer, told)
+    given = _keras_calls.training_argument(layer, told)
 
     def run(*values, function=None):
         left = iter(values)
         args, kwargs = call.arguments(lambda _: next(left))
         if function is None:
             args, kwargs = _keras_parts.converted_arguments(layer, (args, kwargs))
-        with _keras.autocast_of(layer), _keras.telling(layer, told):
+        with _keras.autocast_of(layer), _keras_calls.telling(layer, told):
             return (function or layer.call)(*args, **{**kwargs, **given})
 
     if {inner.compute_dtype for inner in _keras.layers_in(layer)} != {layer.compute_dtype}:

@@ -14,14 +14,13 @@ import tensorflow as tf
 from tfpar import _keras, batch
 from tfpar._tf import awaited, independent
 from tfpar.backward import again_of, keep, vjp
-from tfpar.engine import Engine, Route, each, read, tensors_of
+from tfpar.engine import Engine, Route, each, now, read, tensors_of
 from tfpar.errors import Caught, ModelError
 from tfpar.probe import Combine, Findings
 from tfpar.program import Edge, Program, Result, tensor_of, with_logits
 from tfpar.schedule import Action, Kind, Schedule
 from tfpar.state import NeedsWholeBatch
 from tfpar.together import COLLECTIVE, WHOLE
-from tfpar.variables import HOST
 
 
 @dataclass
@@ -391,11 +390,3 @@ class Pass:
 
 
 RUN: dict[Kind, Callable[[Pass, Action], None]] = {Kind.FORWARD: Pass.forward, Kind.BACKWARD: Pass.backward}
-
-
-def now(after: list[tf.Tensor]) -> tf.Tensor:
-    """The host's time, in seconds, once these are there."""
-    with tf.device(HOST), tf.control_dependencies(after):
-        time = tf.timestamp()
-    independent([time])
-    return time

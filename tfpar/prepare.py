@@ -1,7 +1,9 @@
 """From a model and a first batch to an engine, with every variable on its device."""
 
 import contextlib
-from collections.abc import Set
+import signal
+import threading
+from collections.abc import Iterator, Set
 from typing import Any
 
 import keras
@@ -30,6 +32,23 @@ def prepared(strategy: Any, model: keras.Model, data: Any, rows: int, before: Pl
     return engine
 
 
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Inside, Ctrl-C waits: a model of which some variables have moved could not be used again."""
+    before, caught = signal.getsignal(signal.SIGINT), []
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *signal: caught.append(signal))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if caught:
+            before(*caught[0])
+
+
+@uninterrupted()
 def place(strategy: Any, engine: Engine):
     """Move the model's variables, its metrics' and its optimizer's, creating the latter where they belong."""
     model, plan = engine.model, engine.plan
@@ -105,5 +124,6 @@ def check_scope(strategy: Any, variable: keras.Variable):
     if not ours and not _keras.is_seed(variable):
         raise ScopeError(
             f"{variable.path} was created outside of this strategy's scope. Create the layers inside:\n"
-            "    with strategy.scope():\n        model = ..."
+            "    with strategy.scope():\n        model = ...\n"
+            "and call enable_lora and the like, which create weights, in the scope too"
         )

@@ -105,6 +105,7 @@ class Probe:
     known: dict[Any, Findings] = field(default_factory=dict)
     counts: dict[int, list[dict[int, int | None]]] = field(default_factory=dict)  # of rows, by call
     written: dict[Any, list[keras.Variable]] = field(default_factory=dict)  # what a call changed, as `known`
+    random: dict[Any, bool] = field(default_factory=dict)  # whether a call is, as `known`
 
     def of(self, index: int, training: bool) -> Findings:
         """What is known of a call.
@@ -191,31 +192,37 @@ class Probe:
         return found
 
     def is_random(self, index: int, training: bool) -> bool:
-        """Whether a call draws random numbers, from a seed of its own or from Keras' global one."""
-        self.of(index, training)
-        return any(map(_keras.is_seed, self.written[index, training]))
+        """Whether a call draws random numbers: from a seed of Keras', or others each time."""
+        if (index, training) not in self.random:
+            outputs = self.of(index, training).outputs
+            seeds = any(map(_keras.is_seed, self.written[index, training]))
+            plain = all(kind in (Combine.ROWS, Combine.SAME) for kind in outputs)
+            self.random[index, training] = seeds or (not plain and not self.repeats(index, training))
+        return self.random[index, training]
+
+    def repeats(self, index: int, training: bool) -> bool:
+        """Whether a call makes the same of the same samples, with the same random numbers."""
+        return are_close(*(self.with_others(index, training, 0) for _ in range(2)))
 
     def sees_others(self, index: int, training: bool) -> bool:
-        """Whether the first samples' results depend on the others, with the same random numbers.
+        """Whether the first samples' results depend on the others, with the same random numbers; if that is known."""
+        some, others = (self.with_others(index, training, n) for n in (0, 1))
+        return self.repeats(index, training) and not are_close(some, others)
 
-        Of a call that draws others each time it is not known; it is taken for one that does not mix.
-        """
+    def with_others(self, index: int, training: bool, others: int) -> list[tf.Tensor]:
+        """The first samples' results in a batch with such others."""
         call, op = self.graph.calls[index], self.graph.graph.ops[index]
-        symbols = {t: self.graph.symbols[t] for t in op.inputs}
-        first = PARTS[0]
-        results = []
-        for others in (0, 1, 0):
-            tensors = {}
-            for t, s in symbols.items():
-                batched = self.graph.is_batched(t)
-                one, other = (sample(s.shape, s.dtype, np.random.default_rng(n), batched) for n in (0, others))
-                tensors[t] = tf.concat([one[first], other[PARTS[1]]], 0) if batched else one
-            with tf.init_scope(), RecordingScope([]):
-                call(tensors, training)
-            _keras.clear_losses(call.operation)
-            results.append([tensors[t][first] for t in call.outputs if self.graph.is_batched(t)])
-        once, others, again = results
-        return are_close(once, again) and not are_close(once, others)
+        first, tensors = PARTS[0], {}
+        for t in op.inputs:
+            symbol, batched = self.graph.symbols[t], self.graph.is_batched(t)
+            one, other = (
+                sample(symbol.shape, symbol.dtype, np.random.default_rng(n), batched) for n in (0, others)
+            )  # fmt: skip
+            tensors[t] = tf.concat([one[first], other[PARTS[1]]], 0) if batched else one
+        with tf.init_scope(), RecordingScope([]):
+            call(tensors, training)
+        _keras.clear_losses(call.operation)
+        return [tensors[t][first] for t in call.outputs if self.graph.is_batched(t)]
 
     def run_once(self, call: Call, training: bool, draw: Callable, changed: dict[int, keras.Variable]) -> list[Any]:
         """The state before, then outputs, losses and written state of all samples and of each part.

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from tfpar import _keras, _keras_parts, _moments
+from tfpar import _keras, _keras_calls, _keras_parts, _moments
 from tfpar._tf import call_flat, fingerprint, without_device
 from tfpar.graph import OpGraph
 from tfpar.model import KerasGraph
@@ -199,7 +199,7 @@ class Program:
             RecordingScope(values, strict=True) as scope,
             _keras_parts.shaped(values),
             _keras.autocast_of(self.model),
-            _keras.telling(self.model, self.training),
+            _keras_calls.telling(self.model, self.training),
             _moments.recorded(self.normalizations, found),
         ):
             for scope.call in self.ops:

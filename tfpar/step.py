@@ -5,15 +5,16 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import keras
 import tensorflow as tf
 from keras import tree
 
-from tfpar import _keras, _keras_parts, batch, outcome, saving
-from tfpar._tf import following_inputs
+from tfpar import _keras, _keras_calls, _keras_parts, batch, outcome, saving
+from tfpar._keras_run import is_one_of_several
+from tfpar._tf import following_inputs, in_xla
 from tfpar.call import call
 from tfpar.engine import Engine
 from tfpar.errors import ModelError, user_level
@@ -53,7 +54,7 @@ class Steps:
         self.has_targets = False
         self.checks = False  # whether a loss that is not finite is an error
         self.whole: set[str] = set()  # operations that were found to need the whole batch
-        self.seen = 1  # samples of the batch for which a step was traced last
+        self.seen = 32  # samples of the batch for which a step was traced last
 
     def adopt(self, strategy_for_keras: Any):
         """Make Keras call these functions, through the hooks that it offers, on this one model."""
@@ -63,6 +64,8 @@ class Steps:
         vars(self.model).update({h: getattr(self, h) for h in hooks if not _keras.overrides(self.model, h)})
         vars(self.model).update(_resolve_auto_jit_compile=self.auto_jit, _maybe_symbolic_build=self.build_later)
         vars(self.model).update({file.__name__: partial(file, self.model) for file in FILES}, fit=self.fit)
+        own = type(self.model).call.__get__(self.model)
+        vars(self.model)["call"] = wraps(own)(partial(self.called))  # Keras looks at its signature
 
     def auto_jit(self) -> bool:
         """What `jit_compile="auto"` means: programs are compiled on GPUs."""
@@ -70,6 +73,39 @@ class Steps:
 
     def build_later(self, iterator: Any = None, data_batch: Any = None):
         """In place of Keras' build, which would take its first batch away from a generator."""
+
+    def called(self, *args: Any, **options: Any) -> Any:
+        """The model's `call` in a loop of the user's own, run by the engine."""
+        model = self.model
+        simple = len(args) == 1 and options.keys() <= {"training", "mask"}
+        if not simple or self.strategy.mesh.size == 1 or not self.divides_calls(args[0]):
+            return type(model).call(model, *args, **options)
+        if in_xla():
+            if self.strategy.extended.has_copies:
+                return type(model).call(model, *args, **options)
+            raise ModelError(
+                f"{model.name} is on several devices, and a tf.function(jit_compile=True) is a program of one: leave "
+                "jit_compile out there; model.compile(jit_compile=True) compiles what each device does"
+            )
+        rows, losses = batch.count(args[0]), []
+        parts = self.strategy.parts.fit(rows) if isinstance(rows, int) else self.strategy.parts
+        while True:
+            try:
+                with following_inputs():
+                    results = call(self, parts, self.seen, losses, *args, **options)
+                _keras_calls.override_losses(model, losses)
+                return results
+            except Discovered as discovered:
+                self.learn(discovered)
+
+    def divides_calls(self, inputs: Any) -> bool:
+        """Whether the engine runs a call: not one on symbols, in a program, or in one replica."""
+        return not (
+            _keras.in_program()
+            or _keras_calls.OWN.get()
+            or is_one_of_several()
+            or any(isinstance(x, keras.KerasTensor) or not hasattr(x, "shape") for x in tree.flatten(inputs))
+        )
 
     def fit(self, *args: Any, **options: Any) -> Any:
         """`keras.Model.fit`; what a callback asked of its steps ends with it, also if it fails."""
@@ -184,6 +220,12 @@ class Steps:
         rows = batch_size or (self.engine.plan.rows if self.engine else 32)
         engine = self.engine
         if engine is None:
+            parts = [steps.model for steps in family(self.model) if steps.engine]
+            if parts:
+                raise ModelError(
+                    f"{self.model.name} is not called itself; explain the models in it: "
+                    f"{', '.join(model.name for model in parts)}"
+                )
             if not _keras.is_graph(self.model):
                 raise ModelError(
                     f"the layers of {self.model.name} are known when it has seen data: call fit, evaluate or predict"
@@ -263,7 +305,7 @@ class Steps:
             for part, targets, _ in pieces
         ]
         shares = batch.shares([batch.count(part) for part, *_ in pieces])
-        told = _keras.training_argument(model, training).get("training")
+        told = _keras_calls.training_argument(model, training).get("training")
         return Pass(engine, parts, inputs, shares, told, route=engine.route(training))
 
     @contextlib.contextmanager
@@ -273,7 +315,7 @@ class Steps:
             for steps in family(self.model):
                 losses: list[tf.Tensor] = []
                 run = partial(call, steps, parts, self.seen, losses)
-                stack.enter_context(_keras.running(steps.model, run, losses))
+                stack.enter_context(_keras_calls.running(steps.model, run, losses))
             yield
 
 

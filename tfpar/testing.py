@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfpar.collectives import EXCHANGES, LOCAL
+from tfpar.errors import DeviceError
 from tfpar.step import steps_of
 from tfpar.traced import Traced
 
@@ -19,16 +20,23 @@ def logical_cpus(count: int, threads: int | None = None):
         threads: how many operations run at once, each on one core; TensorFlow's choice if not given.
 
     Raises:
-        RuntimeError: TensorFlow has started already; call this first in the process.
+        DeviceError: TensorFlow has started already; call this first in the process.
 
     Example:
         >>> logical_cpus(4)  # doctest: +SKIP
     """
-    if threads:
-        tf.config.threading.set_intra_op_parallelism_threads(1)
-        tf.config.threading.set_inter_op_parallelism_threads(threads)
     cpu = tf.config.list_physical_devices("CPU")[0]
-    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * count)
+    try:
+        if threads:
+            tf.config.threading.set_intra_op_parallelism_threads(1)
+            tf.config.threading.set_inter_op_parallelism_threads(threads)
+        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * count)
+    except RuntimeError as error:
+        found = len(tf.config.list_logical_devices("CPU"))
+        raise DeviceError(
+            f"TensorFlow has started, with {found} CPU devices: call logical_cpus({count}) before anything is computed "
+            "or any model or strategy is made, best right after the imports; in a notebook, restart the kernel first"
+        ) from error
 
 
 def difference(one: Any, other: Any) -> float:
