@@ -26,9 +26,9 @@ PLANNING = [
 RUNNING = [
     "_tf", "gradients", "_keras", "_keras_parts", "_moments", "variables", "detached", "batch", "devices", "feed",
     "flops", "state", "_keras_calls", "_keras_run", "_keras_backup", "model", "collectives", "local", "crossentropy",
-    "rules", "divide", "probe", "opening", "program", "whole", "engine", "halves", "backward", "together", "passes",
-    "outcome", "update", "loss", "call", "routes", "prepare", "faults", "traced", "saving", "step", "callbacks",
-    "convert", "measure", "testing",
+    "rules", "divide", "rowwise", "samples", "probe", "mixing", "opening", "program", "whole", "engine", "halves",
+    "backward", "together", "passes", "outcome", "update", "loss", "call", "routes", "prepare", "faults", "traced",
+    "saving", "step", "callbacks", "convert", "measure", "testing",
 ]  # fmt: skip
 ORDER = [*PLANNING, *RUNNING, "strategies"]
 FILES = sorted(f for d in ("tfpar", "strategies") for f in (ROOT / d).rglob("*.py"))

@@ -6,8 +6,9 @@ import pytest
 from keras import layers, ops
 
 from tfpar.errors import ModelError
+from tfpar.mixing import check_independence
 from tfpar.model import graph_from
-from tfpar.probe import Combine, Probe, check_independence, combination
+from tfpar.probe import Combine, Probe, combination
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(8, 3))

@@ -12,6 +12,7 @@ import tensorflow as tf
 from keras import tree
 
 from tfpar import _keras, _keras_calls
+from tfpar.errors import Caught
 from tfpar.flops import flops
 from tfpar.graph import Op, OpGraph, Tensor, Variable
 from tfpar.state import UnknownVariables
@@ -305,3 +306,19 @@ def one_call(model: keras.Model, x: Any) -> KerasGraph:
     call.variables, call._call_context_args = model.variables, ("training",)
     outputs = builder.add(model.name, call, (refs,), {}, tree.flatten(spec), False)
     return builder.finish(inputs, tree.pack_sequence_as(spec, outputs))
+
+
+def config_of(layer: keras.layers.Layer) -> Any:
+    """The configuration of a layer without names; something that no other layer has, if it has none."""
+    try:
+        return without_names(layer.get_config())
+    except Exception as error:
+        Caught.theirs(error, f"{layer.name}.get_config")
+        return id(layer)
+
+
+def without_names(config: Any) -> Any:
+    """A configuration without the names of layers."""
+    if isinstance(config, dict):
+        return {k: without_names(v) for k, v in config.items() if k not in ("name", "shared_object_id")}
+    return [without_names(v) for v in config] if isinstance(config, list | tuple) else config

@@ -15,8 +15,8 @@ from keras import tree
 from tfpar import _keras, _keras_calls, _keras_parts, rules
 from tfpar.errors import Caught, ModelError, brief
 from tfpar.graph import OpGraph
-from tfpar.model import Call, KerasGraph, Ref, graph_from
-from tfpar.probe import sample
+from tfpar.model import Call, KerasGraph, Ref, config_of, graph_from
+from tfpar.samples import first_that_works, small_samples
 from tfpar.state import RecordingScope
 from tfpar.variables import HOST
 
@@ -35,7 +35,13 @@ def opened(model: keras.Model, x: Any, training: bool) -> KerasGraph:
     def call(*values):
         return _keras_calls.own_call(model, tree.pack_sequence_as(x, values), training)
 
-    return followed(model, call, [_keras.symbolic(a) for a in flat], flat, training)
+    symbols = [_keras.symbolic(a) for a in flat]
+    small = small_samples(symbols, [True] * len(flat), len(flat[0]), own=False)
+    try:
+        first_that_works(small, lambda pair: followed(model, call, *pair, training))
+    except Exception:  # it takes only samples of its own size
+        return followed(model, call, symbols, flat, training)
+    return followed(model, call, symbols, None, training)
 
 
 def followed(
@@ -186,15 +192,18 @@ def inside(graph: KerasGraph, i: int, training: bool, checked: set[str]) -> Kera
 
     symbols = [keras.KerasTensor(graph.symbols[t].shape, graph.symbols[t].dtype) for t in op.inputs]
     kind = f"{type(layer)} {config_of(layer)} {[(s.shape, s.dtype) for s in symbols]} {told}"
-    rng = np.random.default_rng(0)
-    samples = None
-    if kind not in checked:
-        samples = [sample(s.shape, s.dtype, rng, graph.is_batched(t)) for s, t in zip(symbols, op.inputs, strict=True)]
-        samples = [x[:2] if graph.is_batched(t) else x for x, t in zip(samples, op.inputs, strict=True)]
-    original = partial(run, function=layer)
+    original, losses = partial(run, function=layer), []
 
     def follow(batch: int | None) -> KerasGraph:
-        return followed(layer, run, [of_batch(s, batch) for s in symbols], samples, told, original)
+        def check(pair: tuple[list, list]):
+            like, samples = pair
+            followed(layer, run, [of_batch(s, batch) for s in like], samples, told, original)
+            losses.append(perturbed(lambda: original(*samples))[2])
+
+        if kind not in checked:
+            batched = [graph.is_batched(t) for t in op.inputs]
+            first_that_works(small_samples(symbols, batched, 2), check)
+        return followed(layer, run, [of_batch(s, batch) for s in symbols], None, told)
 
     try:
         with tf.device(HOST):
@@ -202,13 +211,12 @@ def inside(graph: KerasGraph, i: int, training: bool, checked: set[str]) -> Kera
                 inner = follow(None)
             except ModelError:  # perhaps it asks for the size: a mask that it makes for one sample fits all
                 inner = follow(1)
-            adds_losses = samples is not None and perturbed(lambda: original(*samples))[2]
     except Exception as error:  # it stays one operation, on every rank
         Caught.theirs(error, f"opening {op.name}")
         return None
     inner = replace(inner, symbols=tuple(of_batch(s, graph.symbols[op.inputs[0]].shape[0], 1) for s in inner.symbols))
     known = {id(v) for v in layer.variables}
-    if adds_losses or {id(v) for v in inner.variables} - known or len(inner.graph.outputs) != len(op.outputs):
+    if any(losses) or {id(v) for v in inner.variables} - known or len(inner.graph.outputs) != len(op.outputs):
         return None
     checked.add(kind)
     return with_opened_layers(inner, training, checked)
@@ -230,19 +238,3 @@ def is_composite(layer: Any) -> bool:
         and rules.rule_of(layer) is None
         and _keras_parts.is_plain_layer(layer)
     )
-
-
-def config_of(layer: keras.layers.Layer) -> Any:
-    """The configuration of a layer without names; something that no other layer has, if it has none."""
-    try:
-        return without_names(layer.get_config())
-    except Exception as error:
-        Caught.theirs(error, f"{layer.name}.get_config")
-        return id(layer)
-
-
-def without_names(config: Any) -> Any:
-    """A configuration without the names of layers."""
-    if isinstance(config, dict):
-        return {k: without_names(v) for k, v in config.items() if k not in ("name", "shared_object_id")}
-    return [without_names(v) for v in config] if isinstance(config, list | tuple) else config

@@ -4,9 +4,9 @@ Asked of numbers, not of code: the function is run on some random samples, and o
 """
 
 import enum
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import keras
@@ -14,19 +14,11 @@ import numpy as np
 import tensorflow as tf
 from keras import tree
 
-from tfpar import _keras, _moments
-from tfpar.errors import Caught, ModelError, brief, user_level
-from tfpar.model import Call, KerasGraph
+from tfpar import _keras
+from tfpar.errors import Caught
+from tfpar.model import KerasGraph
+from tfpar.samples import DRAWS, PARTS, SIZES, candidates, first_that_works, sample, sized
 from tfpar.state import RecordingScope
-
-SIZES = (3, 5)  # samples in each part
-PARTS = (slice(0, SIZES[0]), slice(SIZES[0], sum(SIZES)))
-GUESS = 16  # for dimensions that the model leaves open
-DRAWS: tuple[Callable[[np.random.Generator, Sequence[int]], np.ndarray], ...] = (
-    lambda rng, shape: rng.uniform(0.05, 0.95, shape),
-    lambda rng, shape: rng.normal(0.0, 2.0, shape),
-    lambda rng, shape: rng.normal(0.0, 30.0, shape),
-)
 
 
 class Combine(enum.Enum):
@@ -70,24 +62,6 @@ def agreed(kinds: Sequence[Combine | None]) -> Combine | None:
     return kinds[0] if kinds and len(set(kinds)) == 1 else None
 
 
-def sample(
-    shape: Sequence[int | None], dtype: str, rng: np.random.Generator, batched: bool = True, draw: Callable = DRAWS[0]
-) -> tf.Tensor:
-    """Random samples; integers are 0 or 1, valid as an index nearly everywhere."""
-    shape = sized(shape, sum(SIZES) if batched else None)
-    if tf.as_dtype(dtype).is_floating:
-        values = draw(rng, shape)
-        values[: SIZES[0]] *= 0.3  # so that the parts are not alike
-        return tf.cast(values, dtype)
-    return tf.cast(rng.integers(0, 2, shape), dtype)
-
-
-def sized(shape: Sequence[int | None], rows: int | None) -> list[int]:
-    """A shape with all dimensions known, and this number of samples, unless that is `None`."""
-    known = [GUESS if dim is None else dim for dim in shape]
-    return known if rows is None else [rows, *known[1:]]
-
-
 @dataclass(frozen=True)
 class Findings:
     """How the outputs, added losses and written state of a call combine."""
@@ -106,6 +80,44 @@ class Probe:
     counts: dict[int, list[dict[int, int | None]]] = field(default_factory=dict)  # of rows, by call
     written: dict[Any, list[keras.Variable]] = field(default_factory=dict)  # what a call changed, as `known`
     random: dict[Any, bool] = field(default_factory=dict)  # whether a call is, as `known`
+    tried: dict[int, dict[int, tuple]] = field(default_factory=dict)  # what `shapes` found
+
+    def shapes(self, index: int) -> dict[int, tuple]:
+        """By tensor, the shapes of samples with which a call can be tried.
+
+        Raises:
+            Exception: whatever the call raises on random samples of all shapes.
+        """
+        if index not in self.tried:
+            op = self.graph.graph.ops[index]
+            tensors = list(dict.fromkeys(op.inputs))
+            symbols, batched = [self.graph.symbols[t] for t in tensors], [self.graph.is_batched(t) for t in tensors]
+            attempts = candidates([s.shape for s in symbols], batched)
+
+            def run(shapes: list[tuple]) -> dict[int, tuple]:
+                found = dict(zip(tensors, shapes, strict=True))
+                self.emit(index, False, self.drawn(index, np.random.default_rng(0), DRAWS[0], found))
+                return found
+
+            with tf.init_scope():
+                self.tried[index] = first_that_works(attempts, run)
+        return self.tried[index]
+
+    def drawn(self, index: int, rng: np.random.Generator, draw: Callable, shapes: dict[int, tuple]) -> dict[int, Any]:
+        """Random samples for the tensors that a call takes."""
+        symbols = self.graph.symbols
+        return {
+            t: sample(shape, symbols[t].dtype, rng, self.graph.is_batched(t), draw) for t, shape in shapes.items()
+        }  # fmt: skip
+
+    def emit(self, index: int, training: bool, tensors: dict[int, Any]) -> RecordingScope:
+        """Run a call on these tensors, to which its outputs are added; what it writes is recorded."""
+        call = self.graph.calls[index]
+        with RecordingScope([]) as scope:
+            call(tensors, training)
+            scope.values = {i: scope.get_current_value(v) for i, v in scope.written.items()}
+        _keras.clear_losses(call.operation)
+        return scope
 
     def of(self, index: int, training: bool) -> Findings:
         """What is known of a call.
@@ -115,14 +127,14 @@ class Probe:
         """
         if (index, training) not in self.known:
             with tf.init_scope():
-                self.known[index, training] = self.run(self.graph.calls[index], training)
+                self.known[index, training] = self.run(index, training)
         return self.known[index, training]
 
-    def run(self, call: Call, training: bool) -> Findings:
+    def run(self, index: int, training: bool) -> Findings:
         """Run a call on all samples and on the parts, for several draws, and see how the results combine."""
         written: dict[int, keras.Variable] = {}
-        runs = [self.run_once(call, training, draw, written) for draw in DRAWS]
-        self.written[self.graph.calls.index(call), training] = list(written.values())
+        runs = [self.run_once(index, training, draw, written) for draw in DRAWS]
+        self.written[index, training] = list(written.values())
 
         def gathered(number: int, tells: Callable[[Any, Any], bool]) -> dict[int, list[Combine | None]]:
             kinds: dict[int, list[Combine | None]] = {}
@@ -156,8 +168,7 @@ class Probe:
         if index is None:
             return None
         if index not in self.counts:
-            with tf.init_scope():
-                self.counts[index] = self.count_rows(index)
+            self.counts[index] = self.count_rows(index)
         one, other = (found.get(id(variable)) for found in self.counts[index])
         if one is None or other is None:
             return None
@@ -167,28 +178,35 @@ class Probe:
 
     def count_rows(self, index: int) -> list[dict[int, int | None]]:
         """For batches of each of two sizes, how many rows each variable's sparse gradient by a call has, by `id`."""
-        call, op = self.graph.calls[index], self.graph.graph.ops[index]
+        symbols = {t: self.graph.symbols[t] for t in self.graph.graph.ops[index].inputs}
+        batched = [self.graph.is_batched(t) for t in symbols]
+
+        def of(shapes: list[tuple]) -> list[dict[int, int | None]]:
+            kinds = zip(symbols.values(), shapes, batched, strict=True)
+            specs = [partial(spec_of, s, shape, is_batched) for s, shape, is_batched in kinds]
+            return [self.traced_rows(index, [spec(rows) for spec in specs]) for rows in SIZES]
+
+        with tf.init_scope():
+            return first_that_works(candidates([s.shape for s in symbols.values()], batched), of)
+
+    def traced_rows(self, index: int, inputs: list[tf.TensorSpec]) -> dict[int, int | None]:
+        """How many rows each variable's sparse gradient by a call of these inputs has, by `id`."""
+        call, op, found = self.graph.calls[index], self.graph.graph.ops[index], {}
         variables = [v for v in (self.graph.variables[v] for v in op.variables) if v.trainable]
+
+        def gradients(values, inputs):
+            tensors = dict(zip(dict.fromkeys(op.inputs), inputs, strict=True))
+            with RecordingScope(list(zip(variables, values, strict=True))):
+                call(tensors, True)
+            made = [tensors[t] for t in call.outputs if tensors[t].dtype.is_floating]
+            for variable, gradient in zip(variables, tf.gradients(made, values), strict=True):
+                if isinstance(gradient, tf.IndexedSlices):
+                    found[id(variable)] = gradient.indices.shape[0]
+            return ()
+
         weights = [tf.TensorSpec(v.shape, v.dtype) for v in variables]
-        found = []
-        for rows in SIZES:
-            inputs = [
-                tf.TensorSpec(sized(s.shape, rows if self.graph.is_batched(t) else None), s.dtype)
-                for t, s in ((t, self.graph.symbols[t]) for t in op.inputs)
-            ]
-
-            def gradients(values, inputs):
-                tensors = dict(zip(op.inputs, inputs, strict=True))
-                with RecordingScope(list(zip(variables, values, strict=True))):
-                    call(tensors, True)
-                made = [tensors[t] for t in call.outputs if tensors[t].dtype.is_floating]
-                counts = {id(v): g for v, g in zip(variables, tf.gradients(made, values), strict=True)}
-                sparse = {v: g for v, g in counts.items() if isinstance(g, tf.IndexedSlices)}
-                found.append({v: g.indices.shape[0] for v, g in sparse.items()})
-                return ()
-
-            tf.function(gradients, autograph=False).get_concrete_function(weights, inputs)
-            _keras.clear_losses(call.operation)
+        tf.function(gradients, autograph=False).get_concrete_function(weights, inputs)
+        _keras.clear_losses(call.operation)
         return found
 
     def is_random(self, index: int, training: bool) -> bool:
@@ -211,62 +229,36 @@ class Probe:
 
     def with_others(self, index: int, training: bool, others: int) -> list[tf.Tensor]:
         """The first samples' results in a batch with such others."""
-        call, op = self.graph.calls[index], self.graph.graph.ops[index]
-        first, tensors = PARTS[0], {}
-        for t in op.inputs:
-            symbol, batched = self.graph.symbols[t], self.graph.is_batched(t)
-            one, other = (
-                sample(symbol.shape, symbol.dtype, np.random.default_rng(n), batched) for n in (0, others)
-            )  # fmt: skip
-            tensors[t] = tf.concat([one[first], other[PARTS[1]]], 0) if batched else one
-        with tf.init_scope(), RecordingScope([]):
-            call(tensors, training)
-        _keras.clear_losses(call.operation)
-        return [tensors[t][first] for t in call.outputs if self.graph.is_batched(t)]
+        shapes, first = self.shapes(index), PARTS[0]
+        batched = {t for t in shapes if self.graph.is_batched(t)}
+        with tf.init_scope():
+            some, other = (self.drawn(index, np.random.default_rng(n), DRAWS[0], shapes) for n in (0, others))
+            tensors = {t: tf.concat([x[first], other[t][PARTS[1]]], 0) if t in batched else x for t, x in some.items()}
+            self.emit(index, training, tensors)
+            return [tensors[t][first] for t in self.graph.calls[index].outputs if self.graph.is_batched(t)]
 
-    def run_once(self, call: Call, training: bool, draw: Callable, changed: dict[int, keras.Variable]) -> list[Any]:
+    def run_once(self, index: int, training: bool, draw: Callable, changed: dict[int, keras.Variable]) -> list[Any]:
         """The state before, then outputs, losses and written state of all samples and of each part.
 
         Args:
             changed: is given the variables that are written.
         """
-        rng = np.random.default_rng(0)
-        op = self.graph.graph.ops[self.graph.calls.index(call)]
-        symbols = {t: self.graph.symbols[t] for t in op.inputs}
-        batched = {t for t in symbols if self.graph.is_batched(t)}
-        whole = {t: sample(s.shape, s.dtype, rng, t in batched, draw) for t, s in symbols.items()}
+        whole = self.drawn(index, np.random.default_rng(0), draw, self.shapes(index))
+        batched = {t for t in whole if self.graph.is_batched(t)}
         results: list[Any] = [{}]
         for rows in (slice(None), *PARTS):
             tensors = {t: v[rows] if t in batched else v for t, v in whole.items()}
-            with RecordingScope([]) as scope:
-                call(tensors, training)
-                written = {i: scope.get_current_value(v) for i, v in scope.written.items()}
-            _keras.clear_losses(call.operation)
+            scope = self.emit(index, training, tensors)
             changed.update(scope.written)
-            outputs = dict(enumerate(tensors[t] for t in call.outputs))
-            results.append((outputs, dict(enumerate(scope.losses)), written))
+            outputs = dict(enumerate(tensors[t] for t in self.graph.calls[index].outputs))
+            results.append((outputs, dict(enumerate(scope.losses)), scope.values))
             results[0].update({i: v._value for i, v in scope.written.items()})
         return results
 
 
-def are_close(some: Sequence[Any], others: Sequence[Any]) -> bool:
-    """Whether all of these arrays are the same, to rounding."""
-    return all(np.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(some, others, strict=True))
-
-
-MIXING = keras.layers.MixUp | keras.layers.CutMix
-
-
-def is_known(operation: Any, rank: int) -> bool:
-    """Whether Keras says that this layer treats samples one by one: its own layers, unless told the batch's axis."""
-    if not isinstance(operation, keras.layers.Layer):
-        return False
-    layers = _keras.layers_in(operation)
-    axes = [a for x in layers for name in ("axis", "axes") for a in np.ravel(getattr(x, name, None))]
-    return not {0, -rank} & set(axes) and all(
-        type(x).__module__.startswith("keras.src.layers") and not isinstance(x, keras.layers.Lambda | MIXING)
-        for x in layers
-    )
+def spec_of(symbol: keras.KerasTensor, shape: tuple, batched: bool, rows: int) -> tf.TensorSpec:
+    """What a call is traced for where a tensor has this shape, and a batch so many rows."""
+    return tf.TensorSpec(sized(shape, rows if batched else None), symbol.dtype)
 
 
 def has_seed(graph: KerasGraph, index: int) -> bool:
@@ -274,102 +266,61 @@ def has_seed(graph: KerasGraph, index: int) -> bool:
     return any(_keras.is_seed(graph.variables[v]) for v in graph.graph.ops[index].variables)
 
 
-def mixing(graph: KerasGraph, probe: Probe) -> Iterator[int]:
-    """The operations whose output for a sample depends on other samples of the batch.
-
-    Warns where an operation cannot be run on random samples.
-    """
-    known: dict[Any, bool] = {}
-    for index, call in enumerate(graph.calls):
-        shapes = [graph.symbols[t].shape for t in graph.graph.ops[index].inputs]
-        layer = id(call.operation) if isinstance(call.operation, keras.layers.Layer) else type(call.operation)
-        key = (layer, getattr(call.operation, "function", None), str((shapes, call.args, call.kwargs)))
-        if key not in known and not is_known(call.operation, len(shapes[0]) if shapes else 0):
-            known[key] = mixes(graph, probe, index)
-        if known.get(key):
-            yield index
-
-
-def mixes(graph: KerasGraph, probe: Probe, index: int) -> bool:
-    """Whether an operation gives other results for some random samples than for parts of them."""
-    name, call = graph.graph.ops[index].name, graph.calls[index]
-    if any(isinstance(x, MIXING) for x in _keras.layers_in(call.operation)):
-        return True
-    try:
-        kinds: list[Combine | None] = []
-        for training in (False, True):
-            normalizes = training and _moments.batch_normalizations(call.operation)
-            if probe.is_random(index, training):
-                if not normalizes and probe.sees_others(index, training):
-                    return True
-            elif not normalizes:
-                kinds += probe.of(index, training).outputs
-    except Exception as error:
-        Caught.theirs(error, f"{name} on random samples")
-        warnings.warn(
-            f"could not check that {name} treats the samples of a batch one by one ({brief(error)}); if it does not, "
-            "its numbers depend on how the batch is divided",
-            stacklevel=user_level(),
-        )
-        return False
-    return any(kind not in (Combine.ROWS, Combine.SAME) for kind in kinds)
-
-
-def check_independence(graph: KerasGraph, probe: Probe):
-    """Check that no operation mixes the samples of a batch, which micro-batches would keep apart.
-
-    Raises:
-        ModelError: an operation whose output for a sample depends on other samples.
-    """
-    for index in mixing(graph, probe):
-        raise ModelError(
-            f"{graph.graph.ops[index].name} mixes the samples of a batch: what it computes for a whole batch is not "
-            "what it computes for its parts. Use micro_batches=1 (LayerPlacementStrategy), or keep to operations that "
-            "leave dimension 0 alone"
-        )
+def are_close(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    """Whether all of these arrays are the same, to rounding."""
+    return all(np.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(some, others, strict=True))
 
 
 def reads_variables(loss: keras.losses.Loss, y_true: Any, y_pred: Any) -> bool:
     """Whether a loss uses variables besides the predictions; also if it cannot be traced on its own."""
-    with tf.init_scope():
-        rng = np.random.default_rng(0)
-        symbols = compatible(y_true, y_pred)
-        samples = tree.map_structure(lambda s: tf.cast(sample(s.shape, s.dtype, rng), loss.dtype), symbols)
-        try:
-            graph = tf.function(loss.call, autograph=False).get_concrete_function(*samples).graph
-        except Exception as error:
-            Caught.theirs(error, f"{loss.name} on random samples")
-            return True
-    return any(outside.dtype == tf.resource for outside, _ in graph.captures)
 
+    def captures(samples: Any) -> bool:
+        cast = tree.map_structure(lambda y: tf.cast(y, loss.dtype), samples)
+        graph = tf.function(loss.call, autograph=False).get_concrete_function(*cast).graph
+        return any(outside.dtype == tf.resource for outside, _ in graph.captures)
 
-def compatible(y_true: Any, y_pred: Any) -> tuple[Any, Any]:
-    """The symbols of targets and predictions, each with the sizes that it leaves open and the other has."""
-    if not all(isinstance(y, keras.KerasTensor) for y in (y_true, y_pred)):
-        return y_true, y_pred
-
-    def filled(y: keras.KerasTensor, other: keras.KerasTensor) -> keras.KerasTensor:
-        sizes = [*other.shape[1 : len(y.shape)], *[None] * len(y.shape)]
-        return keras.KerasTensor(
-            (None, *(n if n is not None else m for n, m in zip(y.shape[1:], sizes, strict=False))), y.dtype
-        )
-
-    return filled(y_true, y_pred), filled(y_pred, y_true)
+    return tried_loss(loss, y_true, y_pred, captures, True)
 
 
 def loss_combination(loss: keras.losses.Loss, y_true: Any, y_pred: Any) -> Combine | None:
     """How the values of a loss, before its reduction, combine; `None` if it cannot be run on random samples."""
-    with tf.init_scope():
-        rng = np.random.default_rng(0)
-        y_true, y_pred = tree.map_structure(lambda s: sample(s.shape, s.dtype, rng), compatible(y_true, y_pred))
 
-        def values(rows):
-            return loss.call(*tree.map_structure(lambda v: tf.cast(v[rows], loss.dtype), (y_true, y_pred)))
+    def values(samples: Any, rows: slice) -> Any:
+        return loss.call(*tree.map_structure(lambda y: tf.cast(y[rows], loss.dtype), samples))
 
-        try:
-            results = [values(rows) for rows in (slice(None), *PARTS)]
-        except Exception as error:  # whatever it needs, it is not a batch like any other
-            Caught.theirs(error, f"{loss.name} on random samples")
-            return None
+    def combine(samples: Any) -> Combine | None:
+        results = [values(samples, rows) for rows in (slice(None), *PARTS)]
         told = np.ptp(results[0]) > 0  # zeros alone would fit any rule
         return combination(results[0], results[1:]) if told else None
+
+    return tried_loss(loss, y_true, y_pred, combine, None)
+
+
+def tried_loss(loss: Any, y_true: Any, y_pred: Any, run: Callable, otherwise: Any) -> Any:
+    """What `run` gives for random targets and predictions; `otherwise`, where it runs for none."""
+    plain = all(isinstance(y, keras.KerasTensor) for y in (y_true, y_pred))
+    given = compatible(y_true, y_pred) if plain else (y_true, y_pred)
+    symbols = tree.flatten(given)
+
+    def of(shapes: list[tuple]) -> Any:
+        rng = np.random.default_rng(0)
+        values = [sample(shape, y.dtype, rng) for shape, y in zip(shapes, symbols, strict=True)]
+        return run(tree.pack_sequence_as(given, values))
+
+    try:
+        with tf.init_scope():
+            return first_that_works(candidates([y.shape for y in symbols], [True] * len(symbols)), of)
+    except Exception as error:  # whatever it needs, it is not a batch like any other
+        Caught.theirs(error, f"{loss.name} on random samples")
+        return otherwise
+
+
+def compatible(y_true: keras.KerasTensor, y_pred: keras.KerasTensor) -> tuple[keras.KerasTensor, keras.KerasTensor]:
+    """The symbols of targets and predictions, each with the sizes that it leaves open and the other has."""
+
+    def filled(y: keras.KerasTensor, other: keras.KerasTensor) -> keras.KerasTensor:
+        sizes = [*other.shape[1 : len(y.shape)], *[None] * len(y.shape)]
+        known = (n if n is not None else m for n, m in zip(y.shape[1:], sizes, strict=False))
+        return keras.KerasTensor((None, *known), y.dtype)
+
+    return filled(y_true, y_pred), filled(y_pred, y_true)

@@ -17,11 +17,13 @@ from tfpar.engine import Engine, Route, layout_of
 from tfpar.errors import ModelError, user_level
 from tfpar.layout import REPLICATED
 from tfpar.local import LocalGraph, is_collective
+from tfpar.mixing import check_independence, mixing
 from tfpar.model import KerasGraph, graph_from, one_call
 from tfpar.opening import opened, with_opened_layers
 from tfpar.partition import Partition, balanced, partition, segmented
 from tfpar.plan import Plan, Weight
-from tfpar.probe import Probe, check_independence, mixing, sample
+from tfpar.probe import Probe
+from tfpar.samples import sample
 from tfpar.schedule import Schedule
 from tfpar.variables import HOST, LogicalVariable
 from tfpar.whole import with_shared_statistics
