@@ -11,6 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PLANNING = [
     "errors",
+    "progress",
     "mesh",
     "graph",
     "schedule",

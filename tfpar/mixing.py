@@ -63,7 +63,7 @@ def key_of(graph: KerasGraph, index: int) -> Any:
     """What tells apart operations that may treat samples in different ways; a text, if it does so for good."""
     call, op = graph.calls[index], graph.graph.ops[index]
     shapes = [(graph.symbols[t].shape, graph.is_batched(t)) for t in op.inputs]
-    arguments = str((shapes, call.args, call.kwargs))
+    arguments = str((shapes, call.arguments(lambda ref: "tensor")))
     if not isinstance(call.operation, keras.layers.Layer):
         return type(call.operation), getattr(call.operation, "function", call.operation), arguments
     config = None if isinstance(call.operation, keras.layers.Lambda) else config_of(call.operation)

@@ -24,6 +24,7 @@ from tfpar.passes import Pass
 from tfpar.plan import Plan
 from tfpar.prepare import build_losses, place, prepared
 from tfpar.program import Edge
+from tfpar.progress import announced
 from tfpar.routes import planned
 from tfpar.schedule import Kind
 from tfpar.state import Discovered, HasMask, NeedsWholeBatch, UnusedResults
@@ -173,12 +174,16 @@ class Steps:
         targets = ranks and _keras.unpack_x_y_sample_weight(data)[1] is not None  # the loss is a part of what ranks run
         if self.engine is None or self.compiled_as != self.compilation() or targets > self.has_targets:
             self.has_targets = targets
-            with self.strategy.planning():
+            with self.strategy.planning(), self.announced():
                 before = self.engine.plan if self.engine else None
                 self.use(prepared(self.strategy, self.model, data, rows, before, frozenset(self.whole)))
             self.compiled_as = self.compilation()
         build_losses(self.strategy, self.engine, data)
         return self.engine
+
+    def announced(self) -> contextlib.AbstractContextManager:
+        """Inside, what takes long is said to be planning."""
+        return announced(f"planning {self.model.name} on {self.strategy.mesh}")
 
     def use(self, engine: Engine):
         """From now on, steps run on this engine."""
@@ -230,7 +235,8 @@ class Steps:
                 raise ModelError(
                     f"the layers of {self.model.name} are known when it has seen data: call fit, evaluate or predict"
                 )
-            engine = planned(self.strategy, self.model, (None, None, None), rows)
+            with self.announced():
+                engine = planned(self.strategy, self.model, (None, None, None), rows)
         return replace(
             engine.plan, rows=rows, schedule=self.strategy.schedule(self.strategy.parts.fit(rows).micro_batches),
             slot_bytes=tuple(follower_bytes(_keras.stored(v)) for v in engine.graph.variables),
