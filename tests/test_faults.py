@@ -172,6 +172,19 @@ def test_an_error_that_does_not_come_again(node, where):
     assert re.match(where, at_node(error, steps_of(model).engine, True))
 
 
+@pytest.mark.parametrize("name", ["pipeline", "replicas"])
+def test_a_loss_that_fails(name):
+    """It is named with the part of the batch and the stage that it belongs to."""
+    strategy = MESHES[name]()
+    model = model_with(strategy, layers.ReLU)
+    labels = Y.copy()
+    labels[-1] = 7  # there are three
+    with pytest.raises(tfpar.StageError, match=r"in the loss failed: .*label value of 7") as raised:
+        history(X, labels, batch_size=16)(model)
+    last = f"micro-batch {strategy.micro_batches - 1}" if name == "pipeline" else f"replica {strategy.mesh.data - 1}"
+    assert last in str(raised.value) and f"stage {strategy.mesh.stage - 1}" in str(raised.value)
+
+
 def test_errors_while_tracing_have_a_note():
     class Wrong(layers.Layer):
         def call(self, x, training=None):

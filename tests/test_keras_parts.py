@@ -92,6 +92,18 @@ def test_given_norms(options, factor):
     assert "_clip_gradients" not in vars(optimizer)
 
 
+@pytest.mark.parametrize("make", [keras.optimizers.Adam, keras.optimizers.Adafactor, keras.optimizers.Muon])
+def test_slot_bytes_of(make):
+    shapes = [(6, 4), (4,), (3, 3, 2, 5), ()]
+    weights = [keras.Variable(np.zeros(shape), name=f"w{n}") for n, shape in enumerate(shapes)]
+    expected, optimizer = _keras_parts.slot_bytes_of(make(), weights), make()
+    assert not optimizer.built
+    optimizer.build(weights)
+    for weight in weights:
+        slots = [slot for slot, of in _keras_parts.slots_of(optimizer) if of is weight]
+        assert expected[id(weight)] == sum(np.asarray(slot).nbytes for slot in slots)
+
+
 def test_optimizers_of():
     model = keras.Sequential([layers.Dense(1)])
     assert _keras_parts.optimizers_of(model) == []

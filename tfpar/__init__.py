@@ -29,6 +29,10 @@ __all__ = [
 ]  # fmt: skip
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str):
     """The strategies load TensorFlow, on first use."""
     if name in __all__:

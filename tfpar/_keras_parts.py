@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from keras import tree
+from keras.src.optimizers.multi_optimizer import MultiOptimizer
 
 from tfpar._keras import Functional, Sequential, graph_of, layers_in
 
@@ -96,6 +98,31 @@ def slots_of(optimizer: Any) -> Iterator[tuple[keras.Variable, keras.Variable]]:
         if isinstance(values, list) and len(values) == len(weights) and name not in NOT_SLOTS:
             pairs = zip(values, weights, strict=True)
             yield from ((slot, weight) for slot, weight in pairs if isinstance(slot, keras.Variable))
+
+
+def slot_bytes_of(optimizer: Any, weights: Sequence[keras.Variable]) -> dict[int, int]:
+    """Bytes of the slots that an optimizer, built or not, keeps for each of these weights, by `id`.
+
+    One like it is built for small weights that stand for these: the sizes of their dims tell slots of other shapes.
+    """
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    if isinstance(inner, MultiOptimizer):
+        return {}
+    like, sizes = type(inner).from_config(inner.get_config()), (2, 3, 5, 7, 11, 13, 17, 19)
+    small = []
+    for weight in weights:
+        shape = sizes[: len(weight.shape)]
+        small.append(keras.Variable(np.zeros(shape), dtype=weight.dtype, name=weight.name))
+        small[-1]._path = weight.path
+    like.build(small)
+    found = dict.fromkeys(map(id, weights), 0)
+    of = {id(stand_in): weight for stand_in, weight in zip(small, weights, strict=True)}
+    for slot, stand_in in slots_of(like):
+        weight = of[id(stand_in)]
+        real = dict(zip(sizes, weight.shape, strict=False))
+        count = int(np.prod([real.get(n, n) for n in slot.shape]))
+        found[id(weight)] += count * tf.as_dtype(slot.dtype).size
+    return found
 
 
 def optimizers_of(model: keras.Model) -> list[keras.optimizers.Optimizer]:

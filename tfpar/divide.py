@@ -4,6 +4,7 @@
 
 from collections.abc import Mapping, Set
 from dataclasses import replace
+from types import MappingProxyType
 
 from tfpar import rules
 from tfpar.cost import Hardware
@@ -23,6 +24,7 @@ def divided(
     given: Mapping[int, Layout],
     loss: CrossEntropy | None = None,
     whole: Set[str] = frozenset(),
+    closed: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[LocalGraph, tuple[Weight, ...]]:
     """What each rank runs of a model, and how its weights are divided.
 
@@ -31,6 +33,7 @@ def divided(
         given: the layouts of variables of the graph that must have a certain one.
         loss: of the model's output; ranks find it together, if each has a part of the logits.
         whole: names of operations that every rank computes all of.
+        closed: by the names of operations, why the layers in them are not divided one by one.
 
     Raises:
         LayoutError: no rule divides a weight as it is given.
@@ -47,7 +50,7 @@ def divided(
     weights = []
     for v, variable in enumerate(graph.graph.variables):
         i = next((i for i, op in enumerate(graph.graph.ops) if v in op.variables), None)
-        why = reason(sites[i], options[i], chosen[i], v) if i is not None else "no operation uses it"
+        why = reason(sites[i], options[i], chosen[i], v, closed) if i is not None else "no operation uses it"
         weights.append(Weight(variable.path, variable.shape, variable.bytes, layouts.get(v, REPLICATED), why))
     logits = logits_of(local, loss) if loss is not None else None
     if logits is None:
@@ -81,7 +84,7 @@ def fitting(site: rules.Site, options: list[Option], given: Mapping[int, Layout]
     return found
 
 
-def reason(site: rules.Site, options: list[Option], chosen: Option, v: int) -> str:
+def reason(site: rules.Site, options: list[Option], chosen: Option, v: int, closed: Mapping[str, str]) -> str:
     """Why a weight is divided as it is, or is not."""
     if v in chosen.weights:
         return f"{chosen.name} in {site.op.name}"
@@ -89,7 +92,8 @@ def reason(site: rules.Site, options: list[Option], chosen: Option, v: int) -> s
         return f"every rank needs all of it in {site.op.name}, {chosen.name}"
     kind = type(site.layer).__name__
     if rules.rule_of(site.layer) is None:
-        return f"no rule divides {kind}"
+        why = closed.get(site.op.name)
+        return f"no rule divides {kind}" + (f", and the layers in it are not divided one by one: {why}" if why else "")
     if not any(v in o.weights for o in options):
         return f"the rule for {kind} does not divide it between {site.ranks} ranks"
     return "cheaper so, or used elsewhere by an operation that needs all of it"

@@ -26,7 +26,8 @@ def explained(error: tf.errors.OpError, steps: Any, data: batch.Batch, parts: ba
     """The error of a step as one that says where it happened, as far as that can be found out.
 
     Args:
-        steps: of the model; gives `engine`, `strategy` and `begun(data, parts, training)`.
+        steps: of the model; gives `engine`, `strategy`, `begun(data, parts, training)`, `is_scheduled(data, parts)` and
+            `head(data, parts, scale, training)`.
         data: what the step was given.
     """
     finite = NOT_FINITE in error.message
@@ -35,6 +36,8 @@ def explained(error: tf.errors.OpError, steps: Any, data: batch.Batch, parts: ba
         try:
             run = steps.begun(data, parts, training)
             where = where or located(run, steps.engine.schedule(steps.strategy, parts, run.route), finite)
+            if not where and not finite and training and steps.is_scheduled(data, parts):
+                where = in_loss(run, steps.head(data, parts, 1.0, run.training))
         except Exception as again:  # it cannot be run again
             Caught.log.debug("a step that failed could not be repeated", exc_info=again)
             where = None
@@ -57,6 +60,19 @@ def located(run: Pass, schedule: Any, finite: bool) -> str | None:
                 wrong = True
             if wrong:
                 return described(run, action, layer(run, action, finite))
+    return None
+
+
+def in_loss(run: Pass, head: Any) -> str | None:
+    """The first part of the batch whose loss fails, with what the model makes of it."""
+    s = run.partition.stages - 1
+    for m in run.firsts:
+        try:
+            with tf.device(run.device(s, run.lane(m))):
+                head.program.values(with_logits(run.values[m], run.route.ends), *head.targets[run.part(m)], None)
+        except Exception as error:
+            Caught.theirs(error, f"the loss of part {m}")
+            return described(run, Action(s, Kind.FORWARD, m), "the loss")
     return None
 
 

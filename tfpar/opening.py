@@ -92,10 +92,15 @@ def followed(
         same = False
     if not same:
         unseen = [v.path for v in layer.weights if all(v is not g for g in graph.variables)]
-        why = f"; it does not see the weights {unseen} there" if unseen else ""
+        hidden = "what it computes beside its layers (conditions, random numbers, its own weights) is frozen"
+        if unseen:
+            hidden = (
+                f"it does not see the weights {unseen} there. A layer that is called on numbers alone, such as "
+                "ops.arange(...), does not show: make them of the input, or call the layer outside"
+            )
         raise ModelError(
-            f"{name}.call gives other numbers when its layers are run one by one than when it is called{why}: "
-            f"what it computes beside its layers (conditions, random numbers, its own weights) is frozen. {cure}."
+            f"{name}.call gives other numbers when its layers are run one by one than when it is called: "
+            f"{hidden}. {cure}."
         )
     return graph
 
@@ -120,13 +125,24 @@ def perturbed(run: Callable[[], Any]) -> tuple[list[np.ndarray], set[int], bool]
 # ---- layers made of layers
 
 
-def with_opened_layers(graph: KerasGraph, training: bool, checked: set[str]) -> KerasGraph:
+def with_opened_layers(
+    graph: KerasGraph, training: bool, checked: set[str], closed: dict[str, str], prefix: str = ""
+) -> KerasGraph:
     """The graph with what composite layers run in their place, as far as they can be opened.
 
     Args:
         checked: kinds of layers, with their configuration, that were found to be what their layers are.
+        closed: is given, by the names of operations, why a layer could not be opened.
+        prefix: of these names.
     """
-    found = {i: inner for i in range(len(graph.calls)) if (inner := inside(graph, i, training, checked)) is not None}
+    found = {}
+    for i, (op, call) in enumerate(zip(graph.graph.ops, graph.calls, strict=True)):
+        if is_composite(call.operation):
+            try:
+                inner = inside(graph, i, training, checked)
+                found[i] = with_opened_layers(inner, training, checked, closed, f"{prefix}{op.name}/")
+            except ModelError as error:
+                closed[prefix + op.name] = brief(error).split(". To divide")[0].split("\n")[0]
     if not found:
         return graph
     ops, calls, tensors, symbols = [], [], list(graph.graph.tensors), list(graph.symbols)
@@ -170,12 +186,16 @@ def with_refs(call: Call, places: dict[int, int]) -> Call:
     return replace(call, args=args, kwargs=kwargs)
 
 
-def inside(graph: KerasGraph, i: int, training: bool, checked: set[str]) -> KerasGraph | None:
-    """What a composite layer runs; `None` for other operations, and for one that cannot be opened."""
+def inside(graph: KerasGraph, i: int, training: bool, checked: set[str]) -> KerasGraph:
+    """What a composite layer runs.
+
+    Raises:
+        ModelError: it cannot be opened, and why.
+    """
     call, op = graph.calls[i], graph.graph.ops[i]
     layer = call.operation
-    if not is_composite(layer) or any(_keras.get_keras_mask(graph.symbols[t]) is not None for t in op.inputs):
-        return None
+    if any(_keras.get_keras_mask(graph.symbols[t]) is not None for t in op.inputs):
+        raise ModelError("its input has a Keras mask, which the layers in it would be given one by one")
     told = call.kwargs.get("training", training) if call.explicit else training
     given = _keras_calls.training_argument(layer, told)
 
@@ -188,7 +208,7 @@ def inside(graph: KerasGraph, i: int, training: bool, checked: set[str]) -> Kera
             return (function or layer.call)(*args, **{**kwargs, **given})
 
     if {inner.compute_dtype for inner in _keras.layers_in(layer)} != {layer.compute_dtype}:
-        return None  # its own weights would be read in another dtype
+        raise ModelError("the layers in it compute in other dtypes than itself")  # so would its own weights be read
 
     symbols = [keras.KerasTensor(graph.symbols[t].shape, graph.symbols[t].dtype) for t in op.inputs]
     kind = f"{type(layer)} {config_of(layer)} {[(s.shape, s.dtype) for s in symbols]} {told}"
@@ -211,15 +231,19 @@ def inside(graph: KerasGraph, i: int, training: bool, checked: set[str]) -> Kera
                 inner = follow(None)
             except ModelError:  # perhaps it asks for the size: a mask that it makes for one sample fits all
                 inner = follow(1)
+    except ModelError:
+        raise
     except Exception as error:  # it stays one operation, on every rank
         Caught.theirs(error, f"opening {op.name}")
-        return None
+        raise ModelError(brief(error)) from error
     inner = replace(inner, symbols=tuple(of_batch(s, graph.symbols[op.inputs[0]].shape[0], 1) for s in inner.symbols))
     known = {id(v) for v in layer.variables}
-    if any(losses) or {id(v) for v in inner.variables} - known or len(inner.graph.outputs) != len(op.outputs):
-        return None
+    if any(losses):
+        raise ModelError("it adds losses; add them in a layer of their own")
+    if {id(v) for v in inner.variables} - known or len(inner.graph.outputs) != len(op.outputs):
+        raise ModelError("it uses weights that are not its own, or has other outputs than its graph")
     checked.add(kind)
-    return with_opened_layers(inner, training, checked)
+    return inner
 
 
 def of_batch(symbol: keras.KerasTensor, batch: int | None, instead_of: int | None = None) -> keras.KerasTensor:

@@ -1,5 +1,6 @@
 """What goes where: the result of planning, and what a user is told of it."""
 
+import io
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -17,6 +18,7 @@ from tfpar.schedule import Schedule
 from tfpar.simulate import simulate
 from tfpar.timeline import Timeline
 
+HTML = '<pre style="line-height: normal; font-family: monospace">{code}</pre>'
 ZERO = {1: "slots of the optimizer", 2: "slots and gradients", 3: "weights, slots and gradients"}
 
 
@@ -50,9 +52,9 @@ class Exchange(NamedTuple):
     batched: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
-    """A partition on a mesh, run by a schedule. `print(plan)` explains it.
+    """A partition on a mesh, run by a schedule. `print(plan)`, or a notebook's cell that ends in it, explains it.
 
     Args:
         partition: the stage of each operation.
@@ -200,13 +202,14 @@ class Plan:
                 cells += [first, str(len(ops)), f"{self.cost.forward[s] / seconds:.0%}"]
             cells += [str(rows[r + 1] - rows[r])] if mesh.data > 1 else []
             cells += [size(held)] + ([f"{held / whole:.0%}"] if mesh.tensor > 1 or self.zero == 3 else [])
-            slots = size(self.optimizer_bytes(s, lane)) if any(self.slot_bytes) else "?"
+            slots = size(self.optimizer_bytes(s, lane)) if self.slot_bytes else "?"
             cells += [size(self.gradient_bytes(s, lane)), slots, size(self.activation_bytes(s))]
             table.add_row(*cells)
         notes = [f"predicted bubble {self.timeline.bubble:.0%} (idle share of all devices)"] if stages > 1 else []
         if mesh.data > 1:
             reduced = size(sum(v.bytes for v in self.partition.graph.variables if v.trainable))
-            notes.append(f"{reduced} of gradients added up over replicas, from {self.segments} programs")
+            programs = f"{self.segments} program{'s' if self.segments > 1 else ''}"
+            notes.append(f"{reduced} of gradients added up over replicas, from {programs}")
         if mesh.data > 1 and self.zero:
             notes.append(f"replicas divide {ZERO[self.zero]} (ZeRO {self.zero})")
         if self.whole:
@@ -243,10 +246,19 @@ class Plan:
         return exchanges
 
     def __str__(self) -> str:
-        console = Console(width=120)
-        with console.capture() as capture:
-            console.print(self, *([self.timeline] if self.mesh.stage == self.mesh.size else []))
-        return capture.get()
+        return self.printed().export_text()
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return self.printed().export_html(inline_styles=True, code_format=HTML)
+
+    def printed(self) -> Console:
+        """A console that has printed this."""
+        console = Console(width=120, record=True, file=io.StringIO(), force_jupyter=False)
+        console.print(self, *([self.timeline] if self.mesh.stage == self.mesh.size else []))
+        return console
 
 
 def size(count: float) -> str:

@@ -1,7 +1,7 @@
 """From a model to its plan and the ways through it: open, cut, take out what needs the whole batch, divide."""
 
 import warnings
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import keras
@@ -51,9 +51,11 @@ def planned(
     cut = cut_of(strategy, graphs[0], schedule, rows, before)
     if schedule.stages > 1:
         graphs = of_distinct(graphs, lambda graph: graph.in_stages(cut.stage_of))
+    closed: dict[str, str] = {}  # by operation, why it is not opened
     if mesh.tensor > 1:
         checked: set[str] = set()
-        graphs = [with_opened_layers(graph, t, checked) for graph, t in zip(graphs, (True, False), strict=True)]
+        ways = zip(graphs, (True, False), strict=True)
+        graphs = [with_opened_layers(graph, training, checked, closed) for graph, training in ways]
     names = of_distinct(graphs, lambda graph: whole | batch_wide(strategy, graph))
     finals = list(graphs)
     if mesh.data > 1 and strategy.batch_norm == "global":
@@ -65,7 +67,8 @@ def planned(
         names[0] = names[0] | joint
     between = {}
     if mesh.tensor > 1:
-        finals, between = between_ranks(strategy, finals, names, crossentropy_of(model, y) if model.compiled else None)
+        loss = crossentropy_of(model, y) if model.compiled else None
+        finals, between = between_ranks(strategy, finals, names, closed, loss)
     of = zip(finals, (*graphs, graphs[0]), (*names, names[0]), strict=False)  # with the loss, training comes twice
     training, inference, *with_loss = (route_of(strategy, *way, rows) for way in of)
     if strategy.parts.micro_batches > 1:
@@ -91,7 +94,11 @@ def of_distinct(graphs: Sequence[Any], make: Callable[[Any], Any]) -> list[Any]:
 
 
 def between_ranks(
-    strategy: Any, graphs: Sequence[KerasGraph], names: Sequence[Set[str]], loss: CrossEntropy | None
+    strategy: Any,
+    graphs: Sequence[KerasGraph],
+    names: Sequence[Set[str]],
+    closed: Mapping[str, str],
+    loss: CrossEntropy | None,
 ) -> tuple[list[LocalGraph], dict[str, Any]]:
     """What each rank runs in training and inference, and with the loss if ranks find it together; what is divided."""
     count, plain = strategy.mesh.tensor, graphs[0].graph
@@ -103,7 +110,7 @@ def between_ranks(
         graph = graphs[n]
         asked = {v: given[id(variable)] for v, variable in enumerate(graph.variables) if id(variable) in given}
         sequence, whole = strategy.sequence_parallel, names[n]
-        found = divided(graph, count, hardware(strategy), sequence, asked, loss, whole)
+        found = divided(graph, count, hardware(strategy), sequence, asked, loss, whole, closed)
         given.update({id(v): found[0].layouts.get(n, REPLICATED) for n, v in enumerate(graph.variables)})
         return found
 

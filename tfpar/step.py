@@ -237,10 +237,14 @@ class Steps:
                 )
             with self.announced():
                 engine = planned(self.strategy, self.model, (None, None, None), rows)
-        return replace(
-            engine.plan, rows=rows, schedule=self.strategy.schedule(self.strategy.parts.fit(rows).micro_batches),
-            slot_bytes=tuple(follower_bytes(_keras.stored(v)) for v in engine.graph.variables),
-        )  # fmt: skip
+        slots = tuple(follower_bytes(_keras.stored(v)) for v in engine.graph.variables)
+        if not any(slots):  # the optimizer has none yet, if it is known
+            known = self.model.compiled and self.model.optimizer is not None
+            weights = self.model.trainable_weights
+            expected = _keras_parts.slot_bytes_of(self.model.optimizer, weights) if known else {}
+            slots = tuple(expected.get(id(v), 0) for v in engine.graph.variables) if known else ()
+        schedule = self.strategy.schedule(self.strategy.parts.fit(rows).micro_batches)
+        return replace(engine.plan, rows=rows, schedule=schedule, slot_bytes=slots)
 
     # ---- steps, run in the strategy's replica context
 
@@ -279,8 +283,7 @@ class Steps:
         with following_inputs():
             run = self.begun(data, parts, True)
             scale = model.optimizer.scale_loss(tf.ones(()))
-            targets = [targets for _, *targets in map(_keras.unpack_x_y_sample_weight, data.parts(parts.count))]
-            head = Head(self.loss, y, sample_weight, targets, scale, run.training)
+            head = self.head(data, parts, scale, run.training)
             run = replace(
                 run, differentiate=True, head=head, loss_cotangent=scale, clock=clock, scatters=self.update.scatters
             )  # fmt: skip
@@ -300,6 +303,12 @@ class Steps:
                     warnings.warn("The model does not have any trainable weights.", stacklevel=user_level())  # as Keras
             y_pred = structured(self.engine, outputs)
             return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight), run
+
+    def head(self, data: batch.Batch, parts: batch.Parts, scale: Any, training: bool | None) -> Head:
+        """The losses of a batch in these parts, and where its way back starts."""
+        _, y, sample_weight = _keras.unpack_x_y_sample_weight(data.whole)
+        targets = [targets for _, *targets in map(_keras.unpack_x_y_sample_weight, data.parts(parts.count))]
+        return Head(self.loss, y, sample_weight, targets, scale, training)
 
     def begun(self, data: batch.Batch, parts: batch.Parts, training: bool) -> Pass:
         """A pass of a batch that has not begun."""
