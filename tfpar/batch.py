@@ -98,7 +98,8 @@ def count(batch: Any) -> Any:
 
 def shares(counts: list[Any]) -> list[tf.Tensor]:
     """The share of each part in the rows of all, as float64 scalars."""
-    return [tf.cast(rows / sum(counts), tf.float64) for rows in counts]
+    found = [rows / sum(counts) for rows in counts]
+    return [share if isinstance(share, tf.Tensor) else tf.constant(share, tf.float64) for share in found]
 
 
 def sliced(x: Any, start: Any, stop: Any) -> Any:

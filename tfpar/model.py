@@ -312,6 +312,8 @@ def config_of(layer: keras.layers.Layer) -> Any:
     """The configuration of a layer without names; something that no other layer has, if it has none."""
     try:
         return without_names(layer.get_config())
+    except NotImplementedError:  # as Keras says of a class that does not have one
+        return id(layer)
     except Exception as error:
         Caught.theirs(error, f"{layer.name}.get_config")
         return id(layer)

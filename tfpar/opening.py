@@ -202,6 +202,7 @@ def inside(graph: KerasGraph, i: int, training: bool, checked: set[str]) -> Kera
     def run(*values, function=None):
         left = iter(values)
         args, kwargs = call.arguments(lambda _: next(left))
+        kwargs.pop("training", None)
         if function is None:
             args, kwargs = _keras_parts.converted_arguments(layer, (args, kwargs))
         with _keras.autocast_of(layer), _keras_calls.telling(layer, told):

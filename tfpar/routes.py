@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 from keras import tree
 
-from tfpar import _keras, _moments, batch
+from tfpar import _keras, _keras_calls, _moments, batch
 from tfpar.cost import HARDWARE, Hardware
 from tfpar.crossentropy import CrossEntropy, crossentropy_of
 from tfpar.divide import divided
@@ -54,7 +54,7 @@ def planned(
     closed: dict[str, str] = {}  # by operation, why it is not opened
     if mesh.tensor > 1:
         checked: set[str] = set()
-        ways = zip(graphs, (True, False), strict=True)
+        ways = zip(graphs, told_in_steps(model), strict=True)
         graphs = [with_opened_layers(graph, training, checked, closed) for graph, training in ways]
     names = of_distinct(graphs, lambda graph: whole | batch_wide(strategy, graph))
     finals = list(graphs)
@@ -154,7 +154,7 @@ def graphs_of(model: keras.Model, x: Any, stages: int, devices: int) -> list[Ker
         return [one_call(model, inputs)] * 2
     try:
         with tf.device(HOST):
-            training, inference = opened(model, inputs, True), opened(model, inputs, False)
+            training, inference = (opened(model, inputs, told) for told in told_in_steps(model))
     except ModelError:
         if stages > 1:
             raise
@@ -168,6 +168,15 @@ def graphs_of(model: keras.Model, x: Any, stages: int, devices: int) -> list[Ker
             "Let the layers decide by their own `training` argument"
         )
     return [training, inference]
+
+
+def told_in_steps(model: keras.Model) -> tuple[bool | None, bool | None]:
+    """What layers are told of training in a step that trains, and in others.
+
+    Keras' steps tell nothing to a `call` that has no such argument; a user's `train_step` may.
+    """
+    tells = _keras_calls.training_argument(model, True) or _keras.overrides(model, "train_step")
+    return (True, False) if tells else (None, None)
 
 
 def cut_of(strategy: Any, graph: KerasGraph, schedule: Schedule, rows: int, before: Plan | None) -> Partition:

@@ -7,6 +7,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tfpar.errors import TfparError
+
 SIZES = (3, 5)  # samples in each of the two parts of a batch
 PARTS = (slice(0, SIZES[0]), slice(SIZES[0], sum(SIZES)))
 GUESSES = (16, 4, 64, 2, 256)  # for dimensions that the model leaves open, the likeliest to fit first
@@ -49,15 +51,15 @@ def first_that_works(attempts: Iterator[Any], run: Callable[[Any], Any]) -> Any:
     """What `run` gives for the first attempt for which it raises nothing.
 
     Raises:
-        Exception: that of the first attempt, if all of them fail.
+        Exception: if all of them fail, the first that says what is wrong with the model, else the first.
     """
-    first = None
+    errors: list[Exception] = []
     for attempt in attempts:
         try:
             return run(attempt)
         except Exception as error:
-            first = first or error
-    raise first
+            errors.append(error)
+    raise next((error for error in errors if isinstance(error, TfparError)), errors[0])
 
 
 def sample(

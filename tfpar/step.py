@@ -282,7 +282,7 @@ class Steps:
         x, y, sample_weight = _keras.unpack_x_y_sample_weight(data.whole)
         with following_inputs():
             run = self.begun(data, parts, True)
-            scale = model.optimizer.scale_loss(tf.ones(()))
+            scale = model.optimizer.scale_loss(tf.ones((), _keras.loss_dtype(model)))
             head = self.head(data, parts, scale, run.training)
             run = replace(
                 run, differentiate=True, head=head, loss_cotangent=scale, clock=clock, scatters=self.update.scatters
