@@ -1,5 +1,7 @@
 """Gradients of look-ups have, row by row, what one device's have: Keras squares and clips rows one by one."""
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
@@ -180,6 +182,43 @@ def test_slots_that_do_not_look_like_their_weight(strategy):
         optimizer=OPTIMIZERS["adafactor"],
     )[1]  # fmt: skip
     assert {len(v.value.copies) for v in model.optimizer.variables if len(v.shape) == 1} <= {2, 4}
+
+
+@pytest.mark.parametrize(
+    "model, bug",
+    [("positions", False), ("positions", True), ("positions of unknown length", False), ("distances", False),
+     ("words of unknown length", False)],
+)  # fmt: skip
+def test_strategy_run(model, bug, monkeypatch):
+    """Replicas of a loop of one's own add up what learned positions have in common, too."""
+    if bug:
+        monkeypatch.setattr("tfpar._keras_run.has_shared_rows", lambda gradient: False)
+    strategy, models, optimizers = tfpar.DataParallelStrategy(2), [], []
+    for scope in (contextlib.nullcontext(), strategy.scope()):
+        keras.utils.set_random_seed(1)
+        with scope:
+            models.append(MODELS[model]())
+            optimizers.append(OPTIMIZERS["adam"]())
+
+    def step(model, optimizer, x, y):
+        with tf.GradientTape() as tape:
+            losses = keras.losses.sparse_categorical_crossentropy(y, model(x, training=True))
+            loss = tf.reduce_sum(losses) / 14.0
+        weights = model.trainable_variables
+        optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
+
+    batches = tf.data.Dataset.from_tensor_slices((X, Y)).batch(14)
+    one = tf.function(lambda x, y: step(models[0], optimizers[0], x, y), autograph=False)
+    several = tf.function(
+        lambda x, y: strategy.run(step, args=(models[1], optimizers[1], x, y)), autograph=False, reduce_retracing=True
+    )
+    for _ in range(3):
+        for batch in batches:
+            one(*batch)
+        for batch in strategy.experimental_distribute_dataset(batches):
+            several(*batch)
+    with pytest.raises(AssertionError, match="embeddings") if bug else contextlib.nullcontext():
+        assert_same(*models, 1e-9, 1e-12)
 
 
 # ---- how rows follow from those of parts

@@ -21,6 +21,7 @@ from keras.src.random.seed_generator import SeedGenerator, global_seed_generator
 
 from tfpar import _keras, _keras_calls, _moments
 from tfpar._tf import LogicalReplica
+from tfpar.gradients import has_shared_rows
 from tfpar.state import whole_moments
 
 
@@ -66,9 +67,15 @@ def apply(original: Callable, self: Any, grads: Any, trainable_variables: Any = 
     replica = one_of_several()
     if replica is None:
         return original(self, grads, trainable_variables)
-    present = [g for g in grads if g is not None]
+    # of rows that all replicas have, the values are added up; of others, the rows are those of all
+    shared = [has_shared_rows(g) for g in grads]
+    present = [g.values if s else g for g, s in zip(grads, shared, strict=True) if g is not None]
     reduced = iter(replica.all_reduce(tf.distribute.ReduceOp.SUM, present) if present else ())
-    grads = [None if g is None else next(reduced) for g in grads]
+    sums = [None if g is None else next(reduced) for g in grads]
+    grads = [
+        tf.IndexedSlices(total, g.indices, g.dense_shape) if s else total
+        for g, total, s in zip(grads, sums, shared, strict=True)
+    ]
     with LogicalReplica(replica.strategy, replica._replica_id):
         return original(self, grads, trainable_variables)
 

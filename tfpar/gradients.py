@@ -72,6 +72,31 @@ def folded(gradient: tf.IndexedSlices, parts: int) -> SharedRows:
     return SharedRows(total, gradient.indices[:rows], gradient.dense_shape)
 
 
+def has_shared_rows(gradient: Any) -> bool:
+    """Whether a sparse gradient in a function that is being traced has rows that no sample chose: no input does."""
+    if not isinstance(gradient, tf.IndexedSlices) or tf.executing_eagerly():
+        return False
+    waiting, seen = [gradient.indices.op], set()
+    while waiting:
+        op = waiting.pop()
+        if op.name in seen or op.type in ("Const", "ReadVariableOp") or is_inner_size(op):
+            continue
+        seen.add(op.name)
+        if not op.inputs or op.op_def.is_stateful or "Call" in op.type:
+            return False
+        waiting += [x.op for x in op.inputs]
+    return True
+
+
+def is_inner_size(op: tf.Operation) -> bool:
+    """Whether an operation tells one size of a tensor, and not that of the batch."""
+    if op.type != "StridedSlice" or op.inputs[0].op.type != "Shape":
+        return False
+    begin, end = (tf.get_static_value(x) for x in op.inputs[1:3])
+    masks = [op.get_attr(name) for name in ("begin_mask", "end_mask", "ellipsis_mask", "new_axis_mask")]
+    return begin is not None and end is not None and len(begin) == 1 and begin[0] != 0 and not any(masks)
+
+
 # ---- parts of gradients
 
 
