@@ -652,6 +652,8 @@ def sensible(case):
         case = replace(case, weights="none", metrics=False)
     if case.resume != "none":
         case = replace(case, data="arrays" if case.how == "fit" else case.data)
+    if any(name in case.blocks for name in DRAWS) and case.resume != "none":  # Keras saves no seeds
+        case = replace(case, resume="convert")
     if case.wrap.startswith("own step") and case.head == "unused":
         case = replace(case, wrap="functional")
     return case
@@ -660,7 +662,7 @@ def sensible(case):
 def is_equal_by_design(case, strategy):
     """Whether a strategy gives what one device gives: the rules, each as the README has it."""
     if any(name in case.blocks for name in DRAWS):  # parts of a batch, and ranks, draw numbers of their own
-        return strategy in EXACT and case.resume in ("none", "convert")  # Keras saves no seeds
+        return strategy in EXACT
     micro = "micro_batches=" in strategy
     if micro and any(name in case.blocks for name in MIXES):  # micro-batches have statistics of their own
         return False
