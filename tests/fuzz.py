@@ -29,7 +29,8 @@ from tfpar.errors import Caught
 from tfpar.testing import difference, different, named_values
 
 RTOL, ATOL = 1e-9, 1e-11
-ROUNDING = {"float64": 1e-14, "float32": 1e-6, "mixed_bfloat16": 4e-3, "mixed_float16": 5e-4}
+ROUNDING = {"float64": 1e-14, "float32": 1e-6, "mixed_bfloat16": 1e-3, "mixed_float16": 1e-4}
+FEW_DIGITS = {"float32": 1e-4, "mixed_bfloat16": 0.12, "mixed_float16": 0.03}  # how far all weights together may be off
 SINGLE = 1e3  # one variable may be off by so many times what one device makes of it: its gradient may be rounding alone
 AMPLIFIES = (
     1e6  # what one device may make of a difference of rounding in its first weights, relative to what it changes
@@ -440,14 +441,9 @@ def reference(case):
     whole(case, model)
     end, moved = list(found.values()), list(named_values(model).values())
     far = norm(end[:weights], moved[:weights]) / (norm(end[:weights], first[:weights]) + 1e-12)
-    if far > (AMPLIFIES * eps if case.policy == "float64" else few_digits(case) / 3):
+    if far > (AMPLIFIES * eps if case.policy == "float64" else FEW_DIGITS[case.policy] / 3):
         raise Skipped(f"one device makes {far:.0e} of a difference of {eps}")
     return first, told, found, [max(RTOL, SINGLE * difference(a, b)) for a, b in zip(end, moved, strict=True)]
-
-
-def few_digits(case):
-    """How far weights may be from those of one device in less than float64, relative to what they changed by."""
-    return max(30 * ROUNDING[case.policy], 1e-4)
 
 
 def whole(case, model):
@@ -522,7 +518,7 @@ def check(case):
         count = len(first)
         end, other = list(expected.values())[:count], list(found.values())[:count]
         far = norm(end, other) / (norm(end, first) + 1e-12)
-        wrong = [f"all weights: {far:.0e} of what they changed by"] * (not far < few_digits(case))
+        wrong = [f"all weights: {far:.0e} of what they changed by"] * (not far < FEW_DIGITS[case.policy])
     else:
         numbers = zip(expected, expected.values(), found.values(), rtols, strict=True)
         wrong = [text for name, a, b, rtol in numbers for text in different([name], [a], [b], rtol, ATOL)]
@@ -673,7 +669,41 @@ def is_equal_by_design(case, strategy):
 
 # ---- running
 
-KNOWN: list[Case] = []  # cases that failed once
+SCCE = "SparseCategoricalCrossentropy(from_logits=True)"
+KNOWN = [  # cases that failed once
+    Case(blocks=("penalty",), head="two", rows=9, batch=3),
+    Case(blocks=("dense",), optimizer="SGD(0.05, loss_scale_factor=7.3)"),
+    Case("image", ("dropout",), wrap="untold", strategy="LayerPlacementStrategy(2)"),
+    Case("text", ("plain", "block"), "class", "own step, untold", loss=SCCE, strategy="TensorParallelStrategy(2)"),
+    Case("text", ("positions", "conv"), "tags", open_dims=True, loss=SCCE, strategy="TensorParallelStrategy(2)"),
+    Case("text", ("tied", "norm"), "tied", open_dims=True, loss=SCCE, strategy="MeshStrategy(Mesh(2, 2), zero=1)"),
+    Case(
+        "text",
+        ("plain",),
+        "tags",
+        open_dims=True,
+        optimizer="Adam(1e-2, epsilon=1e-4)",
+        loss=SCCE,
+        strategy="MeshStrategy(Mesh(2, 1, 2), zero=3)",
+    ),
+    Case(
+        "text",
+        ("positions",),
+        "tags",
+        optimizer="Adam(1e-2, epsilon=1e-4)",
+        loss=SCCE,
+        strategy="PipelineStrategy(2, micro_batches=3)",
+    ),
+    Case(
+        "text",
+        ("plain",),
+        "class",
+        optimizer="Lamb(1e-3, epsilon=1e-4)",
+        loss=SCCE,
+        strategy="TensorParallelStrategy(2)",
+    ),
+    Case(blocks=("dense", "dense"), optimizer="Adafactor(1e-3)", strategy="MeshStrategy(Mesh(2, 2), micro_batches=2)"),
+]
 
 
 CHUNK = 10  # hypothesis varies what it drew before; a new seed draws something else

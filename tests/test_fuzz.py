@@ -47,7 +47,7 @@ def test_the_comparison_sees_one_wrong_number(case, monkeypatch):
     def wrong(*args):
         told, found = original(*args)
         name = next(n for n in found if n.endswith("kernel"))
-        found[name] = found[name] * (1 + 30 * fuzz.few_digits(case) if case.policy != "float64" else 1 + 1e-8)
+        found[name] = found[name] * (1.5 if case.policy != "float64" else 1 + 1e-8)
         return told, found
 
     monkeypatch.setattr(fuzz, "under_strategy", wrong)
@@ -81,9 +81,8 @@ def sparse_updates_of_divided_weights(patch):
         return part if dim else type(part)(part.values, part.indices * 0, part.dense_shape)
 
     patch.setattr(collectives, "sparse_part", unmoved)
-    patch.setattr(
-        "tfpar.update.joined", lambda parts, layout, shape: gradients.joined(parts[:1] * len(parts), layout, shape)
-    )
+    of_first = lambda parts, *rest: gradients.joined(parts[:1] * len(parts), *rest)  # noqa: E731
+    patch.setattr("tfpar.update.joined", of_first)
 
 
 def clipping(patch):
@@ -130,7 +129,7 @@ def gathered_shards(patch):
 
     def shifted(self, lane):
         value = of_lane(self, lane)
-        return value if not self.sharding.shards.dim == 0 else keras.ops.roll(value, 1, axis=0)
+        return value if self.sharding.shards.dim != 0 else keras.ops.roll(value, 1, axis=0)
 
     patch.setattr(LogicalVariable, "of_lane", shifted)
 
