@@ -703,6 +703,7 @@ KNOWN = [  # cases that failed once
         strategy="TensorParallelStrategy(2)",
     ),
     Case(blocks=("dense", "dense"), optimizer="Adafactor(1e-3)", strategy="MeshStrategy(Mesh(2, 2), micro_batches=2)"),
+    Case(blocks=("average",), head="unused", optimizer="Ftrl(0.01)", strategy="TensorParallelStrategy(2)"),
 ]
 
 

@@ -77,6 +77,17 @@ def test_fewer_devices_than_one_would_think(monkeypatch):
         tfpar.DataParallelStrategy("CPU:0"), tfpar.MeshStrategy(tfpar.Mesh())
 
 
+def test_batches_that_leave_replicas_idle():
+    for size, match in ((3, "a batch of 3 samples keeps 3 of 4 replicas busy: make batches of at least 4"), (4, None)):
+        model = compiled(tfpar.DataParallelStrategy(4))
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            model.fit(X[:9], Y[:9], batch_size=size, shuffle=False, verbose=0)  # the last one may be smaller
+        found = [w for w in found if "replicas busy" in str(w.message)]
+        assert [str(w.message) for w in found] == ([match] if match else [])
+        assert all(w.filename == __file__ for w in found)
+
+
 def test_the_gpus_that_are_visible_count(monkeypatch):
     gpus = [types.SimpleNamespace(name=f"/device:GPU:{n}", device_type="GPU") for n in range(8)]
     monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind=None: gpus[:2])

@@ -39,6 +39,13 @@ def test_what_a_user_raises_is_logged(caplog):
 
 
 def test_strict(monkeypatch):
+    class Others(Graphs):  # a class that was tried is not tried again
+        pass
+
+    def build():
+        x = layers.Input((WIDTH,))
+        return keras.Model(x, layers.Dense(3, activation="softmax")(Others()(x)))
+
     monkeypatch.setattr(Caught, "strict", True)
     with pytest.raises(RuntimeError, match="only in a graph"):
         history(X, Y)(compiled(tfpar.DataParallelStrategy(2), build=build))

@@ -10,6 +10,7 @@ from tfpar.errors import ModelError
 from tfpar.flops import flops
 from tfpar.model import graph_from
 from tfpar.opening import opened
+from tfpar.program import Edge, Program, restored
 
 
 def names(graph):
@@ -199,3 +200,20 @@ def test_a_sequential_part_that_first_saw_numbers():
     x = layers.Input((6,))
     graph = graph_from(keras.Model(x, part(layers.Dense(6)(x))))
     assert [graph.is_batched(t) for t in range(len(graph.symbols))] == [True] * 4
+
+
+def test_functions_of_logits_are_known_by_graph():
+    """Two graphs of a model may give one number to tensors of different kinds."""
+    found = {}
+    for function in (tf.nn.softmax, tf.sigmoid):
+        x = layers.Input((3,))
+        model = keras.Model(x, layers.Lambda(lambda v, function=function: function(v))(x))
+        graph = graph_from(model)
+        program = Program(graph, range(1), graph.graph.outputs, model, True, False, False)
+        tf.function(program)([], {0: Edge(tf.ones((2, 3)))})
+        found[function] = graph
+    for function, graph in found.items():
+        (t,) = graph.graph.outputs
+        assert graph.activations == {t: function}
+        edges = {t: Edge(tf.zeros((1, 3))), ~t: Edge(tf.zeros((1, 3)))}
+        assert np.allclose(restored(t, edges, graph), function(tf.zeros((1, 3))))

@@ -200,8 +200,11 @@ def test_what_no_rule_divides_runs_on_every_rank():
     strategy = ranks(2)
     model = trained(strategy, build, x=x, y=y)
     assert_same(trained(None, build, x=x, y=y), model, 1e-5, 1e-7)
-    why = {w.why for w in strategy.explain(model).weights}
-    assert {"no rule divides Frozen", "no rule divides GRU"} <= why
+    why = {w.path.split("/")[0]: w.why for w in strategy.explain(model).weights}
+    assert why["frozen"].startswith(
+        "no rule divides Frozen, and the layers in it are not divided one by one: Frozen.call"
+    )
+    assert why["gru"] == "no rule divides GRU"
 
 
 # ---- numbers of one device
@@ -551,8 +554,7 @@ def test_explain_before_and_after_training():
         assert "(12, 24)" in text
         assert "all-reduce" in text
         assert "CPU:1" in text
-    assert "?" in before
-    assert "?" not in after
+        assert "?" not in text  # slots are known once the model is compiled
 
 
 def test_one_rank():

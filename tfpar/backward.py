@@ -12,9 +12,9 @@ from tfpar._tf import made_again
 from tfpar.collectives import size
 from tfpar.engine import device_of, scattered, shards_of, tensors_of
 from tfpar.gradients import SharedRows, add, cast
-from tfpar.halves import Halves
+from tfpar.halves import Halves, makers
 from tfpar.layout import REPLICATED
-from tfpar.program import Edge, Program, Result, differentiable, key_of, tensor_of
+from tfpar.program import Edge, Program, Result, differentiable, key_of, packed, tensor_of
 from tfpar.state import UnusedResults
 
 AT_ONCE = 2**26  # elements of gradients that a compiled program adds up
@@ -148,7 +148,7 @@ def taped(
     with tf.GradientTape(persistent=run.head is None) as tape:  # a user may ask more than once
         tape.watch(sources)
         result = program(variables, edges)
-    traced = program.traced(variables, edges) if any(again) and not tf.executing_eagerly() else None
+    traced = None if tf.executing_eagerly() else program.traced(variables, edges)
 
     def pullback(cotangents: dict[int, tf.Tensor], added: dict[tuple[int, int], tf.Tensor]):
         targets = [result.edges[t].value for t in cotangents] + [result.losses[i][k] for i, k in added]
@@ -156,11 +156,38 @@ def taped(
             return {}, {}
         known = len(targets[0].op.outputs) if traced else 0
         found = tape.gradient(targets, sources, [*cotangents.values(), *added.values()])
-        if traced:
+        if traced and any(again):
             made_again(targets[0].op, traced, known, again)
+        if traced:
+            some, others = reached(traced, result, [*cotangents, *added], variables, edges)
+            used = [program.variables.index(v) in some for v in inside] + [t in others for t in outside]
+            found = [x if use else None for use, x in zip(used, found, strict=True)]
         return present(inside, found), present(outside, found[len(inside) :])
 
     return result, pullback
+
+
+def reached(
+    function: Any, result: Result, keys: Iterable[Any], variables: list[tf.Tensor], edges: dict[int, Edge]
+) -> tuple[set[int], set[int]]:
+    """The places of variables, and the edges, that lead to some results of a traced program.
+
+    The others have no gradient. TensorFlow's is zero where a result leads to that has no cotangent, and an optimizer
+    may move a weight for a gradient of zero.
+
+    Args:
+        function: the program, traced.
+        result: of a call with these variables and edges.
+        keys: of the results: edges `t` and added losses `(i, k)`.
+    """
+    ends = packed(result, function.outputs)
+    wanted = [ends.edges[key].value if isinstance(key, int) else ends.losses[key[0]][key[1]] for key in keys]
+    made = [x for op in function.graph.get_operations() for x in op.outputs]
+    stops = {x.name for x in made if x.op.type == "StopGradient" or x.dtype.is_integer or x.dtype.is_bool}
+    found = {op.name for op in makers(wanted, stops)}
+    inputs = iter([x.op.name in found for x in function.inputs])
+    places = {n for n, x in enumerate(variables) if any([next(inputs) for _ in tensors_of(x)])}
+    return places, {t for t in sorted(edges) if any([next(inputs) for _ in tensors_of(edges[t])])}
 
 
 def watched(

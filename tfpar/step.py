@@ -176,6 +176,13 @@ class Steps:
             self.has_targets = targets
             with self.strategy.planning(), self.announced():
                 before = self.engine.plan if self.engine else None
+                replicas = self.strategy.mesh.data
+                if before is None and rows < replicas:
+                    warnings.warn(
+                        f"a batch of {rows} samples keeps {rows} of {replicas} replicas busy: make batches of at least "
+                        f"{replicas}",
+                        stacklevel=user_level(),
+                    )
                 self.use(prepared(self.strategy, self.model, data, rows, before, frozenset(self.whole)))
             self.compiled_as = self.compilation()
         build_losses(self.strategy, self.engine, data)

@@ -52,7 +52,7 @@ def difference(one: Any, other: Any) -> float:
     """
     one = np.asarray(one, np.float64)
     scale = np.abs(one[np.isfinite(one)]).max(initial=0.0)
-    return distance(one, other) / (scale if scale > 0 else 1.0)
+    return float(distance(one, other) / (scale if scale > 0 else 1.0))
 
 
 def distance(one: Any, other: Any) -> float:
