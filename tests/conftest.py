@@ -9,7 +9,7 @@ os.dup2(silence, 2)  # TensorFlow's greetings, which pytest would print last
 import keras
 import pytest
 import tensorflow as tf
-from training import STRATEGIES
+from training import STRATEGIES, gradients_forgotten
 
 from tfpar.testing import logical_cpus
 
@@ -31,6 +31,7 @@ def fresh_keras():
     keras.utils.set_random_seed(0)
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy("float32")
-    yield
+    with gradients_forgotten():
+        yield
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy("float32")

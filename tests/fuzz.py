@@ -22,6 +22,7 @@ import tensorflow as tf
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from keras import layers, ops
+from training import gradients_forgotten
 
 import tfpar
 from tfpar import Mesh
@@ -510,7 +511,7 @@ def check(case):
         Skipped: it tells nothing.
         AssertionError: it differs.
     """
-    with precision(case.policy), warnings.catch_warnings():
+    with precision(case.policy), gradients_forgotten(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         first, told, expected, rtols = reference(case)
         other_told, found = under_strategy(case, first)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
+from tensorflow.python.framework.ops import gradient_registry
 
 import tfpar
 from tfpar.testing import assert_same, difference
@@ -90,3 +91,13 @@ def check(strategy, use, rtol=1e-5, atol=1e-7, **compile):
 
 def history(*args, **kwargs):
     return lambda model: model.fit(*args, verbose=0, shuffle=False, **kwargs).history
+
+
+@contextlib.contextmanager
+def gradients_forgotten():
+    """What is made inside can be freed: TensorFlow keeps each custom gradient, and with it a graph, for ever."""
+    registry = gradient_registry._registry
+    before = set(registry)
+    yield
+    for name in set(registry) - before:
+        del registry[name]

@@ -20,7 +20,7 @@ from tfpar.schedule import Action, Kind, Schedule, gpipe, one_f_one_b
 from tfpar.simulate import simulate
 from tfpar.timeline import Timeline
 
-__version__ = "0.6.0"
+__version__ = "0.7.0"
 __all__ = [
     "Action", "BackupAndRestore", "BatchError", "CheckNumerics", "DataParallelStrategy", "DeviceError", "FileError",
     "Hardware", "Kind", "LayerPlacementStrategy", "LayoutError", "Mesh", "MeshStrategy", "ModelError", "PartitionError",

@@ -41,6 +41,10 @@ class LogicalReplica(ReplicaContext):
         super().__init__(strategy, replica_id_in_sync_group=copy or 0)
         self.copy, self.bound = copy, bound or {}
 
+    def all_reduce(self, reduce_op: Any, value: Any, options: Any = None) -> Any:
+        """The value: there is nothing to reduce. TensorFlow's own keeps the graph for as long as the process runs."""
+        return value
+
 
 def replica_of(strategy: tf.distribute.Strategy) -> ReplicaContext | None:
     """The replica of this strategy that is being run, if one is."""
