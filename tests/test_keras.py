@@ -135,6 +135,8 @@ def test_masks():
     _keras.set_keras_mask(z, tf.constant([False]))
     assert bool(_keras.get_keras_mask(_keras.with_mask_of(x, y))[0])
     assert not bool(_keras.get_keras_mask(_keras.with_mask_of(x, z))[0])
+    assert bool(_keras.get_keras_mask(_keras.masked_by(layers.Dense(1), x, x))[0])
+    assert _keras.get_keras_mask(_keras.masked_by(layers.RMSNormalization(), x, x)) is None
 
 
 @pytest.mark.parametrize("wrap", [tf.function, lambda f: f], ids=["graph", "eager"])

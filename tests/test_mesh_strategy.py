@@ -131,7 +131,7 @@ def test_a_stage_is_traced_once():
     assert counts[0] == counts[1] <= 2
 
 
-@pytest.mark.parametrize("name", mostly(OPTIMIZERS, ["adam, global norm", "average", "muon"]))
+@pytest.mark.parametrize("name", mostly(OPTIMIZERS, ["adam, global norm", "average"]))
 def test_optimizers_over_stages_and_replicas(name):
     keras.config.set_floatx("float64")
     keras.config.set_dtype_policy("float64")

@@ -230,7 +230,7 @@ def dense_model():
     return keras.Model(x, layers.Dense(D, bias_regularizer=keras.regularizers.L1(0.01))(h))
 
 
-@pytest.mark.parametrize("name", mostly(OPTIMIZERS, list(OPTIMIZERS)[1:12:2]))
+@pytest.mark.parametrize("name", mostly(OPTIMIZERS, list(OPTIMIZERS)[1:12:4]))
 def test_optimizers(name):
     keras.config.set_floatx("float64")
     keras.config.set_dtype_policy("float64")

@@ -78,7 +78,7 @@ def test_gathered_weights_are_let_go():
     assert kept and not [y for y in kept if y.shape in ((16, 16), (6, 16), (16, 6))]
 
 
-@pytest.mark.parametrize("name", mostly(OPTIMIZERS, [*list(OPTIMIZERS)[:11:2], "Ftrl"]))
+@pytest.mark.parametrize("name", mostly(OPTIMIZERS, [*list(OPTIMIZERS)[:11:4], "Ftrl"]))
 def test_optimizers(name):
     keras.config.set_floatx("float64")
     keras.config.set_dtype_policy("float64")

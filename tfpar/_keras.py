@@ -152,6 +152,11 @@ def with_mask_of(source: Any, x: Any) -> Any:
     return x
 
 
+def masked_by(layer: keras.layers.Layer, source: Any, x: Any) -> Any:
+    """What a layer made of a tensor: with its mask, if the layer hands masks on."""
+    return with_mask_of(source, x) if layer.supports_masking else tf.identity(x)
+
+
 def in_program() -> bool:
     """Whether a stateless scope is open: layers are being run with values given for their variables."""
     return in_stateless_scope()

@@ -150,9 +150,15 @@ def tape_watches(tensors: Sequence[tf.Tensor]) -> bool:
 
 
 def batch_reduce(ops: tf.distribute.CrossDeviceOps, values: Sequence[Sequence[Any]]) -> list[list[Any]]:
-    """The sums over replicas of several values, each on the devices of its parts, by `tf.distribute`'s own means."""
+    """The sums over replicas of several values, each on the devices of its parts, by `tf.distribute`'s own means.
+
+    All of them are computed, used or not: NCCL waits for every device, and TensorFlow would leave out what is not used.
+    """
     pairs = [(per_replica, per_replica) for per_replica in map(PerReplica, map(tuple, values))]
-    return [list(total.values) for total in ops.batch_reduce(tf.distribute.ReduceOp.SUM, pairs)]
+    totals = [list(total.values) for total in ops.batch_reduce(tf.distribute.ReduceOp.SUM, pairs)]
+    if not tf.executing_eagerly():
+        tf.compat.v1.get_default_graph().control_outputs.extend(x.op for total in totals for x in total)
+    return totals
 
 
 def in_xla() -> bool:

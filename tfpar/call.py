@@ -25,6 +25,7 @@ def call(
     parts: batch.Parts,
     likely: int,
     losses: list[tf.Tensor],
+    is_open: bool,
     inputs: Any,
     training: bool | None = None,
     mask: Any = None,
@@ -36,6 +37,8 @@ def call(
         parts: how to divide the batch.
         likely: samples that the model is planned for, where it gets an unknown number of them.
         losses: is set to what the step reads as `model.losses`.
+        is_open: whether the data leaves the number of samples open. Keras weights the reported losses of batches of a
+            known size only, so that outputs then must not have one, as they would in compiled programs.
     """
     model, training = steps.model, _keras_calls.told() if training is None else training
     if _keras.in_program():
@@ -54,7 +57,14 @@ def call(
     outcome.write_state(finished)
     if added:
         losses[:] = _keras.added_losses(model, list(added.values()))
+    if is_open and isinstance(rows, int):
+        outputs = {t: e._replace(value=opened(e.value)) if finished.is_batched(t) else e for t, e in outputs.items()}
     return structured(engine, outputs, finished.route)
+
+
+def opened(value: tf.Tensor) -> tf.Tensor:
+    """A tensor with as many rows as before, which TensorFlow does not know while it traces."""
+    return tf.compat.v1.placeholder_with_default(value, [None, *value.shape[1:]])
 
 
 def forward_on_tape(

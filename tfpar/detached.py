@@ -29,6 +29,11 @@ class Detached:
 
     read_value = value
 
+    @property
+    def shape(self) -> tf.TensorShape:
+        """Of the part."""
+        return self.tensor.shape
+
     def assign(self, value: Any, **_: Any):
         """A new value."""
         self.tensor = tf.cast(tf.convert_to_tensor(value), self.dtype)

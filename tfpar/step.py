@@ -93,7 +93,7 @@ class Steps:
         while True:
             try:
                 with following_inputs():
-                    results = call(self, parts, self.seen, losses, *args, **options)
+                    results = call(self, parts, self.seen, losses, False, *args, **options)
                 _keras_calls.override_losses(model, losses)
                 return results
             except Discovered as discovered:
@@ -259,7 +259,7 @@ class Steps:
         """Keras' `train_step`, scheduled where its loss allows, or the user's."""
         if self.is_scheduled(data, parts):
             return self.scheduled_step(data, parts)[0]
-        with self.running(parts), self.checking():
+        with self.running(data, parts), self.checking():
             return self.model.train_step(data.whole)
 
     def checking(self) -> contextlib.AbstractContextManager:
@@ -275,12 +275,12 @@ class Steps:
 
     def test_step(self, data: batch.Batch, parts: batch.Parts) -> Any:
         """Keras' `test_step`, or the user's."""
-        with self.running(parts):
+        with self.running(data, parts):
             return self.model.test_step(data.whole)
 
     def predict_step(self, data: batch.Batch, parts: batch.Parts) -> Any:
         """Keras' `predict_step`, or the user's."""
-        with self.running(parts):
+        with self.running(data, parts):
             return self.model.predict_step(data.whole)
 
     def scheduled_step(self, data: batch.Batch, parts: batch.Parts, clock: bool = False) -> tuple[Any, Pass]:
@@ -331,12 +331,12 @@ class Steps:
         return Pass(engine, parts, inputs, shares, told, route=engine.route(training))
 
     @contextlib.contextmanager
-    def running(self, parts: batch.Parts) -> Iterator[None]:
+    def running(self, data: batch.Batch, parts: batch.Parts) -> Iterator[None]:
         """Inside, calls of the model and of the models in it are run by their engines, in parts."""
         with following_inputs(), contextlib.ExitStack() as stack:
             for steps in family(self.model):
                 losses: list[tf.Tensor] = []
-                run = partial(call, steps, parts, self.seen, losses)
+                run = partial(call, steps, parts, self.seen, losses, data.rows is None)
                 stack.enter_context(_keras_calls.running(steps.model, run, losses))
             yield
 

@@ -148,13 +148,18 @@ class Update:
         return [v for v in self.model.optimizer.variables if id(_keras.stored(v)) not in slots]
 
     def variables(self, stage: int) -> list[LogicalVariable]:
-        """What the optimizer reads or writes where it is, for the weights of a stage."""
+        """What the optimizer reads or writes where it is, for the weights of a stage.
+
+        Not the int32 that Adafactor keeps in place of a slot, and never reads: TensorFlow has those of a GPU on the
+        host, where XLA's programs for the GPU cannot be given them.
+        """
         slots = self.slots
         known = {id(_keras.stored(v)) for v in self.model.optimizer.variables}
         found = [_keras.stored(self.weights[n]) for n in self.members[stage] if not self.is_detached(n)]
         found += [slot for n in self.members[stage] for slot in slots[n] if id(slot) in known]
         found += [_keras.stored(v) for v in self.common]
-        return [v for v in {id(v): v for v in found}.values() if isinstance(v, LogicalVariable)]
+        found = [v for v in {id(v): v for v in found}.values() if isinstance(v, LogicalVariable)]
+        return [v for v in found if v.dtype != tf.int32]
 
     def copy(self, variable: Any, place: Place) -> tf.Variable:
         """What a device has of a variable."""
@@ -274,7 +279,9 @@ class Update:
         for variable, copy in zip(self.variables(stage), copies, strict=True):
             copy.handle._distributed_container = weakref.ref(variable)
             bound[id(variable)] = copy
-        with LogicalReplica(self.strategy, 0, bound):
+        known = [*(self.weights[n] for n in self.members[stage]), *self.model.optimizer.variables]
+        parts = [(v, bound[id(_keras.stored(v))]) for v in known if id(_keras.stored(v)) in bound]
+        with LogicalReplica(self.strategy, 0, bound), _keras_parts.shaped(parts):
             yield detached
 
     def bound(

@@ -98,7 +98,7 @@ class NormalizePart:
             y = y * ops.cast(self.scale, y.dtype)
         if self.offset is not None:
             y = y + ops.cast(self.offset, y.dtype)
-        return _keras.with_mask_of(x, tf.cast(y, self.layer.compute_dtype))
+        return _keras.masked_by(self.layer, x, tf.cast(y, self.layer.compute_dtype))
 
 
 @rule(layers.GroupNormalization)
