@@ -242,6 +242,7 @@ HEADS = {
 }
 MIXES = ("batchnorm",)
 DRAWS = ("dropout",)
+RECURRENT = ("gru", "lstm", "bidirectional")
 
 
 def ends(case, h):
@@ -662,6 +663,8 @@ def sensible(case):
         case = replace(case, data="arrays" if case.how == "fit" else case.data)
     if any(name in case.blocks for name in DRAWS) and case.resume != "none":  # Keras saves no seeds
         case = replace(case, resume="convert")
+    if tf.config.list_physical_devices("GPU") and case.blocks[0] == "mask" and {*case.blocks} & {*RECURRENT}:
+        case = replace(case, blocks=("plain", *case.blocks[1:]))  # garbage on one: tensorflow/tensorflow issue 60192
     if case.wrap.startswith("own step") and case.head == "unused":
         case = replace(case, wrap="functional")
     return case

@@ -210,7 +210,7 @@ def test_what_no_rule_divides_runs_on_every_rank():
 # ---- numbers of one device
 
 
-@pytest.mark.parametrize("count, sequence", [(3, True), (4, False)])
+@pytest.mark.parametrize("count, sequence", [(3, True), pytest.param(4, False, marks=pytest.mark.every)])
 def test_gpt_equals_one_device(count, sequence):
     x, y = words()
     one = trained(None, gpt, loss=from_logits, x=x, y=y, metrics=["accuracy"])

@@ -91,6 +91,20 @@ def test_batch_reduce():
     assert [tf.DeviceSpec.from_string(t.device).device_index for t in total] == [0, 1]
 
 
+def test_sums_that_are_not_used_are_computed():
+    """NCCL waits for all devices, and TensorFlow leaves out its operations where nobody asks for the result."""
+    made = []
+
+    @tf.function
+    def first(parts):
+        (total,) = _tf.batch_reduce(tf.distribute.ReductionToOneDevice(), [parts])
+        made.extend(total)
+        return total[0]
+
+    graph = first.get_concrete_function([tf.constant([1.0]), tf.constant([2.0])]).graph
+    assert {x.op.name for x in made} <= {op.name for op in graph.control_outputs}
+
+
 def test_outside_replica():
     strategy = tfpar.LayerPlacementStrategy(["CPU:0"])
 

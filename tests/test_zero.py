@@ -87,6 +87,16 @@ def test_optimizers(name):
     check(strategy, history(X, Y, batch_size=8, epochs=2), 1e-9, 1e-11, optimizer=OPTIMIZERS[name], build=wide)
 
 
+def test_what_is_no_slot_stays_out_of_compiled_updates():
+    """Adafactor keeps int32 in place of some slots, which TensorFlow has on the host."""
+    strategy = tfpar.DataParallelStrategy(2)
+    model = compiled(strategy, optimizer=lambda: keras.optimizers.Adafactor(0.01))
+    history(X, Y, batch_size=8)(model)
+    assert any(v.dtype == "int32" for v in model.optimizer.variables)
+    steps = strategy._steps(model)
+    assert not [v for v in steps.update.variables(0) if v.dtype == tf.int32]
+
+
 @pytest.mark.parametrize("zero", [1, 2, 3])
 @pytest.mark.parametrize("options", [{"clipnorm": 0.1}, {"global_clipnorm": 0.1}, {}], ids=str)
 def test_sparse_gradients(zero, options):
