@@ -355,7 +355,7 @@ def model_in_training(model, x):
         return model(x, training=True)
 
     def step(data, parts):
-        with steps.running(parts):
+        with steps.running(data, parts):
             return model(data.whole[0], training=True)
 
     from tfpar.traced import Traced
