@@ -25,6 +25,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from keras import layers, ops
 from training import gradients_forgotten
+from zoo import Unembedding
 
 import tfpar
 from tfpar import Mesh
@@ -78,18 +79,6 @@ class TokensAndPositions(layers.Layer):
 
     def call(self, x):
         return self.tokens(x) + self.positions(ops.arange(0, ops.shape(x)[-1], 1))
-
-
-@keras.saving.register_keras_serializable("fuzz")
-class Unembedding(layers.Layer):
-    """A second use of an embedding's weight, with a dense gradient."""
-
-    def __init__(self, embedding, **options):
-        super().__init__(**options)
-        self.embedding = embedding
-
-    def call(self, x):
-        return ops.matmul(x, ops.transpose(self.embedding.embeddings))
 
 
 @keras.saving.register_keras_serializable("fuzz")

@@ -20,7 +20,7 @@ def unshrunk(monkeypatch):
 
 @pytest.mark.parametrize("number", range(3))
 def test_some(number):
-    error, tried = failing(8, 100 + number)
+    error, tried = failing(10, 100 + number)
     assert error is None, error
     assert tried["checked"] > 4
 

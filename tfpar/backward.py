@@ -158,13 +158,20 @@ def taped(
         found = tape.gradient(targets, sources, [*cotangents.values(), *added.values()])
         if traced and any(again):
             made_again(targets[0].op, traced, known, again)
-        if traced:
+        if traced and lacks_cotangents(run, result, cotangents, added):
             some, others = reached(traced, result, [*cotangents, *added], variables, edges)
             used = [program.variables.index(v) in some for v in inside] + [t in others for t in outside]
             found = [x if use else None for use, x in zip(used, found, strict=True)]
         return present(inside, found), present(outside, found[len(inside) :])
 
     return result, pullback
+
+
+def lacks_cotangents(run: Any, result: Result, cotangents: Iterable[int], added: Iterable[tuple[int, int]]) -> bool:
+    """Whether some of a program's results have no cotangent; a tensor and its logits are made of the same."""
+    ends = {tensor_of(t) for t in result.edges if differentiable(run.graph, t)}
+    losses = {(i, k) for i, found in result.losses.items() for k in range(len(found))}
+    return not (ends <= {tensor_of(t) for t in cotangents} and losses <= {*added})
 
 
 def reached(

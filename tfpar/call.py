@@ -58,12 +58,16 @@ def call(
     if added:
         losses[:] = _keras.added_losses(model, list(added.values()))
     if is_open and isinstance(rows, int):
-        outputs = {t: e._replace(value=opened(e.value)) if finished.is_batched(t) else e for t, e in outputs.items()}
+        outputs = {
+            t: e._replace(value=of_open_size(e.value)) if finished.is_batched(t) else e for t, e in outputs.items()
+        }
     return structured(engine, outputs, finished.route)
 
 
-def opened(value: tf.Tensor) -> tf.Tensor:
-    """A tensor with as many rows as before, which TensorFlow does not know while it traces."""
+def of_open_size(value: Any) -> Any:
+    """A tensor with as many rows as before, which TensorFlow does not know while it traces; a sparse one as it is."""
+    if not isinstance(value, tf.Tensor) or not value.shape.rank:
+        return value
     return tf.compat.v1.placeholder_with_default(value, [None, *value.shape[1:]])
 
 
