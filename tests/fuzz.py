@@ -711,6 +711,8 @@ KNOWN = [  # cases that failed once
     Case("image", ("pool",), open_dims=True, optimizer="Ftrl(0.01)", strategy="TensorParallelStrategy(2)", number=7),
     Case("text", ("mask", "rms"), "class", loss=SCCE, strategy="TensorParallelStrategy(2)"),
     Case(blocks=("dense",), head="two", batch=5, strategy="PipelineStrategy(2, micro_batches=2)", jit=True),
+    Case("text", ("mask", "grouped"), "tags", loss=SCCE, strategy="TensorParallelStrategy(2)"),
+    Case("text", ("mask", "batchnorm"), "tags", batch=4, loss=SCCE),
 ]
 
 

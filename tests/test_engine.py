@@ -14,7 +14,7 @@ from training import Spy, check, compiled, data, history
 
 import tfpar
 from tfpar import passes
-from tfpar._moments import Moments
+from tfpar._moments import Moments, divisor
 from tfpar.loss import LossProgram
 from tfpar.passes import RUN, Pass
 from tfpar.schedule import Action, Kind, gpipe, one_f_one_b
@@ -211,6 +211,22 @@ def test_whole_moments():
     mean, variance = whole_moments(Moments(means, variances, tf.constant([3, 1, 16], means.dtype)))
     assert difference(x.mean(0), mean) < 1e-6
     assert difference(x.var(0), variance) < 1e-6
+
+
+def test_whole_moments_with_a_mask():
+    """Keras divides by a little more than the number of values, in each part and in the whole."""
+    rng = np.random.default_rng(0)
+    x, mask = tf.constant(rng.normal(3.0, size=(6, 5, 3))), tf.constant(rng.integers(0, 2, (6, 5)).astype(bool))
+    mask = tf.concat([mask[:4], tf.zeros_like(mask[4:])], 0)  # the last part has no values at all
+    layer = keras.layers.BatchNormalization(dtype="float64")
+    layer.build(x.shape)
+    parts = [
+        (*layer._moments(x[rows], mask[rows]), divisor(layer, x[rows], mask[rows], x.dtype))
+        for rows in (slice(0, 1), slice(1, 4), slice(4, 6))
+    ]
+    found = whole_moments(Moments(*(tf.stack(values) for values in zip(*parts, strict=True))))
+    for a, b in zip(layer._moments(x, mask), found, strict=True):
+        assert difference(a, b) < 1e-14
 
 
 def test_unknown_variables_name_themselves():

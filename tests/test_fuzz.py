@@ -112,7 +112,7 @@ def batch_statistics(patch):
     import tensorflow as tf
 
     def without_spread(parts):
-        count = parts.count[:, None]
+        count = parts.divisor[:, None]
         total = tf.reduce_sum(count)
         return tuple(tf.reduce_sum(x * count, 0) / total for x in parts[:2])
 

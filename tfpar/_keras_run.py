@@ -86,10 +86,10 @@ def moments(original: Callable, self: Any, inputs: tf.Tensor, mask: Any) -> tupl
     if replica is None or replica.strategy.batch_norm == "local" or self.synchronized:
         return original(self, inputs, mask)
     mean, variance = original(self, inputs, mask)
-    count = _moments.values_in_batch(self, inputs, mask, mean.dtype)
+    divisor = _moments.divisor(self, inputs, mask, mean.dtype)
     number, at = replica.num_replicas_in_sync, replica._replica_id
     # the statistics of replica r in row r, zeros in the others: their sum over replicas has those of all
-    parts = [tf.scatter_nd([[at]], x[None], [number, *x.shape]) for x in (mean, variance, count)]
+    parts = [tf.scatter_nd([[at]], x[None], [number, *x.shape]) for x in (mean, variance, divisor)]
     return whole_moments(_moments.Moments(*replica.all_reduce(tf.distribute.ReduceOp.SUM, parts)))
 
 

@@ -12,17 +12,21 @@ from tfpar._keras import layers_in
 
 
 class Moments(NamedTuple):
-    """Batch statistics of a BatchNormalization call: per channel, and over how many values."""
+    """Batch statistics of a BatchNormalization call: per channel, and by what the sums of its values were divided."""
 
     mean: tf.Tensor
     variance: tf.Tensor
-    count: tf.Tensor
+    divisor: tf.Tensor
 
 
-def values_in_batch(layer: Any, inputs: tf.Tensor, mask: Any, dtype: Any) -> tf.Tensor:
-    """Over how many values of each channel a BatchNormalization takes its statistics."""
-    count = tf.size(inputs) / inputs.shape[layer.axis] if mask is None else tf.reduce_sum(tf.cast(mask, dtype))
-    return tf.cast(count, dtype)
+def divisor(layer: Any, inputs: tf.Tensor, mask: Any, dtype: Any) -> tf.Tensor:
+    """By what a BatchNormalization divides the sums over a channel: how many values there are.
+
+    Where there is a mask, Keras adds `keras.config.epsilon()`.
+    """
+    if mask is None:
+        return tf.cast(tf.size(inputs) / inputs.shape[layer.axis], dtype)
+    return tf.reduce_sum(tf.cast(mask, dtype)) + keras.config.epsilon()
 
 
 @contextlib.contextmanager
@@ -32,7 +36,7 @@ def recorded(layers: Sequence[Any], found: list[tuple[int, Moments]]) -> Iterato
     def recording(index, layer):
         def moments(inputs, mask):
             mean, variance = type(layer)._moments(layer, inputs, mask)
-            found.append((index, Moments(mean, variance, values_in_batch(layer, inputs, mask, mean.dtype))))
+            found.append((index, Moments(mean, variance, divisor(layer, inputs, mask, mean.dtype))))
             return mean, variance
 
         return moments

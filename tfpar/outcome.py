@@ -118,7 +118,7 @@ def move_statistics(run: Pass) -> set[int]:
 
 
 def statistics(run: Pass) -> Iterator[tuple[Any, _moments.Moments]]:
-    """Each BatchNormalization that moves, and mean, variance and count of each part, (parts, channels) and (parts,)."""
+    """Each BatchNormalization that moves, and the statistics of each part, (parts, channels) and (parts,)."""
     places, written = run.engine.graph.places, {v for state in run.state for v in state}
 
     def moves(layer: Any) -> bool:
@@ -126,8 +126,8 @@ def statistics(run: Pass) -> Iterator[tuple[Any, _moments.Moments]]:
 
     def of_ranks(layer: Any, of: Callable[[int], _moments.Moments]) -> _moments.Moments:
         count = run.ranks if layout_of(layer.moving_mean) != REPLICATED else 1
-        mean, variance, counts = zip(*(of(rank) for rank in range(count)), strict=True)
-        return _moments.Moments(tf.concat(mean, -1), tf.concat(variance, -1), counts[0])
+        mean, variance, divisors = zip(*(of(rank) for rank in range(count)), strict=True)
+        return _moments.Moments(tf.concat(mean, -1), tf.concat(variance, -1), divisors[0])
 
     for op, call in zip(run.graph.ops, run.route.graph.calls, strict=True):
         if isinstance(call.operation, TakeMoments) and moves(layer := call.operation.call.operation):

@@ -87,9 +87,14 @@ def whole_moments(parts: _moments.Moments) -> tuple[tf.Tensor, tf.Tensor]:
     """Mean and variance of a batch from those of its parts (Chan et al., "Updating formulae …", 1979).
 
     Args:
-        parts: mean and variance of shape (parts, channels), count of shape (parts,).
+        parts: mean and variance of shape (parts, channels), divisor of shape (parts,).
     """
-    count = parts.count[:, None]
+    divisor = parts.divisor[:, None]
+    count = tf.round(divisor)
+    excess = divisor - count  # which the whole batch has once
+    whole_divisor = tf.reduce_sum(count) + tf.reduce_max(excess)
     mean, variance = (tf.math.multiply_no_nan(x, tf.cast(count > 0, x.dtype)) for x in parts[:2])
-    whole = tf.reduce_sum(mean * count, 0) / tf.reduce_sum(count)
-    return whole, tf.reduce_sum((variance + tf.square(mean - whole)) * count, 0) / tf.reduce_sum(count)
+    whole = tf.reduce_sum(mean * divisor, 0) / whole_divisor
+    apart = mean - whole
+    squares = variance * divisor + apart * (apart * count + 2 * excess * mean)
+    return whole, tf.reduce_sum(squares, 0) / whole_divisor

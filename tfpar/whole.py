@@ -13,7 +13,7 @@ from tfpar.state import whole_moments
 
 
 class TakeMoments:
-    """The statistics that a BatchNormalization takes of its input: mean and variance (1, channels), count (1,)."""
+    """The statistics that a BatchNormalization takes of its input: mean and variance (1, channels), divisor (1,)."""
 
     _call_context_args = ("training",)
 
@@ -27,13 +27,13 @@ class TakeMoments:
         if not found:  # it is not in training: it uses its moving statistics
             nothing = tf.zeros_like(layer.moving_mean)[None]
             return nothing, nothing, nothing[:, 0]
-        mean, variance, count = found[0][1]
-        return mean[None], variance[None], count[None]
+        mean, variance, divisor = found[0][1]
+        return mean[None], variance[None], divisor[None]
 
 
-def share_moments(mean: tf.Tensor, variance: tf.Tensor, count: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+def share_moments(mean: tf.Tensor, variance: tf.Tensor, divisor: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """The statistics of the batch, once for each of its parts."""
-    whole = whole_moments(_moments.Moments(mean, variance, count))
+    whole = whole_moments(_moments.Moments(mean, variance, divisor))
     return tuple(tf.broadcast_to(x, tf.shape(mean)) for x in whole)
 
 

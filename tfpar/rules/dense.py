@@ -53,7 +53,7 @@ class End:
                 y = ops.add(y, ops.reshape(self.bias, shape))  # as Keras: a float32 layer in a model of bfloat16
             if self.layer.activation is not None:
                 y = self.layer.activation(y)
-        return _keras.masked_by(self.layer, x, y)
+        return _keras.with_mask_of(x, y)  # a layer without its end has set what it hands on
 
 
 def summed_up(site: Site, layout: Layout, channels: int, also: dict):
