@@ -7,9 +7,10 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfpar import _keras_calls
-from tfpar._keras_run import Replicas, as_in_this_thread
-from tfpar._tf import (
+from tfpar.comm.devices import each_gpu_is_one_device
+from tfpar.compat import _keras_calls
+from tfpar.compat._keras_run import Replicas, as_in_this_thread
+from tfpar.compat._tf import (
     LogicalReplica,
     MirroredExtended,
     PerReplica,
@@ -18,17 +19,16 @@ from tfpar._tf import (
     select_replica,
     update_regroup,
 )
-from tfpar.batch import Parts
-from tfpar.convert import convert
-from tfpar.devices import each_gpu_is_one_device
+from tfpar.engine.micro_batch import Parts
 from tfpar.errors import ModelError, ScheduleError, ScopeError, user_level
-from tfpar.feed import Feed, can_be_fed
-from tfpar.layout import WHOLE
-from tfpar.mesh import Mesh
-from tfpar.plan import Plan
-from tfpar.schedule import SCHEDULES, Schedule
-from tfpar.step import Steps, steps_of
-from tfpar.variables import HOST, Home, LogicalVariable, parts_of
+from tfpar.planning.mesh import Mesh
+from tfpar.planning.plan import Plan
+from tfpar.planning.schedule import SCHEDULES, Schedule
+from tfpar.planning.sharding import WHOLE
+from tfpar.trainer.convert import convert
+from tfpar.trainer.hooks import Steps, steps_of
+from tfpar.trainer.input_feed import Feed, can_be_fed
+from tfpar.variables.logical import HOST, Home, LogicalVariable, parts_of
 
 MirroredStrategy = tf.distribute.MirroredStrategy
 SEGMENTS = (1, 1, 8, 8)  # for each kind of ZeRO, into how many a model is cut if it is not said

@@ -2,8 +2,8 @@
 
 import tensorflow as tf
 
-from tfpar.devices import Devices, local_devices
-from tfpar.mesh import Mesh
+from tfpar.comm.devices import Devices, local_devices
+from tfpar.planning.mesh import Mesh
 from tfpar.strategies.base import Strategy
 
 

@@ -1,7 +1,7 @@
 """Consecutive layers on consecutive devices."""
 
-from tfpar.devices import Devices, local_devices
-from tfpar.mesh import Mesh
+from tfpar.comm.devices import Devices, local_devices
+from tfpar.planning.mesh import Mesh
 from tfpar.strategies.base import Placement, Strategy
 
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfpar.devices import local_devices
+from tfpar.comm.devices import local_devices
 from tfpar.errors import DeviceError
-from tfpar.mesh import Mesh
-from tfpar.schedule import Schedule
+from tfpar.planning.mesh import Mesh
+from tfpar.planning.schedule import Schedule
 from tfpar.strategies.base import Placement, Strategy
 
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-from tfpar.devices import Devices, local_devices
-from tfpar.mesh import Mesh
-from tfpar.schedule import Schedule
+from tfpar.comm.devices import Devices, local_devices
+from tfpar.planning.mesh import Mesh
+from tfpar.planning.schedule import Schedule
 from tfpar.strategies.base import Placement, Strategy
 
 

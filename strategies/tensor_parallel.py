@@ -4,8 +4,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfpar.devices import Devices, local_devices
-from tfpar.mesh import Mesh
+from tfpar.comm.devices import Devices, local_devices
+from tfpar.planning.mesh import Mesh
 from tfpar.strategies.base import Strategy
 
 

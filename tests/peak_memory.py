@@ -10,8 +10,8 @@ import numpy as np
 from keras import layers
 
 import tfpar
-from tfpar.step import steps_of
 from tfpar.testing import logical_cpus
+from tfpar.trainer.hooks import steps_of
 
 WIDTH, LAYERS = 2048, 24  # 400 MB
 MESHES = {

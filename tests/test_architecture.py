@@ -1,4 +1,4 @@
-"""Imports point down, the planning half needs no TensorFlow, private names stay in two files, every package ships."""
+"""Packages import from packages below them, planning needs no TensorFlow, private names stay in compat, all is shipped."""
 
 import ast
 import configparser
@@ -9,30 +9,31 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-PLANNING = [
-    "errors",
-    "progress",
-    "mesh",
-    "graph",
-    "schedule",
-    "cost",
-    "layout",
-    "cut",
-    "written",
-    "partition",
-    "timeline",
-    "simulate",
-    "plan",
-]
-RUNNING = [
-    "_tf", "gradients", "_keras", "_keras_parts", "_moments", "variables", "detached", "batch", "devices", "feed",
-    "flops", "state", "_keras_calls", "_keras_run", "_keras_backup", "model", "collectives", "local", "crossentropy",
-    "rules", "divide", "rowwise", "samples", "probe", "mixing", "opening", "program", "whole", "engine", "halves",
-    "backward", "together", "passes", "outcome", "update", "loss", "call", "routes", "prepare", "faults", "traced",
-    "saving", "step", "callbacks", "convert", "measure", "testing",
-]  # fmt: skip
-ORDER = [*PLANNING, *RUNNING, "strategies"]
+PACKAGES = (
+    "compat", "planning", "graph", "comm", "variables", "tensor_parallel", "engine", "trainer", "strategies",
+)  # fmt: skip
+ORDER = ["errors", *PACKAGES[:-1], "tools", "strategies"]  # each imports from what stands before it
 FILES = sorted(f for d in ("tfpar", "strategies") for f in (ROOT / d).rglob("*.py"))
+EACH = pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+TESTED_THROUGH = {  # modules without a test file of their own, and the test that runs them
+    "_keras_backup": "trainer/test_killed", "_keras_calls": "compat/test_keras", "_keras_run": "compat/test_keras",
+    "_moments": "compat/test_keras", "attention": "tensor_parallel/test_rules", "base": "trainer/test_hooks",
+    "batch_results": "engine/test_engine", "collectives": "strategies/test_mesh_strategy",
+    "convolution": "tensor_parallel/test_rules", "cost": "planning/test_partition", "dense": "tensor_parallel/test_rules",
+    "devices": "test_bad_input", "elementwise": "tensor_parallel/test_rules", "embedding": "tensor_parallel/test_rules",
+    "executor": "engine/test_engine", "flops": "planning/test_plan", "group": "strategies/test_data_parallel",
+    "inline_layers": "tensor_parallel/test_tensor_parallel", "inline_model": "graph/test_keras_graph",
+    "layer_placement": "engine/test_engine", "loss": "engine/test_engine",
+    "loss_parallel": "tensor_parallel/test_tensor_parallel", "mesh": "strategies/test_mesh_strategy",
+    "normalization": "tensor_parallel/test_rules", "op_graph": "planning/test_partition",
+    "optimizer_step": "engine/test_engine", "parallelize": "tensor_parallel/test_tensor_parallel",
+    "pipeline": "engine/test_engine", "placement": "trainer/test_hooks", "planner": "planning/test_plan",
+    "pooling": "tensor_parallel/test_rules", "program": "engine/test_engine", "progress": "graph/test_mixing",
+    "rank_graph": "tensor_parallel/test_tensor_parallel", "recording": "compat/test_keras",
+    "reshaping": "tensor_parallel/test_rules", "samples": "graph/test_mixing", "shard_view": "strategies/test_zero",
+    "step_function": "trainer/test_hooks", "sync_batch_norm": "strategies/test_data_parallel",
+    "vjp": "engine/test_remat",
+}  # fmt: skip
 
 
 def imports(file):
@@ -47,30 +48,85 @@ def imports(file):
     return found
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
-def test_imports_point_down(file):
+def package_of(file):
+    """The package that a file is in; `tools` for what a user imports by name."""
+    folders = file.relative_to(ROOT).parts[:-1]
+    if folders == ("tfpar",):
+        return "errors" if file.stem == "errors" else "tools"
+    return folders[0] if folders[0] == "strategies" else folders[1]
+
+
+@EACH
+def test_packages_import_from_those_below(file):
     names = imports(file)
-    ours = {n.split(".")[1] for n in names if n.startswith("tfpar.")} & set(ORDER)
-    if file.parent.name == "strategies":
+    ours = {n.split(".")[1] for n in names if n.startswith("tfpar.")}
+    if file == ROOT / "tfpar" / "__init__.py":
+        assert ours & {*ORDER} <= {"errors", "planning"}
         return
-    if file.stem == "__init__" and file.parent.name == "tfpar":
-        assert ours <= set(PLANNING)
-        return
-    name = file.parent.name if file.parent.name in ORDER else file.stem
-    assert name in ORDER, f"give {name} its place in ORDER"
-    assert {o for o in ours if ORDER.index(o) > ORDER.index(name)} == set()
-    if name in PLANNING:
-        assert not {n.split(".")[0] for n in names} & {"tensorflow", "keras"}
+    tools = {f.stem for f in FILES if package_of(f) == "tools" and f.stem != "__init__"}
+    mine, found = package_of(file), {"tools" if name in tools else name for name in ours} & {*ORDER}
+    assert {name for name in found if ORDER.index(name) > ORDER.index(mine)} == set()
+    if mine == "planning":
+        assert "compat" not in found and not {n.split(".")[0] for n in names} & {"tensorflow", "keras"}
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
-def test_private_names_stay_in_the_bridges(file):
-    if file.stem not in ("_tf", "_keras", "_keras_calls", "_keras_parts", "_keras_run", "_moments"):
-        private = [n for n in imports(file) if n.startswith(("tensorflow.python", "keras.src"))]
-        assert not private
+def test_imports_of_modules_have_no_circle():
+    modules = {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): f for f in FILES}
+    above: list[str] = []
+    done: set[str] = set()
+
+    def visit(name):
+        assert name not in above, " -> ".join([*above, name])
+        if name in done:
+            return
+        above.append(name)
+        for other in imports(modules[name]) & {*modules}:
+            if not name.startswith(other + ".") and other != name:  # a package that registers what is in it
+                visit(other)
+        above.pop()
+        done.add(name)
+
+    for name in modules:
+        if name not in ("tfpar", "tfpar.tensor_parallel.rules"):
+            visit(name)
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+@EACH
+def test_private_names_stay_in_compat(file):
+    if package_of(file) != "compat":
+        assert not [n for n in imports(file) if n.startswith(("tensorflow.python", "keras.src"))]
+
+
+@EACH
+def test_private_attributes_stay_in_compat(file):
+    """Those of TensorFlow and Keras: what tfpar's own classes define is its own, and so is what they override."""
+    own = {"_replace", "_getframe"}
+    for each in FILES:
+        for node in ast.walk(ast.parse(each.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                own.add(node.name)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_self(node.value):
+                own.add(node.attr)
+    if package_of(file) != "compat":
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+                assert node.attr in own or is_self(node.value), f"{file}:{node.lineno}: {node.attr} belongs in compat"
+
+
+def is_self(node):
+    return isinstance(node, ast.Name) and node.id in ("self", "cls")
+
+
+def test_every_module_is_tested():
+    tests = {f.stem.removeprefix("test_"): f for f in (ROOT / "tests").rglob("test_*.py")}
+    stems = {f.stem for f in FILES} - {"__init__"}
+    assert sorted(stems - {*tests} - {*TESTED_THROUGH}) == []
+    assert sorted({*TESTED_THROUGH} - stems) == [] and all(
+        (ROOT / "tests" / f"{t}.py").exists() for t in TESTED_THROUGH.values()
+    )
+
+
+@EACH
 def test_no_file_is_long(file):
     assert len(file.read_text().splitlines()) <= 400
 
@@ -78,7 +134,9 @@ def test_no_file_is_long(file):
 def test_every_package_ships():
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
-    assert set(config["options"]["packages"].split()) == {"tfpar", "tfpar.rules", "tfpar.strategies"}
+    there = {f.parent for f in FILES if f.name == "__init__.py"}
+    names = {".".join(("tfpar", *f.relative_to(ROOT).parts)).replace("tfpar.tfpar", "tfpar") for f in there}
+    assert set(config["options"]["packages"].split()) == names
 
 
 def test_import_without_tensorflow():

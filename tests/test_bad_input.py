@@ -13,8 +13,8 @@ from training import STRATEGIES, WIDTH, build, check, compiled, data, history
 
 import tfpar
 from tfpar import BatchError, DeviceError, ModelError, PartitionError, ScheduleError, ScopeError
-from tfpar.devices import each_gpu_is_one_device
-from tfpar.schedule import forward_only
+from tfpar.comm.devices import each_gpu_is_one_device
+from tfpar.planning.schedule import forward_only
 from tfpar.testing import logical_cpus
 
 X, Y = data()

@@ -9,10 +9,10 @@ from keras import layers
 from training import WIDTH, compiled, data, history
 
 import tfpar
-from tfpar import mixing, samples
 from tfpar.errors import Caught, brief
-from tfpar.model import graph_from
-from tfpar.probe import Probe
+from tfpar.graph import mixing, samples
+from tfpar.graph.batch_probe import Probe
+from tfpar.graph.keras_graph import graph_from
 
 X, Y = data()
 

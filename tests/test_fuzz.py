@@ -7,9 +7,11 @@ import keras
 import pytest
 from fuzz import KNOWN, Case, Skipped, check, failing
 
-from tfpar import _keras, batch, collectives, gradients, state
-from tfpar.update import Update
-from tfpar.variables import LogicalVariable
+from tfpar.comm import collectives, gradients
+from tfpar.compat import _keras, _moments
+from tfpar.engine import micro_batch
+from tfpar.engine.optimizer_step import Update
+from tfpar.variables.logical import LogicalVariable
 
 
 @pytest.fixture(autouse=True)
@@ -66,12 +68,14 @@ def test_rounding_that_one_device_amplifies_is_skipped():
 
 
 def gradient_sums(patch):
-    patch.setattr("tfpar.update.all_reduce", lambda values, devices, ops: [list(parts) for parts in values])
+    patch.setattr(
+        "tfpar.engine.optimizer_step.all_reduce", lambda values, devices, ops: [list(parts) for parts in values]
+    )
 
 
 def shares_of_uneven_batches(patch):
-    original = batch.shares
-    patch.setattr(batch, "shares", lambda counts: original([1] * len(counts)))
+    original = micro_batch.shares
+    patch.setattr(micro_batch, "shares", lambda counts: original([1] * len(counts)))
 
 
 def sparse_updates_of_divided_weights(patch):
@@ -83,7 +87,7 @@ def sparse_updates_of_divided_weights(patch):
 
     patch.setattr(collectives, "sparse_part", unmoved)
     of_first = lambda parts, *rest: gradients.joined(parts[:1] * len(parts), *rest)  # noqa: E731
-    patch.setattr("tfpar.update.joined", of_first)
+    patch.setattr("tfpar.engine.optimizer_step.joined", of_first)
 
 
 def clipping(patch):
@@ -116,13 +120,11 @@ def batch_statistics(patch):
         total = tf.reduce_sum(count)
         return tuple(tf.reduce_sum(x * count, 0) / total for x in parts[:2])
 
-    for module in ("state", "whole", "outcome", "_keras_run"):
-        patch.setattr(f"tfpar.{module}.whole_moments", without_spread)
-    assert state.whole_moments is without_spread
+    patch.setattr(_moments, "whole_moments", without_spread)
 
 
 def accumulation(patch):
-    patch.setattr("tfpar.backward.add", lambda known, gradient: gradient)
+    patch.setattr("tfpar.engine.vjp.add", lambda known, gradient: gradient)
 
 
 def gathered_shards(patch):

@@ -2,7 +2,6 @@
 
 import importlib
 
-from tfpar.cost import Hardware, StageCost
 from tfpar.errors import (
     BatchError,
     DeviceError,
@@ -15,10 +14,10 @@ from tfpar.errors import (
     StageError,
     TfparError,
 )
-from tfpar.mesh import Mesh
-from tfpar.schedule import Action, Kind, Schedule, gpipe, one_f_one_b
-from tfpar.simulate import simulate
-from tfpar.timeline import Timeline
+from tfpar.planning.cost import Hardware, StageCost
+from tfpar.planning.mesh import Mesh
+from tfpar.planning.schedule import Action, Kind, Schedule, gpipe, one_f_one_b
+from tfpar.planning.timeline import Timeline, simulate
 
 __version__ = "0.7.0"
 __all__ = [

@@ -2,7 +2,7 @@
 
 import keras
 
-from tfpar.step import steps_of
+from tfpar.trainer.hooks import steps_of
 
 
 class CheckNumerics(keras.callbacks.Callback):

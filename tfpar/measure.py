@@ -6,12 +6,12 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfpar.batch import Batch, Parts
+from tfpar.engine.micro_batch import Batch, Parts
 from tfpar.errors import ModelError
-from tfpar.schedule import Action
-from tfpar.step import Steps, steps_of
-from tfpar.timeline import Span, Timeline
-from tfpar.traced import Traced
+from tfpar.planning.schedule import Action
+from tfpar.planning.timeline import Span, Timeline
+from tfpar.trainer.hooks import Steps, steps_of
+from tfpar.trainer.step_function import Traced
 
 
 def measured(model: keras.Model, *batch: Any, repeat: int = 1) -> Timeline:

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfpar.collectives import EXCHANGES, LOCAL
+from tfpar.comm.collectives import EXCHANGES, LOCAL
 from tfpar.errors import DeviceError
-from tfpar.step import steps_of
-from tfpar.traced import Traced
+from tfpar.trainer.hooks import steps_of
+from tfpar.trainer.step_function import Traced
 
 
 def logical_cpus(count: int, threads: int | None = None):

@@ -1,0 +1,108 @@
+"""How results of a batch follow from those of its parts."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+from tfpar.errors import ModelError
+from tfpar.graph.batch_probe import Combine, Probe, combination
+from tfpar.graph.keras_graph import graph_from
+from tfpar.graph.mixing import check_independence
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(8, 3))
+PARTS = X[:3], X[3:]
+
+
+@pytest.mark.parametrize(
+    "function, kind",
+    [
+        (lambda x: x * 2, Combine.ROWS),
+        (lambda x: x.mean(), Combine.MEAN),
+        (lambda x: x.sum(0), Combine.SUM),
+        (lambda x: np.ones(2), Combine.SAME),
+        (lambda x: x.max(), None),
+        (lambda x: x.mean() ** 2, None),
+        (lambda x: x - x.mean(0), None),
+        (lambda x: x @ x.T, None),
+    ],
+)
+def test_combination(function, kind):
+    assert combination(function(X), [function(p) for p in PARTS]) is kind
+
+
+def test_a_sum_of_changes():
+    assert combination(5.0 + X.sum(), [5.0 + p.sum() for p in PARTS], base=5.0) is Combine.SUM
+
+
+class Counter(layers.Layer):
+    """Keeps what happened to it in all ways that there are, and one more."""
+
+    def build(self, shape):
+        zeros = {"shape": (), "initializer": "zeros", "trainable": False}
+        self.calls, self.samples = self.add_weight(name="calls", **zeros), self.add_weight(name="samples", **zeros)
+        self.average, self.largest = self.add_weight(name="average", **zeros), self.add_weight(name="largest", **zeros)
+
+    def call(self, x):
+        self.calls.assign_add(1.0)
+        self.samples.assign_add(ops.cast(ops.shape(x)[0], "float32"))
+        self.average.assign(0.9 * self.average + 0.1 * ops.mean(x))
+        self.largest.assign(ops.maximum(self.largest, ops.max(x)))
+        self.add_loss(ops.mean(ops.square(x)))
+        self.add_loss(ops.sum(x))
+        self.add_loss(ops.mean(x) ** 2)
+        return x + 0.0
+
+
+def test_losses_and_state():
+    counter = Counter()
+    x = layers.Input((4,))
+    graph = graph_from(keras.Model(x, counter(x)))
+    found = Probe(graph).of(0, True)
+    assert found.outputs == (Combine.ROWS,)
+    assert found.losses == (Combine.MEAN, Combine.SUM, None)
+    state = [found.state[id(v)] for v in (counter.calls, counter.samples, counter.average, counter.largest)]
+    assert state == [Combine.SAME, Combine.SUM, Combine.MEAN, None]
+    assert not counter.losses
+
+
+def checked(*outputs, inputs):
+    graph = graph_from(keras.Model(inputs, list(outputs)))
+    check_independence(graph, Probe(graph))
+
+
+def test_operations_that_mix_samples():
+    x = layers.Input((4,))
+    for name, mixed in {
+        "mean": ops.subtract(x, ops.mean(x, axis=0)),
+        "transpose": ops.matmul(x, ops.transpose(x)),
+        "centred": layers.Lambda(lambda v: v - ops.mean(v, axis=0), name="centred")(x),
+        "softmax": layers.Softmax(axis=0)(x),
+    }.items():
+        with pytest.raises(ModelError, match=f"{name}.*mixes the samples of a batch.*micro_batches=1"):
+            checked(mixed, inputs=x)
+
+
+def test_operations_that_do_not():
+    x, tokens = layers.Input((4, 6)), layers.Input((None,), dtype="int32")
+    a = layers.MultiHeadAttention(2, 3)(x, x)
+    b = ops.reshape(layers.Lambda(lambda v: v * 2)(a), (-1, 24))
+    c = layers.BatchNormalization()(layers.Dense(2)(b))
+    checked(c, layers.Embedding(5, 3)(tokens) * 2.0, inputs=[x, tokens])
+
+
+def test_one_that_cannot_be_tried():
+    x = layers.Input((4,), dtype="int32")
+    table = np.arange(5.0, dtype="float32")
+
+    class Pick(layers.Layer):
+        def call(self, x):
+            if not keras.backend.is_keras_tensor(x) and not hasattr(x, "op"):
+                raise ValueError("only in a graph")
+            return ops.take(table, x)
+
+    with pytest.warns(
+        UserWarning, match="could not check that pick treats the samples .* one by one \\(.*only in a graph"
+    ):
+        checked(Pick(name="pick")(x), inputs=x)

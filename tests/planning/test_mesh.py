@@ -1,0 +1,36 @@
+"""Meshes: coordinates, and what is refused."""
+
+import pytest
+
+from tfpar.errors import DeviceError
+from tfpar.planning.mesh import Mesh
+
+
+def test_neighbours():
+    mesh = Mesh(data=2, stage=3, tensor=2).on([f"GPU:{i}" for i in range(12)])
+    assert mesh.device(tensor=1) == "GPU:1"
+    assert mesh.device(stage=1) == "GPU:2"
+    assert mesh.device(data=1) == "GPU:6"
+    assert (mesh.size, mesh.shape) == (12, (2, 3, 2))
+    assert str(mesh) == "Mesh(data=2, stage=3, tensor=2)"
+    assert str(Mesh()) == "Mesh(data=1)"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"stage": 0}, "at least 1; received stage=0"),
+        ({"data": 1.5}, "received data=1.5"),
+        ({"stage": 2, "devices": ("CPU:0", "CPU:0")}, "CPU:0 repeats"),
+        ({"stage": 3, "devices": ("CPU:0", "CPU:1")}, "has 3 places, but 2 devices"),
+    ],
+)
+def test_refused(arguments, message):
+    with pytest.raises(DeviceError, match=message):
+        Mesh(**arguments)
+
+
+def test_on_gpus():
+    assert Mesh(data=2, devices=("GPU:0", "GPU:1")).on_gpus
+    assert not Mesh(data=2, devices=("GPU:0", "CPU:0")).on_gpus
+    assert not Mesh(stage=4).on_gpus

@@ -1,0 +1,1 @@
+"""What devices exchange, and the devices."""

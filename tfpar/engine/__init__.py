@@ -1,0 +1,1 @@
+"""One batch through the stages: programs, their backward passes, and the update."""

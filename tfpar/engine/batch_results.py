@@ -1,0 +1,152 @@
+"""What a finished pass leaves: outputs, losses, gradients and state of the whole batch."""
+
+# s: segment, m: micro-batch of a lane, t: tensor of the graph, v: variable, i: operation, k: its k-th added loss
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from tfpar.comm.gradients import SharedRows, sum_of
+from tfpar.compat import _keras, _moments
+from tfpar.engine import micro_batch
+from tfpar.engine.engine import device_of, layout_of, read
+from tfpar.engine.executor import Pass
+from tfpar.engine.program import Edge, tensor_of, with_logits
+from tfpar.engine.sync_batch_norm import TakeMoments
+from tfpar.graph.batch_probe import Combine
+from tfpar.planning.sharding import REPLICATED
+from tfpar.variables.logical import HOST
+
+
+def outputs(run: Pass) -> dict[int, Edge]:
+    """The model's outputs for the whole batch, and their logits, each on the device that made its first rows."""
+    found = {}
+    for t in with_logits(run.values[0], run.graph.outputs):
+        source = run.graph.producer.get(tensor_of(t))
+        with tf.device(HOST if source is None else run.device(run.partition.stage_of[source])):
+            found[t] = run.joined(t, run.firsts)
+    return found
+
+
+def added_losses(run: Pass) -> dict[tuple[int, int], tf.Tensor]:
+    """What layers added to the loss, for the whole batch."""
+    total: dict[tuple[int, int], tf.Tensor] = {}
+    for (s, m), result in run.results.items():
+        for (i, k), weight in run.loss_weights(result, run.share(s, m)).items() if not run.rank(m) else ():
+            loss = result.losses[i][k]
+            part = tf.math.multiply_no_nan(loss, tf.cast(weight, loss.dtype))  # no rows have no mean
+            total[i, k] = total[i, k] + part if (i, k) in total else part
+    return total
+
+
+def gradients(run: Pass) -> dict[int, list[list[Any]]]:
+    """The gradient of each variable that has one, in terms: each a list of what lanes have of it, on their devices.
+
+    It is in one term, but for rows that all parts of a batch have: those of each segment are added up on their own.
+    """
+    found: dict[int, dict[Any, dict[int, list]]] = {}
+    for (s, lane, v), gradient in run.gradients.items():
+        term = s if isinstance(gradient, SharedRows) else None
+        found.setdefault(v, {}).setdefault(term, {}).setdefault(lane, []).append(gradient)
+    return {
+        v: [[summed(run, v, lane, lanes.get(lane, ())) for lane in range(run.engine.lanes)] for lanes in terms.values()]
+        for v, terms in found.items()
+    }
+
+
+def summed(run: Pass, v: int, lane: int, gradients: Sequence[Any]) -> Any:
+    """The sum of some gradients of a variable, on the device of a lane; `None` of none."""
+    with tf.device(device_of(run.engine.graph.variables[v], lane)):
+        return sum_of(gradients)
+
+
+def input_gradient(run: Pass, t: int) -> tf.Tensor | None:
+    """The gradient of an input of the model; `None` if nothing depends on it."""
+    parts = [c[t] for c in run.cotangents if t in c]
+    return micro_batch.joined([tf.add_n(p) for p in parts]) if parts else None
+
+
+def write_state(run: Pass):
+    """Assign what layers changed: once for the batch, however many parts it had."""
+    moved = move_statistics(run) if len(run.inputs) > 1 else set()
+    for v in dict.fromkeys(v for state in run.state for v in state):
+        variable = run.engine.graph.variables[v]
+        if id(variable) in moved:
+            continue
+        if layout_of(variable) != REPLICATED:
+            for lane, copy in enumerate(_keras.stored(variable).copies):  # every rank has a value of its own
+                with tf.device(copy.device):
+                    copy.assign(combined(run, v, lane % run.ranks))
+        else:
+            with tf.device(device_of(variable)):
+                variable.assign(combined(run, v))
+
+
+def combined(run: Pass, v: int, rank: int = 0) -> tf.Tensor:
+    """The value of a variable, or of a rank's part, after the batch, from those after each part."""
+    variable = run.engine.graph.variables[v]
+    places = [m for m in run.all if run.rank(m) == rank and v in run.state[m]]
+    parts = [run.state[m][v] for m in places]
+    if len(parts) == 1 or _keras.is_seed(variable):
+        return parts[0]
+    s = max(s for (s, m), result in run.results.items() if v in result.state)
+    writer = run.program(s).writers[v]
+    kind = run.found(writer, "state", id(variable))
+    if kind is Combine.SAME:
+        return parts[0]
+    if kind is Combine.MEAN:
+        return tf.add_n([p * tf.cast(run.share(s, m), p.dtype) for p, m in zip(parts, places, strict=True)])
+    if kind is Combine.SUM:
+        before = read(variable, rank)
+        return before + tf.add_n([p - before for p in parts])
+    raise run.needs_whole(
+        writer,
+        f"{run.graph.ops[writer].name} keeps {variable.path}, whose value after a batch does not follow from its "
+        "values after the micro-batches",
+    )
+
+
+def move_statistics(run: Pass) -> set[int]:
+    """Move the statistics of each BatchNormalization by those of the whole batch; returns which variables moved."""
+    moved: set[int] = set()
+    for layer, parts in statistics(run):
+        with tf.device(device_of(layer.moving_mean)):
+            _moments.move_statistics(layer, *_moments.whole_moments(parts))
+        moved |= {id(v) for v in _moments.moving_statistics(layer)}
+    return moved
+
+
+def statistics(run: Pass) -> Iterator[tuple[Any, _moments.Moments]]:
+    """Each BatchNormalization that moves, and the statistics of each part, (parts, channels) and (parts,)."""
+    places, written = run.engine.graph.places, {v for state in run.state for v in state}
+
+    def moves(layer: Any) -> bool:
+        return places.get(id(layer.moving_mean)) in written
+
+    def of_ranks(layer: Any, of: Callable[[int], _moments.Moments]) -> _moments.Moments:
+        count = run.ranks if layout_of(layer.moving_mean) != REPLICATED else 1
+        mean, variance, divisors = zip(*(of(rank) for rank in range(count)), strict=True)
+        return _moments.Moments(tf.concat(mean, -1), tf.concat(variance, -1), divisors[0])
+
+    for op, call in zip(run.graph.ops, run.route.graph.calls, strict=True):
+        if isinstance(call.operation, TakeMoments) and moves(layer := call.operation.call.operation):
+
+            def taken(rank: int, outputs: Any = op.outputs) -> _moments.Moments:
+                parts = [run.values[m] for m in run.all if run.rank(m) == rank]
+                return _moments.Moments(*(tf.concat([values[t].value for values in parts], 0) for t in outputs))
+
+            yield layer, of_ranks(layer, taken)
+    for s in range(run.partition.stages):
+        for number, layer in enumerate([] if s in run.route.collectives else run.program(s).normalizations):
+            results = [(run.rank(m), found) for (of, m), found in run.results.items() if of == s]
+            calls = len(results[0][1].moments.get(number, []))
+            if len(results) <= run.ranks:  # run for all at once: it has moved by itself
+                continue
+            for n in range(calls):
+
+                def recorded(rank: int, n: int = n, number: int = number, results: Any = results) -> _moments.Moments:
+                    parts = [found.moments[number][n] for of, found in results if of == rank]
+                    return _moments.Moments(*(tf.stack(values) for values in zip(*parts, strict=True)))
+
+                yield layer, of_ranks(layer, recorded)

@@ -1,0 +1,250 @@
+"""A model cut into programs, and where their variables are."""
+
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tfpar.comm.collectives import Collective, reduce_scatter
+from tfpar.compat import _keras
+from tfpar.compat._tf import independent
+from tfpar.engine import micro_batch
+from tfpar.engine.program import Edge, Function, Program
+from tfpar.graph.batch_probe import Combine, Probe
+from tfpar.graph.keras_graph import KerasGraph
+from tfpar.graph.recording import UnknownVariables
+from tfpar.planning.partition import Partition
+from tfpar.planning.plan import Plan
+from tfpar.planning.schedule import Schedule, in_segments
+from tfpar.planning.sharding import REPLICATED, Layout
+from tfpar.tensor_parallel.loss_parallel import CrossEntropy
+from tfpar.tensor_parallel.rank_graph import is_collective
+from tfpar.variables.logical import HOST, LogicalVariable, copy_on_device
+
+
+def copy_of(variable: keras.Variable, lane: int) -> tf.Variable:
+    """The variable that holds the value for a lane: a rank of a replica."""
+    copies = getattr(_keras.stored(variable), "copies", ())
+    return copies[lane] if len(copies) > 1 else _keras.stored(variable)
+
+
+def device_of(variable: keras.Variable, lane: int = 0) -> str:
+    """Where a variable lives."""
+    return copy_of(variable, lane).device
+
+
+def layout_of(variable: keras.Variable) -> Layout:
+    """How a variable is divided between ranks."""
+    return getattr(_keras.stored(variable), "layout", REPLICATED)
+
+
+def shards_of(variable: keras.Variable) -> Layout:
+    """How replicas divide what updates a variable."""
+    value = _keras.stored(variable)
+    return value.follow.sharding.shards if isinstance(value, LogicalVariable) else REPLICATED
+
+
+def scattered(variable: keras.Variable, gradients: Sequence[Any], lanes: Sequence[int]) -> list[Any]:
+    """To each of these lanes its shard of the sum of what they have of a variable's gradient."""
+    shape = _keras.stored(variable).rank_shape(lanes[0])
+    return reduce_scatter(gradients, [device_of(variable, lane) for lane in lanes], shards_of(variable).dim, shape)
+
+
+def read(variable: keras.Variable, lane: int = 0) -> tf.Tensor:
+    """What a lane has of a variable's value, its replicas' shards put together, on the current device."""
+    value = _keras.stored(variable)
+    return value.of_lane(lane) if isinstance(value, LogicalVariable) else copy_on_device(value)
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """The way of a pass through the model.
+
+    Args:
+        graph, partition: the operations, and the segment of each: what is one program. A stage has one or more.
+        source: the model's own operations, of which `graph` was made.
+        whole: segments that take the parts of all replicas at once.
+        drawn: states of random numbers from which the ranks of a replica draw differently.
+        learned: the tensors that depend on weights to train, if that is known.
+        loss: where ranks find the loss of a part of the outputs each, which; the targets are the last input then, and
+            what the loss is computed from is the last output.
+    """
+
+    graph: KerasGraph
+    partition: Partition
+    source: KerasGraph
+    whole: Set[int] = frozenset()
+    drawn: Set[int] = frozenset()
+    learned: Set[int] | None = None
+    loss: CrossEntropy | None = None
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tensors that the loss is computed from."""
+        outputs = self.graph.graph.outputs
+        return outputs[-1:] if self.loss else outputs
+
+    @cached_property
+    def stages(self) -> tuple[int, ...]:
+        """The stage of each segment."""
+        return tuple(self.graph.graph.ops[self.partition.ops(s)[0]].stage for s in range(self.partition.stages))
+
+    def names(self, s: int) -> list[str]:
+        """The operations of a segment."""
+        return [self.graph.graph.ops[i].name for i in self.partition.ops(s)]
+
+    @cached_property
+    def probe(self) -> Probe:
+        """What is known of how the results of the model's operations combine."""
+        return Probe(self.source)
+
+    def rows(self, s: int, v: int, variable: keras.Variable) -> dict[int, Combine]:
+        """For each operation of a segment that looks up rows of a variable, how they follow from those of parts."""
+        users = [i for i in self.partition.ops(s) if v in self.graph.graph.ops[i].variables]
+        found = {i: self.probe.rows(self.in_source(i), variable) for i in users}
+        return {i: kind for i, kind in found.items() if kind is not None}
+
+    def in_source(self, i: int) -> int | None:
+        """The model's own operation that an operation stands for."""
+        name = self.graph.graph.ops[i].name
+        return next((n for n, op in enumerate(self.source.graph.ops) if op.name == name), None)
+
+    @cached_property
+    def collectives(self) -> dict[int, Collective]:
+        """The exchanges between ranks, each a segment of its own."""
+        calls = zip(self.partition.stage_of, self.graph.calls, strict=True)
+        return {s: call.operation for s, call in calls if is_collective(call)}
+
+    def knowing(self, unknown: UnknownVariables) -> "Route":
+        """The same way, in which a call has the variables that it was found to use."""
+        call = unknown.call if unknown.graph is self.graph else None
+        graph = self.graph.with_variables(unknown, call)
+        source = self.source.with_variables(unknown, None if call is None else self.in_source(call))
+        return replace(self, graph=graph, source=source, partition=Partition(graph.graph, self.partition.stage_of))
+
+
+@dataclass
+class Engine:
+    """A model cut into programs, one for each segment of a stage.
+
+    Args:
+        plan: which operations and variables go where.
+        model: what the plan is of.
+        training, inference: the ways through it; they share their variables, their inputs and their outputs.
+        called: the way of a call in training by a user's own step, if it is another.
+        jit_compile, eager: how programs run.
+        partial: variables that all ranks have, but find parts of the gradient of.
+        reduce: the `tf.distribute.CrossDeviceOps` that add up tensors of ranks; copies, if not given.
+    """
+
+    plan: Plan
+    model: keras.Model
+    training: Route
+    inference: Route
+    jit_compile: bool = False
+    eager: bool = False
+    called: Route | None = None
+    partial: Set[int] = frozenset()
+    reduce: Any = None
+    has_masks: bool = False  # outputs have masks that their symbols do not show
+    programs: dict[tuple[Route, int, bool | None], Program] = field(default_factory=dict)
+
+    def __post_init__(self):
+        trainable = {id(v) for v in self.model.trainable_weights}
+        self.trainable = {v for v, variable in enumerate(self.graph.variables) if id(variable) in trainable}
+
+    @property
+    def graph(self) -> KerasGraph:
+        """The model in training; its variables, inputs and outputs are those of inference too."""
+        return self.training.graph
+
+    def route(self, training: bool | None) -> Route:
+        """The way of a pass."""
+        return self.training if training else self.inference
+
+    def program(self, route: Route, segment: int, training: bool | None) -> Program:
+        """The program of a segment of one of the ways, made once."""
+        key = route, segment, training
+        if key not in self.programs:
+            self.programs[key] = Program(
+                route.graph, route.partition.ops(segment), route.partition.edges(segment), self.model, training,
+                self.jit_compile, self.eager,
+            )  # fmt: skip
+        return self.programs[key]
+
+    @property
+    def routes(self) -> list[Route]:
+        """All ways through the model."""
+        return [self.training, self.inference, *([self.called] if self.called else [])]
+
+    def extended(self, unknown: UnknownVariables) -> "Engine":
+        """The same model, in which a call has the variables that it was found to use."""
+        training, inference = self.training.knowing(unknown), self.inference.knowing(unknown)
+        called = self.called.knowing(unknown) if self.called else None
+        cut = self.plan.partition
+        graph = replace(cut.graph, variables=training.source.graph.variables)
+        plan = replace(self.plan, partition=Partition(graph, cut.stage_of))
+        return replace(self, plan=plan, training=training, inference=inference, called=called, programs={})
+
+    @property
+    def lanes(self) -> int:
+        """How many devices a stage has."""
+        return self.plan.mesh.data * self.plan.mesh.tensor
+
+    def gathers(self, v: int) -> bool:
+        """Whether replicas have shards of a variable."""
+        value = _keras.stored(self.graph.variables[v])
+        return isinstance(value, LogicalVariable) and value.sharding.shards != REPLICATED
+
+    def traced(self, function: Callable, compiled: bool = True) -> Callable:
+        """A function of tensors as programs run: traced once, compiled where asked."""
+        return function if self.eager else Function(function, self.jit_compile and compiled)
+
+    @cached_property
+    def sums(self) -> Callable:
+        """Adds gradients of a micro-batch to those before, in the dtype of those."""
+        return self.traced(lambda known, found: [k + tf.cast(f, k.dtype) for k, f in zip(known, found, strict=True)])
+
+    def schedule(self, strategy: Any, parts: micro_batch.Parts, route: Route) -> Schedule:
+        """The order of the actions of each lane."""
+        return in_segments(strategy.schedule(parts.micro_batches), route.stages)
+
+    def masks(self, inputs: Sequence[Edge], training: bool | None) -> list[Any]:
+        """The masks of the model's outputs for a whole batch, by their places.
+
+        All operations run on all of it, here and not in functions of their own: what leads to no mask is pruned.
+        """
+        graph = self.route(training).source
+        program = Program(
+            graph, range(len(graph.calls)), graph.graph.outputs, self.model, training, False, True
+        )  # fmt: skip
+        with tf.device(HOST):
+            variables = [whole(graph.variables[v]) for v in program.variables]
+            edges = program(variables, dict(zip(graph.graph.inputs, inputs, strict=False))).edges
+        return [edges[t].mask for t in graph.graph.outputs]
+
+
+def whole(variable: keras.Variable) -> tf.Tensor:
+    """All of a variable's value, wherever its parts are."""
+    return _keras.stored(variable).read_value() if layout_of(variable) != REPLICATED else read(variable)
+
+
+def each(function: Callable, values: Any) -> Any:
+    """`function` of every tensor in a structure that may hold `None`."""
+    return tf.nest.map_structure(lambda x: None if x is None else function(x), values)
+
+
+def tensors_of(values: Any) -> list[tf.Tensor]:
+    """All tensors in a structure, those of sparse gradients too."""
+    return [x for x in tf.nest.flatten(values, expand_composites=True) if x is not None]
+
+
+def now(after: list[tf.Tensor]) -> tf.Tensor:
+    """The host's time, in seconds, once these are there."""
+    with tf.device(HOST), tf.control_dependencies(after):
+        time = tf.timestamp()
+    independent([time])
+    return time

@@ -1,0 +1,358 @@
+"""From the gradients of all lanes to new weights: reduced, then Keras' own optimizer on each device."""
+
+# n: weight to train, v: variable of the graph, r: replica, k: rank
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from tfpar.comm.collectives import all_reduce, on_each
+from tfpar.comm.collectives import reduced as summed
+from tfpar.comm.gradients import add, joined, plain, sum_of
+from tfpar.compat import _keras, _keras_parts
+from tfpar.compat._tf import LogicalReplica
+from tfpar.engine import batch_results
+from tfpar.engine.engine import Engine, device_of, each, layout_of, scattered, shards_of, whole
+from tfpar.engine.executor import Pass
+from tfpar.planning.sharding import REPLICATED
+from tfpar.variables.logical import HOST, LogicalVariable
+from tfpar.variables.shard_view import Detached
+
+
+class Place(NamedTuple):
+    """A device that updates the weights of a stage for a lane.
+
+    Args:
+        device: its name.
+        number: its place in the mesh.
+    """
+
+    device: str
+    stage: int
+    lane: int
+    number: int
+
+
+class Update:
+    """The end of a scheduled step.
+
+    Args:
+        strategy: gives `mesh`, `cross_device_ops` and `offload`.
+        engine: of the model.
+    """
+
+    def __init__(self, strategy: Any, engine: Engine):
+        self.strategy, self.engine, self.model = strategy, engine, engine.model
+        self.weights = list(self.model.trainable_weights)  # as they were when the model was compiled
+        self.mesh, self.stages = strategy.mesh, range(engine.plan.partition.stages)
+        self.lanes = self.mesh.data * self.mesh.tensor
+        self.away = strategy.offload == "optimizer"
+        self.programs = {
+            s: [engine.traced(partial(run, s), compiled=not self.away) for run in (self.bound, self.squared)]
+            for s in self.stages
+        }
+
+    def penalties(self) -> list[tf.Tensor]:
+        """What regularizers make of the weights."""
+        found = []
+        for variable in self.weights:
+            if variable.regularizer is not None:
+                with tf.device(device_of(variable)):
+                    found.append(variable.regularizer(whole(variable)))
+        return found
+
+    def __call__(self, run: Pass, scale: Any):
+        """Reduce the gradients of a pass and apply them."""
+        reduced = self.reduced(run)
+        as_one = self.lanes == 1 and not self.engine.jit_compile and not self.away
+        as_one = as_one or all(gradient is None for lanes in reduced for gradient in lanes)  # Keras says what is wrong
+        if as_one or not self.in_parts:
+            self.apply(range(len(self.weights)), [self.whole_gradient(n, g) for n, g in enumerate(reduced)], scale)
+            return
+        busy = [p for p in self.places if any(reduced[n][p.lane] is not None for n in self.members[p.stage])]
+        norms = [None] * len(busy)
+        if _keras_parts.clips_norms(self.model.optimizer) and (self.is_divided or len(self.stages) > 1):
+            norms = self.norms(busy, reduced, scale)
+        updated = self.at_places(0, busy, reduced, scale, norms)
+        for s in self.stages:
+            detached = [n for n in self.members[s] if self.is_detached(n)]
+            for number, n in enumerate(detached):
+                shards = [new[number] for place, new in zip(busy, updated, strict=True) if place.stage == s]
+                if shards:
+                    _keras.stored(self.weights[n]).write_shards(shards)
+        for place in self.places:
+            for variable in self.common if place not in busy else ():  # steps are counted everywhere
+                self.copy(variable, place).assign(self.copy(variable, busy[0]).read_value())
+
+    # ---- what is where
+
+    @cached_property
+    def numbers(self) -> list[int | None]:
+        """The variable of the graph that each weight is."""
+        return [self.engine.graph.places.get(id(weight)) for weight in self.weights]
+
+    @cached_property
+    def members(self) -> dict[int, list[int]]:
+        """The weights of each stage."""
+        home = [0 if v is None else self.engine.plan.partition.home(v) for v in self.numbers]
+        return {s: [n for n, of in enumerate(home) if of == s] for s in self.stages}
+
+    @cached_property
+    def places(self) -> list[Place]:
+        """Every device, once for each stage that it has."""
+        devices = [
+            (self.engine.plan.device(s, *divmod(lane, self.mesh.tensor)), s, lane)
+            for lane in range(self.lanes) for s in self.stages
+        ]  # fmt: skip
+        return [Place(*place, self.mesh.devices.index(place[0])) for place in devices]
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether lanes have parts of weights, or of slots."""
+        return any(map(is_divided, self.weights))
+
+    @cached_property
+    def in_parts(self) -> bool:
+        """Whether each device can update what it has: nothing looks at more than that, but norms."""
+        optimizer, kind, divided = self.model.optimizer, type(self.model.optimizer), [*filter(is_divided, self.weights)]
+        if (len(self.stages) > 1 or divided) and (optimizer.use_ema or optimizer.gradient_accumulation_steps):
+            return False
+        if not divided:
+            return len(self.stages) == 1 or kind in ELEMENTWISE | PER_WEIGHT
+        plain = all(v.constraint is None and (v.regularizer is None or type(v.regularizer) in SUMS) for v in divided)
+        return kind in ELEMENTWISE and plain
+
+    @property
+    def scatters(self) -> bool:
+        """Whether gradients are divided between replicas as soon as they are there (ZeRO 2)."""
+        return self.engine.plan.zero >= 2 and self.in_parts
+
+    def is_detached(self, n: int) -> bool:
+        """Whether a weight is updated away from its copies: its slots cover another part of it, or are elsewhere."""
+        stored = _keras.stored(self.weights[n])
+        return isinstance(stored, LogicalVariable) and (self.away or stored.follow.sharding != stored.sharding)
+
+    @property
+    def slots(self) -> list[list[Any]]:
+        """What the optimizer keeps for each weight."""
+        return [list(getattr(_keras.stored(weight), "followers", ())) for weight in self.weights]
+
+    @property
+    def common(self) -> list[keras.Variable]:
+        """What the optimizer keeps for all weights together."""
+        slots = {id(slot) for found in self.slots for slot in found}
+        return [v for v in self.model.optimizer.variables if id(_keras.stored(v)) not in slots]
+
+    def variables(self, stage: int) -> list[LogicalVariable]:
+        """What the optimizer reads or writes where it is, for the weights of a stage.
+
+        Not the int32 that Adafactor keeps in place of a slot, and never reads: TensorFlow has those of a GPU on the
+        host, where XLA's programs for the GPU cannot be given them.
+        """
+        slots = self.slots
+        known = {id(_keras.stored(v)) for v in self.model.optimizer.variables}
+        found = [_keras.stored(self.weights[n]) for n in self.members[stage] if not self.is_detached(n)]
+        found += [slot for n in self.members[stage] for slot in slots[n] if id(slot) in known]
+        found += [_keras.stored(v) for v in self.common]
+        found = [v for v in {id(v): v for v in found}.values() if isinstance(v, LogicalVariable)]
+        return [v for v in found if v.dtype != tf.int32]
+
+    def copy(self, variable: Any, place: Place) -> tf.Variable:
+        """What a device has of a variable."""
+        copies = _keras.stored(variable).copies if isinstance(variable, keras.Variable) else variable.copies
+        return copies[place.number if len(copies) == self.mesh.size else place.lane if len(copies) > 1 else 0]
+
+    # ---- gradients
+
+    def reduced(self, run: Pass) -> list[list[Any]]:
+        """The gradient of each weight on each lane, or the shard that it updates.
+
+        Those that come from one segment are added up together.
+        """
+        last: dict[int, int] = {}  # of each variable, the segment that is the last to go backward
+        for s, _, v in run.gradients:
+            last[v] = min(s, last.get(v, s))
+        buckets: dict[tuple, list[int]] = {}
+        for s, members in self.members.items():
+            for n in members:
+                v = self.numbers[n]
+                if v is not None:
+                    key = s, last.get(v, 0) if run.ranks == 1 else 0, v in self.engine.partial
+                    buckets.setdefault(key, []).append(n)
+        ranks, lanes, gradients = self.mesh.tensor, range(self.lanes), batch_results.gradients(run)
+        terms = {n: gradients.get(v, []) for n, v in enumerate(self.numbers)}
+        with tf.name_scope("all-reduce/weights"):
+            for (*_, is_partial), members in buckets.items():
+                copied = {n for n in members if not self.in_parts or shards_of(self.weights[n]) == REPLICATED}
+                every = [(n, term) for n in members for term in terms[n]]
+                for k in range(ranks):
+                    self.add_up([(n, term) for n, term in every if n in copied], lanes[k::ranks])
+                    if not run.scatters:
+                        self.scatter([(n, term) for n, term in every if n not in copied], lanes[k::ranks])
+                for r in range(self.mesh.data if is_partial else 0):
+                    self.add_up(every, lanes[r * ranks : (r + 1) * ranks])
+        found = [[self.total(n, lane, terms[n]) for lane in lanes] for n in range(len(self.weights))]
+        if self.engine.plan.zero < 3:
+            return found
+        # other replicas read a shard until they are back; TensorFlow's optimizer may lose the edges that say so
+        with tf.control_dependencies([done for last in run.last.values() for done in last]):
+            return [[each(tf.identity, g) for g in parts] for parts in found]
+
+    def add_up(self, terms: Sequence[tuple[int, list]], lanes: Sequence[int]):
+        """Replace gradients of these lanes by their sum."""
+        if terms:
+            devices = [device_of(self.weights[terms[0][0]], lane) for lane in lanes]
+            values = [[term[lane] for lane in lanes] for _, term in terms]
+            for (_, term), totals in zip(
+                terms, all_reduce(values, devices, self.strategy.cross_device_ops), strict=True
+            ):
+                for lane, total in zip(lanes, totals, strict=True):
+                    term[lane] = total
+
+    def scatter(self, terms: Sequence[tuple[int, list]], lanes: Sequence[int]):
+        """Replace gradients of these lanes, each by its shard of their sum."""
+        for n, term in terms:
+            shards = scattered(self.weights[n], [term[lane] for lane in lanes], lanes)
+            for lane, shard in zip(lanes, shards, strict=True):
+                term[lane] = shard
+
+    def total(self, n: int, lane: int, terms: Sequence[list]) -> Any:
+        """The gradient of a weight on a lane from its terms; `None` if it has none."""
+        present = [term[lane] for term in terms if term[lane] is not None]
+        if len(present) < 2:
+            return plain(present[0]) if present else None
+        with tf.device(device_of(self.weights[n], lane)):
+            return plain(sum_of(present))
+
+    def whole_gradient(self, n: int, parts: Sequence[Any]) -> Any:
+        """The gradient of a weight, from those of its ranks' parts, each the sum over replicas."""
+        stored = _keras.stored(self.weights[n])
+        if parts[0] is None or not is_divided(self.weights[n]):
+            return parts[0]
+        return joined(parts[: self.mesh.tensor], stored.layout, stored.shape.as_list())
+
+    # ---- the optimizer
+
+    def at_places(self, which: int, places: Sequence[Place], reduced: list[list[Any]], scale: Any, norms: list) -> list:
+        """The results of a program on each of these devices, for its copies and gradients."""
+
+        def run(number: int) -> Any:
+            place, norm = places[number], norms[number]
+            members = self.members[place.stage]
+            copies = [self.copy(v, place) for v in self.variables(place.stage)]
+            values = [_keras.stored(self.weights[n]).shard_of(place.lane) for n in members if self.is_detached(n)]
+            gradients = [each(tf.identity, reduced[n][place.lane]) for n in members]
+            norm = None if norm is None else tf.identity(norm)
+            return self.programs[place.stage][which](copies, values, gradients, tf.identity(scale), norm)
+
+        return on_each([HOST if self.away else place.device for place in places], run)
+
+    def norms(self, places: Sequence[Place], reduced: list[list[Any]], scale: Any) -> list[tf.Tensor]:
+        """For each of these devices, the squared norm of every weight's gradient; 0 where there is none."""
+        squares = self.at_places(1, places, reduced, scale, [None] * len(places))
+        found = []
+        for place, square in zip(places, squares, strict=True):
+            with tf.device(place.device):  # what several have counts once
+                spread = tf.one_hot(self.members[place.stage], len(self.weights), dtype=tf.float64)
+                found.append(tf.linalg.matvec(spread, square * self.counted(place), transpose_a=True))
+        return summed(found, [HOST if self.away else place.device for place in places])
+
+    def counted(self, place: Place) -> tf.Tensor:
+        """With what weight each gradient of a device counts in a norm."""
+        replica, rank = divmod(place.lane, self.mesh.tensor)
+        weights = [self.weights[n] for n in self.members[place.stage]]
+        counts = [
+            (rank == 0 or layout_of(w) != REPLICATED) and (replica == 0 or shards_of(w) != REPLICATED) for w in weights
+        ]
+        return tf.cast(tf.constant(counts), tf.float64)
+
+    @contextlib.contextmanager
+    def binding(self, stage: int, copies: Sequence[tf.Variable], values: Sequence[tf.Tensor]) -> Iterator[list]:
+        """Inside, variables are the copies of one lane, and detached ones have these values; gives the latter."""
+        detached = [_keras.stored(self.weights[n]) for n in self.members[stage] if self.is_detached(n)]
+        detached = [Detached(variable, value) for variable, value in zip(detached, values, strict=True)]
+        bound: dict[int, Any] = {id(away.variable): away for away in detached}
+        for variable, copy in zip(self.variables(stage), copies, strict=True):
+            copy.handle._distributed_container = weakref.ref(variable)
+            bound[id(variable)] = copy
+        known = [*(self.weights[n] for n in self.members[stage]), *self.model.optimizer.variables]
+        parts = [(v, bound[id(_keras.stored(v))]) for v in known if id(_keras.stored(v)) in bound]
+        with LogicalReplica(self.strategy, 0, bound), _keras_parts.shaped(parts):
+            yield detached
+
+    def bound(
+        self, stage: int, copies: Sequence[tf.Variable], values: Sequence[tf.Tensor], gradients: Sequence[Any],
+        scale: tf.Tensor, squares: Any,
+    ) -> list[tf.Tensor]:  # fmt: skip
+        """Apply gradients to the copies of one lane; traced once for all of them.
+
+        Args:
+            squares: of the norm of each weight's gradient, where this lane does not have them all.
+
+        Returns:
+            The new values of what was detached.
+        """
+        with self.binding(stage, copies, values) as detached:
+            self.apply(self.members[stage], gradients, scale, squares)
+            return [away.value() for away in detached]
+
+    def squared(
+        self, stage: int, copies: Sequence[tf.Variable], values: Sequence[tf.Tensor], gradients: Sequence[Any],
+        scale: tf.Tensor, _: Any,
+    ) -> tf.Tensor:  # fmt: skip
+        """The squared norm of each of a lane's gradients, those of regularizers added; 0 where there is none."""
+        with self.binding(stage, copies, values):
+            return tf.stack([square(g) for g in self.with_penalties(self.members[stage], gradients, scale)])
+
+    def apply(self, members: Sequence[int], gradients: Sequence[Any], scale: Any, squares: tf.Tensor | None = None):
+        """Add the gradients of regularizers, and let the optimizer do its work."""
+        total = self.with_penalties(members, gradients, scale)
+        given = contextlib.nullcontext()
+        if squares is not None:
+            present = [squares[n] for n, gradient in zip(members, total, strict=True) if gradient is not None]
+            given = _keras_parts.given_norms(self.model.optimizer, present, tf.reduce_sum(squares))
+        with given:
+            weights = [self.weights[n] for n in members]
+            self.model.optimizer.apply_gradients(zip(total, weights, strict=True))
+
+    def with_penalties(self, members: Sequence[int], gradients: Sequence[Any], scale: Any) -> list[Any]:
+        """The gradients, those of regularizers added."""
+        total = []
+        for n, gradient in zip(members, gradients, strict=True):
+            weight = self.weights[n]
+            if weight.regularizer is not None:
+                value = tf.convert_to_tensor(_keras.stored(weight))
+                with tf.device(value.device or None), tf.GradientTape() as tape:
+                    tape.watch(value)
+                    penalty = weight.regularizer(value)
+                    scaled = penalty * tf.cast(scale, penalty.dtype)
+                of_penalty = tape.gradient(scaled, value)
+                gradient = of_penalty if gradient is None else add(gradient, of_penalty)
+            total.append(gradient)
+        return total
+
+
+def is_divided(weight: keras.Variable) -> bool:
+    """Whether lanes have parts of a weight, or of the slots of an optimizer."""
+    return getattr(_keras.stored(weight), "is_divided", False)
+
+
+def square(gradient: Any) -> tf.Tensor:
+    """The squared norm of a gradient."""
+    if gradient is None:
+        return tf.zeros((), tf.float64)
+    values = gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
+    return tf.cast(tf.reduce_sum(tf.square(values)), tf.float64)
+
+
+ELEMENTWISE = {
+    getattr(keras.optimizers, name)
+    for name in ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adadelta", "Adamax", "Nadam", "Ftrl", "Lion")
+}
+PER_WEIGHT = {getattr(keras.optimizers, name) for name in ("Adafactor", "Lamb", "Muon")}  # look at all of a weight
+SUMS = (keras.regularizers.L1, keras.regularizers.L2, keras.regularizers.L1L2)

@@ -1,0 +1,255 @@
+"""One stage as a pure function."""
+
+import weakref
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from tfpar.compat import _keras, _keras_calls, _keras_parts, _moments
+from tfpar.compat._tf import call_flat, fingerprint, without_device
+from tfpar.graph.keras_graph import KerasGraph
+from tfpar.graph.recording import RecordingScope, UnknownVariables
+from tfpar.planning.op_graph import OpGraph
+
+
+class Edge(NamedTuple):
+    """A tensor on its way between stages, with the Keras mask that belongs to it."""
+
+    value: Any
+    mask: Any = None
+
+
+class Result(NamedTuple):
+    """What a program returns, each part keyed as said.
+
+    Args:
+        edges: the tensors of the graph that others need; under `~t` the logits that tensor `t` is the softmax of.
+        losses: what the layers added, by operation.
+        moments: batch statistics, by BatchNormalization layer of the program.
+        state: new values of variables, by variable of the graph.
+    """
+
+    edges: dict[int, Edge]
+    losses: dict[int, list[tf.Tensor]]
+    moments: dict[int, list[_moments.Moments]]
+    state: dict[int, tf.Tensor]
+
+
+class Function:
+    """A function that is traced once for each kind of arguments, wherever it is called.
+
+    A `tf.function` is traced again for each device from whose scope it is called.
+
+    Args:
+        function: of structures of tensors and variables; the variables that it uses are among them.
+        jit_compile: whether to compile with XLA.
+        differentiated: whether gradients of it are taken from outside.
+    """
+
+    def __init__(self, function: Callable, jit_compile: bool, differentiated: bool = False):
+        self.plain = tf.function(function, autograph=False)
+        self.compiled = tf.function(function, autograph=False, jit_compile=True) if jit_compile else None
+        self.differentiated = differentiated
+        self.traces: dict[str, Callable] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        kind = key_of(args)
+        if kind not in self.traces:
+            self.traces[kind] = shared(self.trace(args), self.compiled is not None)
+        return self.traces[kind](*args)
+
+    def of(self, *args: Any) -> Any:
+        """The traced function for arguments of this kind, which it was called with."""
+        trace = self.traces[key_of(args)]
+        return trace.function if isinstance(trace, Trace) else trace
+
+    def trace(self, args: Any) -> Callable:
+        """The function for this kind of arguments, compiled if it can be."""
+        examples = tf.nest.map_structure(lambda x: x if isinstance(x, tf.Variable) else kind_of(x), args)
+        with without_device():
+            if self.compiled is None:
+                return self.plain.get_concrete_function(*examples)
+            compiled = self.compiled.get_concrete_function(*examples)
+            kinds = {op.type.removeprefix("Stateless") for op in compiled.graph.get_operations()}
+            # what a loop or a branch keeps for its gradient cannot leave a compiled program
+            kept = self.differentiated and kinds & {"While", "If", "Case"}
+            return self.plain.get_concrete_function(*examples) if kept else compiled
+
+
+class Trace:
+    """A traced function of tensors.
+
+    Args:
+        function: to call.
+        results: the structure of what it returns.
+    """
+
+    def __init__(self, function: Callable, results: Any):
+        self.function, self.results = function, results
+
+    def __call__(self, *args: Any) -> Any:
+        given = [x for x in tf.nest.flatten(args, expand_composites=True) if x is not None]
+        return packed(self.results, call_flat(self.function, given))
+
+
+def packed(structure: Any, values: Sequence[tf.Tensor]) -> Any:
+    """Flat values in a structure that may hold `None`."""
+    found = iter(values)
+    return tf.nest.map_structure(lambda x: None if x is None else next(found), structure, expand_composites=True)
+
+
+KNOWN: weakref.WeakValueDictionary[tuple, Trace] = weakref.WeakValueDictionary()
+
+
+def shared(function: Any, compiled: bool) -> Callable:
+    """A traced function, or an earlier one that computes the same: blocks of a model that are alike compile once."""
+    mark = fingerprint(function)
+    if mark is None:
+        return function
+    own = Trace(function, function.structured_outputs)
+    first = KNOWN.setdefault((mark, compiled), own)
+    if first is not own:
+        own.function, own.first = first.function, first  # which is known for as long as somebody uses it
+    return own
+
+
+def kind_of(value: Any) -> Any:
+    """The type of an argument."""
+    if value is None:
+        return None
+    variable = isinstance(value, tf.Variable)
+    return tf.TensorSpec(value.shape, value.dtype) if variable else tf.type_spec_from_value(value)
+
+
+def key_of(args: Any) -> str:
+    """Tells arguments of different kinds apart."""
+    return str(tf.nest.map_structure(kind_of, args))
+
+
+class Program:
+    """The operations of one stage as a pure function `(variables, edges) -> Result`.
+
+    It reads no variable and writes none, so it can run anywhere, with parameters that were gathered or moved, and any
+    number of times; it is traced once for each kind of input, and compiled with XLA where asked.
+
+    Args:
+        graph: the whole model.
+        ops: the operations of the stage.
+        gives: the tensors to return.
+        model: whose autocast scope to run in.
+        training: what the layers are told; `None` to leave it to them.
+        jit_compile: whether to compile with XLA.
+        eager: whether to run operation by operation, untraced.
+    """
+
+    def __init__(
+        self,
+        graph: KerasGraph,
+        ops: Sequence[int],
+        gives: Sequence[int],
+        model: keras.Model,
+        training: bool | None,
+        jit_compile: bool,
+        eager: bool,
+    ):
+        self.graph, self.ops, self.gives = graph, ops, gives
+        self.model, self.training = model, training
+        self.variables = tuple(sorted({v for i in ops for v in graph.graph.ops[i].variables}))
+        layers = {id(x): x for i in ops for x in _moments.batch_normalizations(graph.calls[i].operation)}
+        self.normalizations = list(layers.values()) if training else []
+        self.writers: dict[int, int] = {}  # of each variable that changes, the operation that wrote it last
+        self.halves: dict[tuple, Any] = {}  # the ways forward and back, by the kind of arguments
+        self.targets: Any = None  # of its results, those that lead to a loss, if some are known not to
+        self.call = self.run if eager else Function(self.run, jit_compile, differentiated=True)
+
+    def __call__(self, variables: Sequence[tf.Tensor], edges: dict[int, Edge]) -> Result:
+        return self.call(list(variables), edges)
+
+    def traced(self, variables: Sequence[tf.Tensor], edges: dict[int, Edge]) -> Any:
+        """The traced function that a call with these arguments runs; `None` if it runs untraced."""
+        return self.call.of(list(variables), edges) if isinstance(self.call, Function) else None
+
+    @cached_property
+    def reads(self) -> dict[int, str]:
+        """Weights that all operations read in another dtype than their own, and which."""
+        uses = {v: [i for i in self.ops if v in self.graph.graph.ops[i].variables] for v in self.variables}
+        calls, variables = self.graph.calls, self.graph.variables
+        found = {v: _keras.read_as(variables[v], [calls[i].operation for i in uses[v]]) for v in self.variables}
+        return {v: dtype for v, dtype in found.items() if dtype is not None}
+
+    def run(self, variables: list[tf.Tensor], edges: dict[int, Edge]) -> Result:
+        """Run the operations; `variables` are the values of `self.variables`."""
+        try:
+            return self.emit(variables, edges)
+        except UnknownVariables as unknown:
+            unknown.graph = self.graph
+            raise
+
+    def emit(self, variables: list[tf.Tensor], edges: dict[int, Edge]) -> Result:
+        """The operations, without the context of errors."""
+        places = {id(self.graph.variables[v]): v for v in self.variables}
+        values = [(self.graph.variables[v], value) for v, value in zip(self.variables, variables, strict=True)]
+        tensors = {t: restored(t, edges, self.graph) for t in edges if t >= 0}
+        found: list[tuple[int, _moments.Moments]] = []
+        losses = {}
+        with (
+            RecordingScope(values, strict=True) as scope,
+            _keras_parts.shaped(values),
+            _keras.autocast_of(self.model),
+            _keras_calls.telling(self.model, self.training),
+            _moments.recorded(self.normalizations, found),
+        ):
+            for scope.call in self.ops:
+                scope.losses = []  # Keras takes a layer's losses out again when it is called once more
+                self.graph.calls[scope.call](tensors, self.training)
+                if scope.losses:
+                    losses[scope.call] = scope.losses
+        for i in losses:
+            _keras.clear_losses(self.graph.calls[i].operation)
+        self.writers = {places[v]: i for v, i in scope.writers.items()}
+        moments: dict[int, list[_moments.Moments]] = {}
+        for layer, value in found:
+            moments.setdefault(layer, []).append(value)
+        given = {t: Edge(tensors[t], _keras.get_keras_mask(tensors[t])) for t in self.gives}
+        for t in self.gives:
+            logits, activation = _keras.logits_of(tensors[t])
+            if logits is not None:
+                given[~t] = Edge(logits)
+            if activation is not None:
+                self.graph.activations[t] = activation
+        return Result(
+            given,
+            losses,
+            moments,
+            {places[v]: scope.state_mapping[v] for v in scope.written},
+        )
+
+
+def restored(t: int, edges: dict[int, Edge], graph: KerasGraph) -> Any:
+    """A tensor with what Keras attaches to it: its mask, and the logits from which crossentropies compute."""
+    value, mask = edges[t]
+    if ~t in edges and t in graph.activations:
+        value = graph.activations[t](edges[~t].value)
+    elif ~t in edges:
+        _keras.set_logits(value, edges[~t].value)
+    if mask is not None:
+        _keras.set_keras_mask(value, mask)
+    return value
+
+
+def tensor_of(key: int) -> int:
+    """The tensor `t` of a key `t`, or `~t` for its logits."""
+    return max(key, ~key)
+
+
+def differentiable(graph: OpGraph, key: int) -> bool:
+    """Whether there are gradients of a tensor; of its logits there always are."""
+    return key < 0 or graph.tensors[key].differentiable
+
+
+def with_logits(edges: dict[int, Any], tensors: Sequence[int]) -> dict[int, Any]:
+    """What there is of these tensors, and of their logits."""
+    return {key: edges[key] for t in tensors for key in (t, ~t) if key in edges}

@@ -1,0 +1,213 @@
+"""The way back through a segment: cotangents to those of its variables and edges, added up as they come."""
+
+# s: segment, m: micro-batch of a lane, v: variable, t: tensor of the graph, i: operation, k: its k-th added loss
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import tensorflow as tf
+
+from tfpar.comm.collectives import size
+from tfpar.comm.gradients import SharedRows, add, cast
+from tfpar.compat._tf import made_again
+from tfpar.engine.engine import device_of, scattered, shards_of, tensors_of
+from tfpar.engine.program import Edge, Program, Result, differentiable, key_of, packed, tensor_of
+from tfpar.engine.remat import Halves, makers
+from tfpar.graph.recording import UnusedResults
+from tfpar.planning.sharding import REPLICATED
+
+AT_ONCE = 2**26  # elements of gradients that a compiled program adds up
+
+
+def keep(run: Any, s: int, m: int, gradients: dict[int, Any]):
+    """Add gradients of variables to those of earlier micro-batches; of those that replicas divide, the shards."""
+    lanes, whole = [run.lane(n) for n in run.together(s, m)], {}
+    for v, gradient in gradients.items():
+        variable = run.engine.graph.variables[v]
+        if run.shares_rows(s, v, gradient):
+            gradient = SharedRows(gradient.values, gradient.indices, gradient.dense_shape)
+        if not run.scatters or shards_of(variable) == REPLICATED:
+            whole[v] = gradient
+            continue
+        key = s, m % run.parts.micro_batches, run.rank(m), v
+        waiting = run.waiting.setdefault(key, {})
+        waiting.update({lanes[0]: cast(gradient, variable.dtype), **dict.fromkeys(lanes[1:])})
+        if len(waiting) == run.parts.replicas:
+            every = range(run.rank(m), run.engine.lanes, run.ranks)
+            for lane, part in zip(every, scattered(variable, list(waiting.values()), every), strict=True):
+                with tf.device(device_of(variable, lane)):
+                    count(run, s, lane, {v: part})
+    count(run, s, lanes[0], whole)
+
+
+def count(run: Any, s: int, lane: int, gradients: dict[int, Any]):
+    """Add to the gradients of variables, which have the dtype of these."""
+    later = {}
+    for v, gradient in gradients.items():
+        known = run.gradients.get((s, lane, v))
+        if run.engine.jit_compile and isinstance(known, tf.Tensor) and isinstance(gradient, tf.Tensor):
+            later[v] = gradient
+            continue
+        gradient = cast(gradient, run.engine.graph.variables[v].dtype)  # of a weight cast for all micro-batches
+        run.gradients[s, lane, v] = gradient if known is None else add(known, gradient)
+    for some in groups(later):
+        sums = run.engine.sums([run.gradients[s, lane, v] for v in some], [later[v] for v in some])
+        run.gradients.update({(s, lane, v): total for v, total in zip(some, sums, strict=True)})
+
+
+def groups(gradients: dict[int, tf.Tensor]) -> Iterable[list[int]]:
+    """The variables of these gradients, so many together that their sums, there twice for a moment, are not many."""
+    some, most = [], 0
+    for v, gradient in gradients.items():
+        most += size(gradient)
+        if some and most > AT_ONCE:
+            yield some
+            some, most = [], size(gradient)
+        some.append(v)
+    if some:
+        yield some
+
+
+def again_of(run: Any, s: int, m: int, program: Program, variables: list[tf.Tensor]) -> list[Callable | None]:
+    """For each variable of a program, what gives it for the way back, if what goes forward must not keep it.
+
+    That is so for what was gathered for this program alone; and a compiled program would keep a copy of each weight for
+    each micro-batch. What a layer has assigned on the way forward is as it was before. Random numbers, which XLA draws
+    in its own way, are not drawn again.
+    """
+    copies = run.engine.jit_compile and run.parts.micro_batches > 1
+
+    def again(v: int, before: tf.Tensor) -> tf.Tensor:
+        return tf.identity(before) if v in run.state[m] else run.variable(s, m, v)
+
+    return [
+        partial(again, v, before) if before.dtype.is_floating and (copies or run.engine.gathers(v)) else None
+        for v, before in zip(program.variables, variables, strict=True)
+    ]
+
+
+def vjp(
+    run: Any, program: Program, variables: list[tf.Tensor], edges: dict[int, Edge], again: list[Callable | None]
+) -> tuple[Result, Callable]:
+    """A program's result, and a function from its cotangents to those of its variables and edges.
+
+    Args:
+        again: what gathers variables for the way back, so that it holds on to none.
+    """
+    inside, outside = watched(run, program, variables, edges)
+    compiled = run.engine.jit_compile and run.head is not None and not tf.executing_eagerly()
+    halves = halves_of(program, variables, edges, inside, outside) if compiled else None
+    if halves is None:
+        return taped(run, program, variables, edges, again, inside, outside)
+    result, kept = halves.forward(list(variables), edges)
+
+    def pullback(cotangents: dict[int, tf.Tensor], added: dict[tuple[int, int], tf.Tensor]):
+        given = {**cotangents, **added}
+        for t in cotangents:  # a tensor and its logits are made of the same: who has the gradient does not matter
+            if ~t in halves.targets and ~t not in given:
+                given[~t] = tf.zeros_like(result.edges[~t].value)
+        if program.targets is None and given.keys() < set(halves.targets):
+            program.targets = frozenset(given)
+            raise UnusedResults(program.graph)
+        if given.keys() != set(halves.targets):  # not the same as before
+            values = [make() if make else x for x, make in zip(variables, again, strict=True)]
+            sources = watched(run, program, values, edges)
+            return taped(run, program, values, edges, [None] * len(again), *sources)[1](cotangents, added)
+        values = [*zip(variables, again, strict=True), *((x, None) for x in tensors_of(edges))]
+        taken = [make() if make else x for x, make in map(values.__getitem__, halves.needs)]
+        ends = [tf.convert_to_tensor(given[t]) for t in halves.targets]
+        found = halves.backward(halves.again(taken, result, kept), ends)
+        return present(inside, found), present(outside, found[len(inside) :])
+
+    return result, pullback
+
+
+def halves_of(
+    program: Program, variables: list[tf.Tensor], edges: dict[int, Edge], inside: Iterable[int], outside: Iterable[int]
+) -> Halves | None:
+    """A program and its way back as two functions, made once for each kind of arguments; `None` if that cannot be."""
+    kind = key_of((list(variables), edges)), tuple(inside), tuple(outside), program.targets
+    if kind not in program.halves:
+        places = [program.variables.index(v) for v in inside]
+        program.halves[kind] = Halves(program, variables, edges, places, list(outside))
+    return program.halves[kind] if program.halves[kind].can else None
+
+
+def taped(
+    run: Any,
+    program: Program,
+    variables: list[tf.Tensor],
+    edges: dict[int, Edge],
+    again: list[Callable | None],
+    inside: dict[int, tf.Tensor],
+    outside: dict[int, tf.Tensor],
+) -> tuple[Result, Callable]:
+    """The same by a gradient tape: what the way back takes is what TensorFlow keeps for it."""
+    sources = [*inside.values(), *outside.values()]
+    with tf.GradientTape(persistent=run.head is None) as tape:  # a user may ask more than once
+        tape.watch(sources)
+        result = program(variables, edges)
+    traced = None if tf.executing_eagerly() else program.traced(variables, edges)
+
+    def pullback(cotangents: dict[int, tf.Tensor], added: dict[tuple[int, int], tf.Tensor]):
+        targets = [result.edges[t].value for t in cotangents] + [result.losses[i][k] for i, k in added]
+        if not targets:
+            return {}, {}
+        known = len(targets[0].op.outputs) if traced else 0
+        found = tape.gradient(targets, sources, [*cotangents.values(), *added.values()])
+        if traced and any(again):
+            made_again(targets[0].op, traced, known, again)
+        if traced and lacks_cotangents(run, result, cotangents, added):
+            some, others = reached(traced, result, [*cotangents, *added], variables, edges)
+            used = [program.variables.index(v) in some for v in inside] + [t in others for t in outside]
+            found = [x if use else None for use, x in zip(used, found, strict=True)]
+        return present(inside, found), present(outside, found[len(inside) :])
+
+    return result, pullback
+
+
+def lacks_cotangents(run: Any, result: Result, cotangents: Iterable[int], added: Iterable[tuple[int, int]]) -> bool:
+    """Whether some of a program's results have no cotangent; a tensor and its logits are made of the same."""
+    ends = {tensor_of(t) for t in result.edges if differentiable(run.graph, t)}
+    losses = {(i, k) for i, found in result.losses.items() for k in range(len(found))}
+    return not (ends <= {tensor_of(t) for t in cotangents} and losses <= {*added})
+
+
+def reached(
+    function: Any, result: Result, keys: Iterable[Any], variables: list[tf.Tensor], edges: dict[int, Edge]
+) -> tuple[set[int], set[int]]:
+    """The places of variables, and the edges, that lead to some results of a traced program.
+
+    The others have no gradient. TensorFlow's is zero where a result leads to that has no cotangent, and an optimizer
+    may move a weight for a gradient of zero.
+
+    Args:
+        function: the program, traced.
+        result: of a call with these variables and edges.
+        keys: of the results: edges `t` and added losses `(i, k)`.
+    """
+    ends = packed(result, function.outputs)
+    wanted = [ends.edges[key].value if isinstance(key, int) else ends.losses[key[0]][key[1]] for key in keys]
+    made = [x for op in function.graph.get_operations() for x in op.outputs]
+    stops = {x.name for x in made if x.op.type == "StopGradient" or x.dtype.is_integer or x.dtype.is_bool}
+    found = {op.name for op in makers(wanted, stops)}
+    inputs = iter([x.op.name in found for x in function.inputs])
+    places = {n for n, x in enumerate(variables) if any([next(inputs) for _ in tensors_of(x)])}
+    return places, {t for t in sorted(edges) if any([next(inputs) for _ in tensors_of(edges[t])])}
+
+
+def watched(
+    run: Any, program: Program, variables: list[tf.Tensor], edges: dict[int, Edge]
+) -> tuple[dict[int, tf.Tensor], dict[int, tf.Tensor]]:
+    """The variables and the edges of a program of which gradients are wanted."""
+    return {v: x for v, x in zip(program.variables, variables, strict=True) if v in run.engine.trainable}, {
+        t: e.value
+        for t, e in edges.items()
+        if differentiable(run.graph, t) and (run.watch_inputs or run.is_learned(tensor_of(t)))
+    }
+
+
+def present(keys: Iterable[int], values: Sequence[Any]) -> dict[int, Any]:
+    """The values that are not `None`, by their keys."""
+    return {key: value for key, value in zip(keys, values, strict=False) if value is not None}

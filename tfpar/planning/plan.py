@@ -1,0 +1,269 @@
+"""What goes where: the result of planning, and what a user is told of it."""
+
+import io
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+from typing import NamedTuple
+
+from rich.box import SIMPLE
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+
+from tfpar.planning.cost import BACKWARD, Hardware, StageCost, op_seconds
+from tfpar.planning.mesh import Mesh
+from tfpar.planning.partition import Partition
+from tfpar.planning.schedule import Schedule
+from tfpar.planning.sharding import REPLICATED, Layout, Sharding, bounds, sharded
+from tfpar.planning.timeline import Timeline, simulate
+
+HTML = '<pre style="line-height: normal; font-family: monospace">{code}</pre>'
+ZERO = {1: "slots of the optimizer", 2: "slots and gradients", 3: "weights, slots and gradients"}
+
+
+class Weight(NamedTuple):
+    """How a weight is divided between the ranks of a tensor axis, and why."""
+
+    path: str
+    shape: tuple[int, ...]
+    bytes: int
+    layout: Layout
+    why: str
+
+
+class Exchange(NamedTuple):
+    """What crosses between ranks once in a step.
+
+    Args:
+        kind: "all-reduce", "all-gather" or "reduce-scatter".
+        where: the operation that it belongs to.
+        backward: whether on the way back.
+        bytes: of one sample of the whole tensor; of all of it, for gradients of weights.
+        scope: its name in TensorFlow's graph and in profiles, after the kind.
+        batched: whether `bytes` are those of one sample.
+    """
+
+    kind: str
+    where: str
+    backward: bool
+    bytes: int
+    scope: str = ""
+    batched: bool = True
+
+
+@dataclass(frozen=True, repr=False)
+class Plan:
+    """A partition on a mesh, run by a schedule. `print(plan)`, or a notebook's cell that ends in it, explains it.
+
+    Args:
+        partition: the stage of each operation.
+        mesh: the devices.
+        schedule: for a full batch.
+        hardware: what the estimates assume.
+        rows: samples in a full batch.
+        slot_bytes: for each variable of the graph, the bytes that the optimizer keeps for it.
+        whole: operations that are run for the parts of all replicas at once.
+        segments: programs of a replica.
+        zero: what replicas divide, see `MeshStrategy`.
+        weights: how each variable of the graph is divided between ranks.
+        exchanges: what crosses between ranks in a training step.
+    """
+
+    partition: Partition
+    mesh: Mesh
+    schedule: Schedule
+    hardware: Hardware
+    rows: int
+    slot_bytes: tuple[int, ...] = ()
+    whole: tuple[str, ...] = ()
+    segments: int = 1
+    zero: int = 0
+    weights: tuple[Weight, ...] = ()
+    exchanges: tuple[Exchange, ...] = ()
+
+    def device(self, stage: int, replica: int = 0, rank: int = 0) -> str:
+        """The device of a stage."""
+        return self.mesh.device(replica, self.schedule.device_of[stage], rank)
+
+    def home(self, variable: int) -> str:
+        """The device of a variable, in the first replica."""
+        return self.device(self.partition.home(variable))
+
+    @property
+    def micro_rows(self) -> int:
+        """Samples in the largest micro-batch."""
+        return -(-self.rows // (self.mesh.data * self.schedule.micro_batches))
+
+    @property
+    def cost(self) -> StageCost:
+        """Estimated seconds of each stage for one micro-batch."""
+        graph = self.partition.graph
+        forward = tuple(
+            sum(op_seconds(graph, graph.ops[i], self.micro_rows, self.hardware) for i in self.partition.ops(s))
+            for s in range(self.partition.stages)
+        )
+        largest = max((self.edge_bytes(s) for s in range(self.partition.stages - 1)), default=0)
+        return StageCost(
+            forward, tuple(BACKWARD * f for f in forward), largest * self.micro_rows / self.hardware.link_bytes
+        )
+
+    @property
+    def timeline(self) -> Timeline:
+        """The simulated step."""
+        return simulate(self.schedule, self.cost)
+
+    def bytes(self, stage: int, lane: int = 0) -> int:
+        """An estimate of what a lane needs for a stage: of all columns of the table."""
+        kinds = self.parameter_bytes, self.gradient_bytes, self.optimizer_bytes
+        return sum(of(stage, lane) for of in kinds) + self.activation_bytes(stage)
+
+    def edge_bytes(self, stage: int) -> int:
+        """Bytes of one sample that leave a stage."""
+        return sum(self.partition.graph.tensors[t].bytes for t in self.partition.edges(stage))
+
+    def parameter_bytes(self, stage: int, lane: int = 0) -> int:
+        """Bytes of the variables that a lane has of a stage."""
+        return sum(self.part(v, lane) for v in self.variables(stage))
+
+    def optimizer_bytes(self, stage: int, lane: int = 0) -> int:
+        """Bytes of the optimizer's slots that a lane has of a stage."""
+        return sum(self.part(v, lane, self.slot_bytes[v], 1) for v in self.variables(stage) if self.slot_bytes)
+
+    def gradient_bytes(self, stage: int, lane: int = 0) -> int:
+        """Bytes of the gradients that a lane has of a stage.
+
+        With micro-batches they are those of one beside the sums, and the weights in the dtype in which all read them.
+        """
+        found = 0
+        for v in self.variables(stage):
+            variable = self.partition.graph.variables[v]
+            if variable.trainable:
+                found += self.part(v, lane, zero=2)
+                if self.schedule.micro_batches > 1:
+                    read = variable.read_bytes
+                    found += self.part(v, lane, read or variable.bytes, 4) + self.part(v, lane, read, 4)
+        return found
+
+    def variables(self, stage: int) -> list[int]:
+        """The variables of a stage."""
+        return [v for v in range(len(self.partition.graph.variables)) if self.partition.home(v) == stage]
+
+    def part(self, v: int, lane: int, whole: int | None = None, zero: int = 3) -> int:
+        """Of the bytes of a variable, or of its slots, those that a lane has.
+
+        Args:
+            zero: from which kind of ZeRO on replicas divide them; 4 for what they never divide.
+        """
+        variable = self.partition.graph.variables[v]
+        part = self.sharding(v, zero).shape(variable.shape, lane, self.mesh.data * self.mesh.tensor)
+        return (variable.bytes if whole is None else whole) * prod(part) // max(1, prod(variable.shape))
+
+    def sharding(self, v: int, zero: int = 3) -> Sharding:
+        """How lanes divide a variable, or its slots; `zero` as for `part`."""
+        variable = self.partition.graph.variables[v]
+        layout = self.weights[v].layout if v < len(self.weights) else REPLICATED
+        sharding = Sharding(layout, self.mesh.tensor)
+        divides = variable.trainable and self.zero >= zero
+        return sharded(variable.shape, sharding, self.mesh.data) if divides else sharding
+
+    def activation_bytes(self, stage: int) -> int:
+        """Bytes of what a stage's operations make, for as many micro-batches as the schedule holds at once."""
+        graph = self.partition.graph
+        made = sum(graph.tensors[t].bytes for i in self.partition.ops(stage) for t in graph.ops[i].outputs)
+        return made * self.micro_rows * self.schedule.in_flight(stage)
+
+    def __rich__(self) -> RenderableType:
+        return Group(self.of_devices(), *([self.of_weights(), self.of_exchanges()] if self.mesh.tensor > 1 else []))
+
+    def of_devices(self) -> Table:
+        """What is on each device."""
+        mesh, stages = self.mesh, self.partition.stages
+        counts = {"replicas": mesh.data, "stages": stages, "ranks": mesh.tensor}
+        several = [f"{n} {axis}" for axis, n in counts.items() if n > 1] or ["1 device"]
+        several += [f"{self.schedule.micro_batches} micro-batches"] if stages * self.schedule.micro_batches > 1 else []
+        table = Table(title=", ".join(several), box=SIMPLE, padding=(0, 1, 0, 0))
+        columns = [(axis[:-1], "left") for axis, n in counts.items() if n > 1] + [("device", "left")]
+        columns += [("first layer", "left"), ("layers", "right"), ("time", "right")] if stages > 1 else []
+        columns += [("samples", "right")] if mesh.data > 1 else []
+        columns += [("parameters", "right")] + ([("of all", "right")] if mesh.tensor > 1 or self.zero == 3 else [])
+        columns += [("gradients", "right"), ("optimizer", "right"), (f"activations\nof {self.rows} samples", "right")]
+        for name, justify in columns:
+            table.add_column(name, justify=justify)
+        seconds, rows = sum(self.cost.forward) or 1.0, bounds(self.rows, mesh.data)
+        whole = sum(v.bytes for v in self.partition.graph.variables) or 1
+        for r, s, k in product(range(mesh.data), range(stages), range(mesh.tensor)):
+            lane, ops = r * mesh.tensor + k, self.partition.ops(s)
+            held = self.parameter_bytes(s, lane)
+            cells = [str(n) for n, count in zip((r, s, k), counts.values(), strict=True) if count > 1]
+            cells.append(self.device(s, r, k))
+            if stages > 1:
+                first = self.partition.graph.ops[ops[0]].layer
+                cells += [first, str(len(ops)), f"{self.cost.forward[s] / seconds:.0%}"]
+            cells += [str(rows[r + 1] - rows[r])] if mesh.data > 1 else []
+            cells += [size(held)] + ([f"{held / whole:.0%}"] if mesh.tensor > 1 or self.zero == 3 else [])
+            slots = size(self.optimizer_bytes(s, lane)) if self.slot_bytes else "?"
+            cells += [size(self.gradient_bytes(s, lane)), slots, size(self.activation_bytes(s))]
+            table.add_row(*cells)
+        notes = [f"predicted bubble {self.timeline.bubble:.0%} (idle share of all devices)"] if stages > 1 else []
+        if mesh.data > 1:
+            reduced = size(sum(v.bytes for v in self.partition.graph.variables if v.trainable))
+            programs = f"{self.segments} program{'s' if self.segments > 1 else ''}"
+            notes.append(f"{reduced} of gradients added up over replicas, from {programs}")
+        if mesh.data > 1 and self.zero:
+            notes.append(f"replicas divide {ZERO[self.zero]} (ZeRO {self.zero})")
+        if self.whole:
+            notes.append(f"computed for all replicas at once: {', '.join(self.whole)}")
+        table.caption = "\n".join(notes) or None
+        return table
+
+    def rank_bytes(self, rank: int) -> int:
+        """Bytes of the variables of a rank, on all stages."""
+        return sum(self.parameter_bytes(s, rank) for s in range(self.partition.stages))
+
+    def of_weights(self) -> Table:
+        """How weights are divided between ranks."""
+        weights = Table(box=SIMPLE, padding=(0, 1, 0, 0))
+        for name in ("weight", "shape", "part", "why"):
+            weights.add_column(name, overflow="fold")
+        for weight in self.weights:
+            part = Sharding(weight.layout, self.mesh.tensor).shape(weight.shape, 0, self.mesh.tensor)
+            part = "" if weight.layout == REPLICATED else str(part)
+            weights.add_row(weight.path, str(weight.shape), part, weight.why)
+        return weights
+
+    def of_exchanges(self) -> Table:
+        """What ranks exchange."""
+        exchanges = Table(box=SIMPLE, padding=(0, 1, 0, 0))
+        for name in ("collectives of a training step", "direction"):
+            exchanges.add_column(name)
+        for name in ("number", f"bytes\nof {self.rows} samples"):
+            exchanges.add_column(name, justify="right")
+        for kind, backward in dict.fromkeys((e.kind, e.backward) for e in self.exchanges):
+            found = [e for e in self.exchanges if (e.kind, e.backward) == (kind, backward)]
+            total = sum(e.bytes * (self.rows if e.batched else 1) for e in found)
+            exchanges.add_row(kind, "backward" if backward else "forward", str(len(found)), size(total))
+        return exchanges
+
+    def __str__(self) -> str:
+        return self.printed().export_text()
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return self.printed().export_html(inline_styles=True, code_format=HTML)
+
+    def printed(self) -> Console:
+        """A console that has printed this."""
+        console = Console(width=120, record=True, file=io.StringIO(), force_jupyter=False)
+        console.print(self, *([self.timeline] if self.mesh.stage == self.mesh.size else []))
+        return console
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that suits: `1.5 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

@@ -1,0 +1,5 @@
+"""How ranks can divide an operation between them: write a rule for a layer of your own, and register it here."""
+
+from tfpar.tensor_parallel.rules import Site, rule, rule_of
+
+__all__ = ["Site", "rule", "rule_of"]

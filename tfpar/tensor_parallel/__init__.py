@@ -1,0 +1,1 @@
+"""The graph that each rank of a tensor axis runs."""

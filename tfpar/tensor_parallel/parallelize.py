@@ -1,0 +1,99 @@
+"""From a model's graph to what each rank of a tensor axis runs: rules, the cheapest way, the local graph."""
+
+# i: operation, v: variable
+
+from collections.abc import Mapping, Set
+from dataclasses import replace
+from types import MappingProxyType
+
+from tfpar.errors import LayoutError
+from tfpar.graph.keras_graph import KerasGraph
+from tfpar.planning.cost import Hardware
+from tfpar.planning.plan import Weight
+from tfpar.planning.sharding import REPLICATED, Layout, Option, choose
+from tfpar.tensor_parallel import rules
+from tfpar.tensor_parallel.loss_parallel import CrossEntropy, add_loss
+from tfpar.tensor_parallel.rank_graph import Local, LocalGraph
+
+
+def divided(
+    graph: KerasGraph,
+    ranks: int,
+    hardware: Hardware,
+    sequence: bool,
+    given: Mapping[int, Layout],
+    loss: CrossEntropy | None = None,
+    whole: Set[str] = frozenset(),
+    closed: Mapping[str, str] = MappingProxyType({}),
+) -> tuple[LocalGraph, tuple[Weight, ...]]:
+    """What each rank runs of a model, and how its weights are divided.
+
+    Args:
+        sequence: whether activations may be divided along the sequence (sequence parallelism).
+        given: the layouts of variables of the graph that must have a certain one.
+        loss: of the model's output; ranks find it together, if each has a part of the logits.
+        whole: names of operations that every rank computes all of.
+        closed: by the names of operations, why the layers in them are not divided one by one.
+
+    Raises:
+        LayoutError: no rule divides a weight as it is given.
+    """
+    sites = [rules.Site(graph, i, ranks, sequence) for i in range(len(graph.calls))]
+    options = [list(rules.options(site)) for site in sites]
+    options = [o[:1] if site.op.name in whole else o for site, o in zip(sites, options, strict=True)]
+    fit = [fitting(site, found, given) for site, found in zip(sites, options, strict=True)]
+    chosen = choose(graph.graph, fit, ranks, hardware, sequence)
+    local, layouts = Local(graph, ranks), {}
+    for i, option in enumerate(chosen):
+        local.follow(i, option)
+        layouts.update(option.weights)
+    weights = []
+    for v, variable in enumerate(graph.graph.variables):
+        i = next((i for i, op in enumerate(graph.graph.ops) if v in op.variables), None)
+        why = reason(sites[i], options[i], chosen[i], v, closed) if i is not None else "no operation uses it"
+        weights.append(Weight(variable.path, variable.shape, variable.bytes, layouts.get(v, REPLICATED), why))
+    logits = logits_of(local, loss) if loss is not None else None
+    if logits is None:
+        return local.finish(layouts), tuple(weights)
+    finished = local.finish(layouts, lambda local: add_loss(local, logits, loss, local.input(*loss.y)))
+    return replace(finished, loss=loss), tuple(weights)
+
+
+def logits_of(local: Local, loss: CrossEntropy) -> int | None:
+    """What a rank has of the logits of the model's output, if that is a part along the last dim."""
+    (t,) = local.source.graph.outputs
+    x = local.known[t] if loss.from_logits else local.logits.get(t)
+    return x if x is not None and local.layouts[x] == Layout(len(local.full[x]) - 1) else None
+
+
+def fitting(site: rules.Site, options: list[Option], given: Mapping[int, Layout]) -> list[Option]:
+    """The options that divide weights as they are given.
+
+    Raises:
+        LayoutError: there is none.
+    """
+    wanted = {v: given[v] for v in site.op.variables if v in given}
+    found = [o for o in options if all(o.weights.get(v, REPLICATED) == layout for v, layout in wanted.items())]
+    if not found:
+        variables = site.graph.graph.variables
+        asked = ", ".join(f"{variables[v].path} {variables[v].shape} {layout}" for v, layout in wanted.items())
+        there = "; ".join(
+            ", ".join(f"{variables[v].path} {o.weights.get(v, REPLICATED)}" for v in wanted) for o in options
+        )
+        raise LayoutError(f"{site.op.name} cannot run on {site.ranks} ranks with {asked}; it can with: {there}")
+    return found
+
+
+def reason(site: rules.Site, options: list[Option], chosen: Option, v: int, closed: Mapping[str, str]) -> str:
+    """Why a weight is divided as it is, or is not."""
+    if v in chosen.weights:
+        return f"{chosen.name} in {site.op.name}"
+    if chosen.split:
+        return f"every rank needs all of it in {site.op.name}, {chosen.name}"
+    kind = type(site.layer).__name__
+    if rules.rule_of(site.layer) is None:
+        why = closed.get(site.op.name)
+        return f"no rule divides {kind}" + (f", and the layers in it are not divided one by one: {why}" if why else "")
+    if not any(v in o.weights for o in options):
+        return f"the rule for {kind} does not divide it between {site.ranks} ranks"
+    return "cheaper so, or used elsewhere by an operation that needs all of it"

@@ -1,0 +1,161 @@
+"""How ranks can divide an operation between them: a registry of rules, one for each kind of layer or operation.
+
+A rule is a function from a `Site`, an operation in its model, to the `Option`s that there are beside computing all of
+it on every rank. Register one for a layer of your own:
+
+    @tfpar.rules.rule(MyLayer)
+    def my_layer(site):
+        yield site.option("column-parallel", outputs=[site.last()], weights=[(site.layer.kernel, 1)])
+"""
+
+import importlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+
+from tfpar.compat import _keras_parts
+from tfpar.graph.keras_graph import KerasGraph
+from tfpar.planning.sharding import REPLICATED, Layout, Option, replicated
+
+Rule = Callable[["Site"], Iterable[Option]]
+RULES: dict[type | str, Rule] = {}
+HARMLESS = {"__init__", "__module__", "__doc__", "__qualname__", "__dict__", "__weakref__", "get_config", "from_config"}
+BUILT_IN = (
+    "attention", "convolution", "dense", "elementwise", "embedding", "normalization", "pooling", "reshaping",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Site:
+    """An operation in its model, as a rule sees it.
+
+    Args:
+        graph: the model.
+        index: of the operation.
+        ranks: how many divide it between them.
+        sequence: whether tensors may be divided along dim 1 (sequence parallelism).
+    """
+
+    graph: KerasGraph
+    index: int
+    ranks: int
+    sequence: bool = False
+
+    @property
+    def op(self) -> Any:
+        """The operation as plain data."""
+        return self.graph.graph.ops[self.index]
+
+    @property
+    def layer(self) -> Any:
+        """The layer or `keras.ops` operation that is called."""
+        return self.graph.calls[self.index].operation
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments by name, those of `call` in order; tensors are `Ref`s."""
+        return self.graph.calls[self.index].named_arguments
+
+    def shape(self, tensor: int) -> tuple:
+        """The shape of a tensor, batch and all."""
+        return tuple(self.graph.symbols[tensor].shape)
+
+    @property
+    def inputs(self) -> list[tuple]:
+        """The shapes of the inputs."""
+        return [self.shape(t) for t in self.op.inputs]
+
+    @property
+    def outputs(self) -> list[tuple]:
+        """The shapes of the outputs."""
+        return [self.shape(t) for t in self.op.outputs]
+
+    def last(self, output: int = 0) -> Layout:
+        """Divided along the last dim of an output."""
+        return Layout(len(self.outputs[output]) - 1)
+
+    def divides(self, size: int | None) -> bool:
+        """Whether each rank gets something of so many elements."""
+        return size is not None and size >= self.ranks
+
+    def sequences(self) -> list[Layout]:
+        """How what ranks add up may be left: on all of them, or divided along the sequence."""
+        shape = self.outputs[0]
+        return [REPLICATED, *([Layout(1)] if self.sequence and len(shape) > 2 and self.divides(shape[1]) else [])]
+
+    def bytes(self, tensor: int) -> float:
+        """Bytes of one sample that each rank sends when ranks add up, or gather, a tensor like this one."""
+        return self.graph.graph.tensors[tensor].bytes * (self.ranks - 1) / self.ranks
+
+    def option(
+        self,
+        name: str,
+        inputs: Sequence[Layout] | None = None,
+        outputs: Sequence[Layout] | None = None,
+        weights: Sequence[tuple[Any, int]] = (),
+        moved: float = 0.0,
+        build: Callable | None = None,
+    ) -> Option:
+        """A way to run the operation; what is not given is replicated.
+
+        Args:
+            inputs, outputs: a layout for each.
+            weights: Keras variables, and the dim along which each is divided; `None` in the place of one is ignored.
+            moved: bytes of one sample that cross between ranks within.
+            build: `(local, inputs) -> outputs`, see `tfpar.local.Local`.
+        """
+        places = self.graph.places
+        layouts = {places[id(v)]: Layout(d % len(v.shape)) for v, d in weights if v is not None}
+        given = list(inputs or ())
+        given += [REPLICATED] * (len(self.op.inputs) - len(given))  # a mask, which follows the inputs
+        return Option(
+            name,
+            tuple(given),
+            tuple(outputs) if outputs is not None else (REPLICATED,) * len(self.op.outputs),
+            layouts, True, moved, build,
+        )  # fmt: skip
+
+
+def rule(*kinds: type | str) -> Callable[[Rule], Rule]:
+    """Register a rule for these layers, or for `keras.ops` operations by the name of their class.
+
+    Example:
+        >>> @rule("Identity")
+        ... def identity(site):
+        ...     return []
+        >>> del RULES["Identity"]
+    """
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(kinds, function))
+        return function
+
+    return register
+
+
+def rule_of(operation: Any) -> Rule | None:
+    """The rule for an operation: that of its class, or of the one of which it inherits all that it does."""
+    if not isinstance(operation, keras.layers.Layer):
+        ours = type(operation).__module__.startswith(("keras.src.ops", "keras.ops"))
+        return RULES.get(type(operation).__name__) if ours else None
+    changed: set[str] = set()
+    for kind in type(operation).__mro__:
+        if kind in RULES:
+            same = not any(hasattr(kind, name) for name in changed - HARMLESS)
+            return RULES[kind] if same and _keras_parts.is_plain_layer(operation) else None
+        changed |= set(vars(kind))
+    return None
+
+
+def options(site: Site) -> Iterator[Option]:
+    """The ways to run an operation; the first is to compute all of it on every rank."""
+    yield replicated(site.graph.graph, site.index)
+    found = rule_of(site.layer)
+    if found is not None:
+        yield from found(site)
+
+
+for module in BUILT_IN:
+    importlib.import_module(f"tfpar.tensor_parallel.rules.{module}")

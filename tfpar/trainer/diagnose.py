@@ -1,0 +1,162 @@
+"""Where a step failed: its forward passes are run again, action by action and then layer by layer."""
+
+# s: segment of a stage, m: micro-batch of a lane, i: operation
+
+import re
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tfpar.compat._tf import record_gradient, unrecorded
+from tfpar.engine import micro_batch
+from tfpar.engine.executor import Pass
+from tfpar.engine.program import Edge, Program, with_logits
+from tfpar.errors import Caught, StageError
+from tfpar.planning.schedule import Action, Kind
+
+NOT_FINITE = "the loss is not finite"
+ACTION = re.compile(  # as `Pass.scope` names it
+    r"(?:replica(?P<replica>\d+)/)?(?:rank(?P<rank>\d+)/)?stage(?P<stage>\d+)/(?:segment(?P<segment>\d+)/)?mb(?P<mb>\d+)/"
+    r"(?P<kind>\w+)"
+)
+
+
+def explained(
+    error: tf.errors.OpError, steps: Any, data: micro_batch.Batch, parts: micro_batch.Parts, training: bool
+) -> Exception:
+    """The error of a step as one that says where it happened, as far as that can be found out.
+
+    Args:
+        steps: of the model; gives `engine`, `strategy`, `begun(data, parts, training)`, `is_scheduled(data, parts)` and
+            `head(data, parts, scale, training)`.
+        data: what the step was given.
+    """
+    finite = NOT_FINITE in error.message
+    where = of_weights(steps) if finite else None
+    with steps.strategy.extended.as_one():
+        try:
+            run = steps.begun(data, parts, training)
+            where = where or located(run, steps.engine.schedule(steps.strategy, parts, run.route), finite)
+            if not where and not finite and training and steps.is_scheduled(data, parts):
+                where = in_loss(run, steps.head(data, parts, 1.0, run.training))
+        except Exception as again:  # it cannot be run again
+            Caught.log.debug("a step that failed could not be repeated", exc_info=again)
+            where = None
+    if finite:
+        return StageError(f"{NOT_FINITE}; it comes from {where or 'the loss itself: what the model makes is finite'}")
+    return StageError(f"{where or at_node(error, steps.engine, training)} failed: {reason(error)}")
+
+
+def located(run: Pass, schedule: Any, finite: bool) -> str | None:
+    """The first action that fails, or with `finite` makes something that is not finite, and the layer in it."""
+    for action, emit in run.actions(schedule, Kind.FORWARD):
+        s, _, m = action
+        with tf.device(run.device(s, run.lane(m))):
+            try:
+                emit()
+                made = [run.values[n][t] for n in run.together(s, m) for t in run.partition.edges(s)]
+                wrong = finite and not all(is_finite(edge) for edge in made)
+            except Exception as error:
+                Caught.theirs(error, run.scope(action))
+                wrong = True
+            if wrong:
+                return described(run, action, layer(run, action, finite))
+    return None
+
+
+def in_loss(run: Pass, head: Any) -> str | None:
+    """The first part of the batch whose loss fails, with what the model makes of it."""
+    s = run.partition.stages - 1
+    for m in run.firsts:
+        try:
+            with tf.device(run.device(s, run.lane(m))):
+                head.program.values(with_logits(run.values[m], run.route.ends), *head.targets[run.part(m)], None)
+        except Exception as error:
+            Caught.theirs(error, f"the loss of part {m}")
+            return described(run, Action(s, Kind.FORWARD, m), "the loss")
+    return None
+
+
+def layer(run: Pass, action: Action, finite: bool) -> str:
+    """The first layer of a segment that fails, or makes something that is not finite; all of them, if none does."""
+    s, _, m = action
+    ops, values = run.graph.ops, dict(run.values[m])
+    for i in run.partition.ops(s) if s not in run.route.collectives else ():
+        program = Program(
+            run.route.graph, [i], ops[i].outputs, run.engine.model, run.training, False, True
+        )  # fmt: skip
+        try:
+            variables = [run.variable(s, m, v) for v in program.variables]
+            found = program(variables, with_logits(values, ops[i].inputs)).edges
+        except Exception as error:
+            Caught.theirs(error, ops[i].name)
+            return ops[i].name
+        if finite and not all(is_finite(edge) for edge in found.values()):
+            return ops[i].name
+        values.update(found)
+    return ", ".join(run.route.names(s))
+
+
+def described(run: Pass, action: Action, name: str) -> str:
+    """An action in words."""
+    s, _, m = action
+    replica, rank = divmod(run.lane(m), run.ranks)
+    replica, rank = replica if run.parts.replicas > 1 else None, rank if run.ranks > 1 else None
+    where = place(run.route.stages[s], m % run.parts.micro_batches, replica, rank)
+    return f"{where} on {run.device(s, run.lane(m))}, in {name}"
+
+
+def place(stage: Any, micro_batch: Any, replica: Any, rank: Any) -> str:
+    """Where an action belongs, in words; `None` for what there is one of."""
+    places = {"stage": stage, "micro-batch": micro_batch, "replica": replica, "rank": rank}
+    return ", ".join(f"{name} {number}" for name, number in places.items() if number is not None)
+
+
+def is_finite(edge: Edge) -> bool:
+    """Whether a tensor has no NaN and no infinity, or is of another kind."""
+    value = edge.value
+    return not getattr(value, "dtype", tf.int32).is_floating or bool(tf.reduce_all(tf.math.is_finite(value)))
+
+
+def of_weights(steps: Any) -> str | None:
+    """The first weight that was not finite before the step."""
+    for variable in steps.model.weights:
+        value = variable.numpy()
+        if np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all():
+            return f"{variable.path}, which was not finite before this step"
+    return None
+
+
+def reason(error: tf.errors.OpError) -> str:
+    """What TensorFlow says, in one line."""
+    lines = [line.strip() for line in error.message.split("[[{{node")[0].splitlines() if line.strip()]
+    return f"{type(error).__name__}: {re.sub(r'^.*?[A-Z_]+: +', '', lines[-1])}" if lines else type(error).__name__
+
+
+def at_node(error: tf.errors.OpError, engine: Any, training: bool) -> str:
+    """The action or the layer that TensorFlow names, and the device that it ran out of memory on."""
+    node, device = re.search(r"{{node (.*?)}}", error.message), re.search(r"device:((?:GPU|CPU):\d+)", error.message)
+    on = f" on {device[1]}" if device else ""
+    if node and (action := ACTION.match(node[1])):
+        where = place(action["stage"], action["mb"], action["replica"], action["rank"])
+        names = engine.route(training).names(int(action["segment"] or action["stage"]))
+        return f"{where}{on}, {action['kind'].replace('_', ' and ')} in {', '.join(names)}"
+    unknown, cut = "the way back or the update", engine.plan.partition
+    if node:
+        ops = {op.layer.split("/")[-1]: (stage, op) for op, stage in zip(cut.graph.ops, cut.stage_of, strict=True)}
+        name = node[1].split("/")[0]
+        stage, op = ops.get(name) or ops.get(re.sub(r"_\d+$", "", name), (None, None))
+        return f"{unknown} ({f'stage {stage}, {op.name}' if op else f'operation {node[1]}'}{on})"
+    return f"{unknown}{on}"
+
+
+def checked(loss: tf.Tensor) -> tf.Tensor:
+    """The loss, which stops the step if it is not finite; its gradient waits for that."""
+    found = unrecorded(lambda: tf.debugging.check_numerics(loss, NOT_FINITE))
+
+    def back(gradient: tf.Tensor) -> list[tf.Tensor]:
+        with tf.control_dependencies([found]):
+            return [tf.identity(gradient)]
+
+    return record_gradient([found], [loss], back)[0]

@@ -1,0 +1,357 @@
+"""What Keras' fit, evaluate and predict call for a model under a strategy."""
+
+import contextlib
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial, wraps
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras import tree
+
+from tfpar.compat import _keras, _keras_calls, _keras_parts
+from tfpar.compat._keras_run import is_one_of_several
+from tfpar.compat._tf import following_inputs, in_xla
+from tfpar.engine import batch_results, micro_batch
+from tfpar.engine.engine import Engine
+from tfpar.engine.executor import Pass
+from tfpar.engine.loss import Head, LossProgram, separable, structured
+from tfpar.engine.optimizer_step import Update
+from tfpar.engine.program import Edge
+from tfpar.errors import ModelError, user_level
+from tfpar.graph.recording import Discovered, HasMask, NeedsWholeBatch, UnusedResults
+from tfpar.planning.plan import Plan
+from tfpar.planning.progress import announced
+from tfpar.planning.schedule import Kind
+from tfpar.trainer import saving
+from tfpar.trainer.diagnose import checked
+from tfpar.trainer.model_call import call
+from tfpar.trainer.placement import build_losses, place, prepared
+from tfpar.trainer.planner import planned
+from tfpar.trainer.step_function import Traced
+from tfpar.variables.logical import follower_bytes
+
+USED: weakref.WeakSet["Steps"] = weakref.WeakSet()  # those that have an engine
+FILES = (saving.save, saving.save_weights, saving.load_weights, saving.export)
+
+
+class Steps:
+    """The training, test and prediction functions of one model under one strategy.
+
+    A step is Keras' own, with the model's call run by the engine. Where Keras' `train_step` and `compute_loss` are used
+    as they are and the loss of a batch follows from those of its parts, training is scheduled: some micro-batches go
+    backward while others still go forward.
+
+    Args:
+        strategy: gives `mesh`, `parts`, `placement` and `schedule(micro_batches)`.
+        model: the Keras model that was constructed in its scope.
+    """
+
+    def __init__(self, strategy: Any, model: keras.Model):
+        self.strategy, self.model = strategy, model
+        self.engine: Engine | None = None
+        self.compiled_as: Any = None
+        self.has_targets = False
+        self.checks = False  # whether a loss that is not finite is an error
+        self.whole: set[str] = set()  # operations that were found to need the whole batch
+        self.seen = 32  # samples of the batch for which a step was traced last
+
+    def adopt(self, strategy_for_keras: Any):
+        """Make Keras call these functions, through the hooks that it offers, on this one model."""
+        _keras.set_strategy(self.model, strategy_for_keras)
+        vars(self.model)["_tfpar_steps"] = self
+        hooks = ("make_train_function", "make_test_function", "make_predict_function")
+        vars(self.model).update({h: getattr(self, h) for h in hooks if not _keras.overrides(self.model, h)})
+        vars(self.model).update(_resolve_auto_jit_compile=self.auto_jit, _maybe_symbolic_build=self.build_later)
+        vars(self.model).update({file.__name__: partial(file, self.model) for file in FILES}, fit=self.fit)
+        own = type(self.model).call.__get__(self.model)
+        vars(self.model)["call"] = wraps(own)(partial(self.called))  # Keras looks at its signature
+
+    def auto_jit(self) -> bool:
+        """What `jit_compile="auto"` means: programs are compiled on GPUs."""
+        return self.strategy.mesh.on_gpus and _keras.auto_jit(self.model)
+
+    def build_later(self, iterator: Any = None, data_batch: Any = None):
+        """In place of Keras' build, which would take its first batch away from a generator."""
+
+    def called(self, *args: Any, **options: Any) -> Any:
+        """The model's `call` in a loop of the user's own, run by the engine."""
+        model = self.model
+        simple = len(args) == 1 and options.keys() <= {"training", "mask"}
+        if not simple or self.strategy.mesh.size == 1 or not self.divides_calls(args[0]):
+            return type(model).call(model, *args, **options)
+        if in_xla():
+            if self.strategy.extended.has_copies:
+                return type(model).call(model, *args, **options)
+            raise ModelError(
+                f"{model.name} is on several devices, and a tf.function(jit_compile=True) is a program of one: leave "
+                "jit_compile out there; model.compile(jit_compile=True) compiles what each device does"
+            )
+        rows, losses = micro_batch.count(args[0]), []
+        parts = self.strategy.parts.fit(rows) if isinstance(rows, int) else self.strategy.parts
+        while True:
+            try:
+                with following_inputs():
+                    results = call(self, parts, self.seen, losses, False, *args, **options)
+                _keras_calls.override_losses(model, losses)
+                return results
+            except Discovered as discovered:
+                self.learn(discovered)
+
+    def divides_calls(self, inputs: Any) -> bool:
+        """Whether the engine runs a call: not one on symbols, in a program, or in one replica."""
+        return not (
+            _keras.in_program()
+            or _keras_calls.OWN.get()
+            or is_one_of_several()
+            or any(isinstance(x, keras.KerasTensor) or not hasattr(x, "shape") for x in tree.flatten(inputs))
+        )
+
+    def fit(self, *args: Any, **options: Any) -> Any:
+        """`keras.Model.fit`; what a callback asked of its steps ends with it, also if it fails."""
+        try:
+            return type(self.model).fit(self.model, *args, **options)
+        finally:
+            self.check(False)
+
+    def check(self, checks: bool):
+        """From now on, a loss that is not finite is an error, or is not."""
+        if checks != self.checks:
+            self.checks = checks
+            self.make_train_function(force=True)
+
+    # ---- the functions that Keras asks for
+
+    def make_train_function(self, force: bool = False) -> Callable:
+        """The function that trains on an iterator's next batches."""
+        if self.model.train_function is None or force:
+            lazy = _keras.overrides(self.model, "train_step") is not None
+            self.model.train_function = self.over_iterator(self.train_step, lazy)
+        return self.model.train_function
+
+    def make_test_function(self, force: bool = False) -> Callable:
+        """The function that evaluates on an iterator's next batches."""
+        if self.model.test_function is None or force:
+            lazy = _keras.overrides(self.model, "test_step") is not None
+            self.model.test_function = self.over_iterator(self.test_step, lazy)
+        return self.model.test_function
+
+    def make_predict_function(self, force: bool = False) -> Callable:
+        """The function that predicts for a list of batches."""
+        if self.model.predict_function is None or force:
+            traced = Traced(self, self.predict_step, _keras.overrides(self.model, "predict_step") is not None)
+
+            def predict(batches: list[Any]) -> Any:
+                outputs = [traced(data) for data in batches]
+                return tree.map_structure(lambda *parts: micro_batch.joined(list(parts)), *outputs)
+
+            self.model.predict_function = predict
+        return self.model.predict_function
+
+    def over_iterator(self, step: Callable, lazy: bool) -> Callable:
+        """A step repeated `steps_per_execution` times, or until the data ends."""
+        traced = Traced(self, step, lazy)
+
+        def function(iterator: Iterator[Any]) -> Any:
+            declared = getattr(iterator, "element_spec", None)
+            logs = None
+            for _ in range(self.model.steps_per_execution):
+                try:
+                    data = next(iterator)
+                except (StopIteration, tf.errors.OutOfRangeError):
+                    if logs is None:
+                        raise StopIteration from None
+                    break
+                logs = traced(data, declared)
+            return logs
+
+        return function
+
+    def prepared(self, data: Any, rows: int) -> Engine:
+        """The engine, made when the model is first used and again when it was compiled since."""
+        ranks = self.strategy.mesh.tensor > 1
+        targets = ranks and _keras.unpack_x_y_sample_weight(data)[1] is not None  # the loss is a part of what ranks run
+        if self.engine is None or self.compiled_as != self.compilation() or targets > self.has_targets:
+            self.has_targets = targets
+            with self.strategy.planning(), self.announced():
+                before = self.engine.plan if self.engine else None
+                replicas = self.strategy.mesh.data
+                if before is None and rows < replicas:
+                    warnings.warn(
+                        f"a batch of {rows} samples keeps {rows} of {replicas} replicas busy: make batches of at least "
+                        f"{replicas}",
+                        stacklevel=user_level(),
+                    )
+                self.use(prepared(self.strategy, self.model, data, rows, before, frozenset(self.whole)))
+            self.compiled_as = self.compilation()
+        build_losses(self.strategy, self.engine, data)
+        return self.engine
+
+    def announced(self) -> contextlib.AbstractContextManager:
+        """Inside, what takes long is said to be planning."""
+        return announced(f"planning {self.model.name} on {self.strategy.mesh}")
+
+    def use(self, engine: Engine):
+        """From now on, steps run on this engine."""
+        self.engine, self.loss, self.update = engine, LossProgram(engine), Update(self.strategy, engine)
+        USED.add(self)
+
+    def learn(self, discovered: Discovered):
+        """Take up what came to light while a step was traced, in whichever model it was."""
+        if isinstance(discovered, UnusedResults):
+            return
+        if isinstance(discovered, HasMask):
+            self.engine.has_masks = True
+            return
+        for steps in family(self.model):
+            engine = steps.engine
+            if engine and any(discovered.graph is route.graph for route in engine.routes):
+                if isinstance(discovered, NeedsWholeBatch):
+                    if discovered.name in steps.whole:
+                        raise ModelError(f"{discovered.name} could not be computed for the whole batch")
+                    steps.whole.add(discovered.name)
+                    steps.compiled_as = None
+                else:
+                    steps.use(engine.extended(discovered))
+                    with self.strategy.planning():
+                        place(self.strategy, steps.engine)
+
+    def compilation(self) -> tuple:
+        """What changes when the model is compiled anew."""
+        model = self.model
+        parts = (model.optimizer, model._compile_loss, model._compile_metrics) if model.compiled else ()
+        return *parts, bool(model.jit_compile), model.run_eagerly
+
+    def plan(self, batch_size: int | None = None) -> Plan:
+        """The plan that the engine has, or would have.
+
+        Raises:
+            ModelError: a model whose layers are not known before it is used.
+        """
+        rows = batch_size or (self.engine.plan.rows if self.engine else 32)
+        engine = self.engine
+        if engine is None:
+            parts = [steps.model for steps in family(self.model) if steps.engine]
+            if parts:
+                raise ModelError(
+                    f"{self.model.name} is not called itself; explain the models in it: "
+                    f"{', '.join(model.name for model in parts)}"
+                )
+            if not _keras.is_graph(self.model):
+                raise ModelError(
+                    f"the layers of {self.model.name} are known when it has seen data: call fit, evaluate or predict"
+                )
+            with self.announced():
+                engine = planned(self.strategy, self.model, (None, None, None), rows)
+        slots = tuple(follower_bytes(_keras.stored(v)) for v in engine.graph.variables)
+        if not any(slots):  # the optimizer has none yet, if it is known
+            known = self.model.compiled and self.model.optimizer is not None
+            weights = self.model.trainable_weights
+            expected = _keras_parts.slot_bytes_of(self.model.optimizer, weights) if known else {}
+            slots = tuple(expected.get(id(v), 0) for v in engine.graph.variables) if known else ()
+        schedule = self.strategy.schedule(self.strategy.parts.fit(rows).micro_batches)
+        return replace(engine.plan, rows=rows, schedule=schedule, slot_bytes=slots)
+
+    # ---- steps, run in the strategy's replica context
+
+    def train_step(self, data: micro_batch.Batch, parts: micro_batch.Parts) -> Any:
+        """Keras' `train_step`, scheduled where its loss allows, or the user's."""
+        if self.is_scheduled(data, parts):
+            return self.scheduled_step(data, parts)[0]
+        with self.running(data, parts), self.checking():
+            return self.model.train_step(data.whole)
+
+    def checking(self) -> contextlib.AbstractContextManager:
+        """Inside, a loss that Keras computes is checked, if this is asked for."""
+        original = self.model.compute_loss
+        checks = _keras_parts.given_method(self.model, "compute_loss", lambda *a, **k: checked(original(*a, **k)))
+        return checks if self.checks else contextlib.nullcontext()
+
+    def is_scheduled(self, data: micro_batch.Batch, parts: micro_batch.Parts) -> bool:
+        """Whether training can follow the schedule."""
+        own = _keras.overrides(self.model, "train_step", "compute_loss", "_compute_loss") is None
+        return own and data.uniform and separable(self.engine, data.pieces[0], parts.count)
+
+    def test_step(self, data: micro_batch.Batch, parts: micro_batch.Parts) -> Any:
+        """Keras' `test_step`, or the user's."""
+        with self.running(data, parts):
+            return self.model.test_step(data.whole)
+
+    def predict_step(self, data: micro_batch.Batch, parts: micro_batch.Parts) -> Any:
+        """Keras' `predict_step`, or the user's."""
+        with self.running(data, parts):
+            return self.model.predict_step(data.whole)
+
+    def scheduled_step(
+        self, data: micro_batch.Batch, parts: micro_batch.Parts, clock: bool = False
+    ) -> tuple[Any, Pass]:
+        """One training step in the order of the schedule: its logs, and the pass that was run."""
+        model = self.model
+        x, y, sample_weight = _keras.unpack_x_y_sample_weight(data.whole)
+        with following_inputs():
+            run = self.begun(data, parts, True)
+            scale = model.optimizer.scale_loss(tf.ones((), _keras.loss_dtype(model)))
+            head = self.head(data, parts, scale, run.training)
+            run = replace(
+                run, differentiate=True, head=head, loss_cotangent=scale, clock=clock, scatters=self.update.scatters
+            )  # fmt: skip
+            run.run(self.engine.schedule(self.strategy, parts, run.route), Kind.FORWARD, Kind.BACKWARD)
+            losses = [head.total(), *batch_results.added_losses(run).values(), *self.update.penalties()]
+            loss = tf.add_n([tf.cast(tf.reduce_sum(part), _keras.loss_dtype(model)) for part in losses])
+            loss = checked(loss) if self.checks else loss
+            _keras.track_loss(model, loss, micro_batch.count(x))
+            outputs = batch_results.outputs(run)
+            for tracker, value in zip(_keras.loss_trackers(model), head.each_loss(), strict=False):
+                tracker.update_state(value, sample_weight=data.rows)  # as Keras: the static size, if there is one
+            with tf.control_dependencies([loss] if self.checks else []):
+                batch_results.write_state(run)  # first: a layer may have assigned a weight that is trained
+                if model.trainable_weights:
+                    self.update(run, scale)
+                else:
+                    warnings.warn("The model does not have any trainable weights.", stacklevel=user_level())  # as Keras
+            y_pred = structured(self.engine, outputs)
+            return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight), run
+
+    def head(self, data: micro_batch.Batch, parts: micro_batch.Parts, scale: Any, training: bool | None) -> Head:
+        """The losses of a batch in these parts, and where its way back starts."""
+        _, y, sample_weight = _keras.unpack_x_y_sample_weight(data.whole)
+        targets = [targets for _, *targets in map(_keras.unpack_x_y_sample_weight, data.parts(parts.count))]
+        return Head(self.loss, y, sample_weight, targets, scale, training)
+
+    def begun(self, data: micro_batch.Batch, parts: micro_batch.Parts, training: bool) -> Pass:
+        """A pass of a batch that has not begun."""
+        model, engine = self.model, self.engine
+        pieces = [_keras.unpack_x_y_sample_weight(part) for part in data.parts(parts.count)]
+        inputs = [
+            [Edge(v) for v in _keras.graph_inputs(model, _keras.converted_inputs(model, part))]
+            + ([Edge(targets)] if training and engine.training.loss else [])
+            for part, targets, _ in pieces
+        ]
+        shares = micro_batch.shares([micro_batch.count(part) for part, *_ in pieces])
+        told = _keras_calls.training_argument(model, training).get("training")
+        return Pass(engine, parts, inputs, shares, told, route=engine.route(training))
+
+    @contextlib.contextmanager
+    def running(self, data: micro_batch.Batch, parts: micro_batch.Parts) -> Iterator[None]:
+        """Inside, calls of the model and of the models in it are run by their engines, in parts."""
+        with following_inputs(), contextlib.ExitStack() as stack:
+            for steps in family(self.model):
+                losses: list[tf.Tensor] = []
+                run = partial(call, steps, parts, self.seen, losses, data.rows is None)
+                stack.enter_context(_keras_calls.running(steps.model, run, losses))
+            yield
+
+
+def steps_of(model: Any) -> Steps | None:
+    """The steps of a model that was constructed under a strategy."""
+    return vars(model).get("_tfpar_steps")
+
+
+def family(model: keras.Model) -> list[Steps]:
+    """The steps of a model and of the models in it, those of one strategy."""
+    own = steps_of(model)
+    found = [steps_of(layer) for layer in _keras.layers_in(model)]
+    return [steps for steps in found if steps is not None and steps.strategy is own.strategy]

@@ -1,0 +1,171 @@
+"""A model's call, run by the engine inside a step that is not scheduled: Keras' own, or the user's."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import tensorflow as tf
+from keras import tree
+
+from tfpar.comm.collectives import on_each
+from tfpar.comm.gradients import SharedRows, folded, is_sparse, joined, plain, sum_of
+from tfpar.compat import _keras, _keras_calls
+from tfpar.compat._tf import record_gradient, recorded, tape_watches, unrecorded
+from tfpar.engine import batch_results, micro_batch
+from tfpar.engine.engine import copy_of, device_of, read
+from tfpar.engine.executor import Pass
+from tfpar.engine.loss import structured
+from tfpar.engine.program import Edge
+from tfpar.errors import ModelError
+from tfpar.planning.schedule import Kind
+from tfpar.planning.sharding import REPLICATED
+
+
+def call(
+    steps: Any,
+    parts: micro_batch.Parts,
+    likely: int,
+    losses: list[tf.Tensor],
+    is_open: bool,
+    inputs: Any,
+    training: bool | None = None,
+    mask: Any = None,
+) -> Any:
+    """What the model makes of a batch.
+
+    Args:
+        steps: of the model; gives `model`, `strategy` and `prepared(data, rows)`.
+        parts: how to divide the batch.
+        likely: samples that the model is planned for, where it gets an unknown number of them.
+        losses: is set to what the step reads as `model.losses`.
+        is_open: whether the data leaves the number of samples open. Keras weights the reported losses of batches of a
+            known size only, so that outputs then must not have one, as they would in compiled programs.
+    """
+    model, training = steps.model, _keras_calls.told() if training is None else training
+    if _keras.in_program():
+        return _keras_calls.own_call(model, inputs, training)
+    rows = micro_batch.count(inputs)
+    engine = steps.prepared((inputs,), rows if isinstance(rows, int) else likely)
+    flat = _keras.graph_inputs(model, inputs)
+    parts = parts.fit(rows) if isinstance(rows, int) else parts
+    masks = [None] * len(flat) if mask is None else tree.flatten(mask)
+    edges = [Edge(x, m) for x, m in zip(flat, masks, strict=True)]
+    route = engine.called if training and engine.called else engine.route(training)
+    schedule = engine.schedule(steps.strategy, parts, route)
+    run = forward_with_pullback if steps.strategy.mesh.stage == steps.strategy.mesh.size > 1 else forward_on_tape
+    weights = micro_batch.shares([stop - start for start, stop in pairwise(micro_batch.bounds(rows, parts.count))])
+    finished, outputs, added = run(engine, schedule, parts, edges, weights, training, route)
+    batch_results.write_state(finished)
+    if added:
+        losses[:] = _keras.added_losses(model, list(added.values()))
+    if is_open and isinstance(rows, int):
+        outputs = {
+            t: e._replace(value=of_open_size(e.value)) if finished.is_batched(t) else e for t, e in outputs.items()
+        }
+    return structured(engine, outputs, finished.route)
+
+
+def of_open_size(value: Any) -> Any:
+    """A tensor with as many rows as before, which TensorFlow does not know while it traces; a sparse one as it is."""
+    if not isinstance(value, tf.Tensor) or not value.shape.rank:
+        return value
+    return tf.compat.v1.placeholder_with_default(value, [None, *value.shape[1:]])
+
+
+def forward_on_tape(
+    engine: Any, schedule: Any, parts: micro_batch.Parts, edges: list[Edge], weights: Any, training: Any, route: Any
+):
+    """All parts forward, each operation recorded: every tape can go back, as often as it likes."""
+    sources: dict[int, tf.Tensor] = {}
+    copies: dict[tuple[int, int], list[tf.Tensor]] = {}
+
+    def copied(s: int, v: int) -> list[tf.Tensor]:
+        variable = engine.graph.variables[v]
+        if v not in sources:
+            with tf.device(device_of(variable)):
+                sources[v] = tf.convert_to_tensor(copy_of(variable, 0))
+        values = on_each([device_of(variable, lane) for lane in range(engine.lanes)], lambda r: read(variable, r))
+        # the copies are one source
+        return recorded(values, [sources[v]], lambda *found: [of_lanes(run, s, v, found)])
+
+    def value(s: int, v: int, lane: int) -> tf.Tensor:
+        if (s, v) not in copies:
+            copies[s, v] = copied(s, v)
+        return copies[s, v][lane]
+
+    run = Pass(engine, parts, micro_batch.split(edges, parts.count), weights, training, read=value, route=route)
+    run.run(schedule, Kind.FORWARD)
+    return run, batch_results.outputs(run), batch_results.added_losses(run)
+
+
+def of_lanes(run: Pass, s: int, v: int, found: Sequence[Any]) -> Any:
+    """A variable's gradient in a segment from those of all lanes, of which each has the part of its own outputs."""
+    variable, ranks = _keras.stored(run.engine.graph.variables[v]), run.ranks
+    found = [SharedRows(g.values, g.indices, g.dense_shape) if isinstance(g, tf.IndexedSlices) else g for g in found]
+    sparse = any(map(is_sparse, found))
+    replicas = []
+    for r in range(0, len(found), ranks):
+        of_ranks = [g for g in found[r : r + ranks] if is_sparse(g) or not sparse]  # a tape fills gaps with zeros
+        if not of_ranks:
+            continue
+        if getattr(variable, "layout", REPLICATED) != REPLICATED:
+            replicas.append(joined(list(map(plain, of_ranks)), variable.layout, variable.shape.as_list()))
+        else:  # all look up the same rows, unless each has a part of the samples' dims
+            replicas.append(plain(sum_of(map(plain, of_ranks) if v in run.engine.partial else of_ranks)))
+    if sparse and run.shares_rows(s, v, replicas[0]):
+        return plain(sum_of(folded(g, run.parts.micro_batches) for g in replicas))
+    return sum_of(replicas)
+
+
+def forward_with_pullback(
+    engine: Any, schedule: Any, parts: micro_batch.Parts, edges: list[Edge], weights: Any, training: Any, route: Any
+):
+    """All parts forward; a tape that asks for the gradient gets it from the stages, each on its device."""
+    graph = engine.graph.graph
+    flat = [e.value for e in edges]
+    hidden = [e._replace(value=None if e.value is None else unrecorded(lambda: e.value)) for e in edges]  # noqa: B023
+    trainable = [(v, device_of(engine.graph.variables[v])) for v in sorted(engine.trainable)]
+    sources = []
+    for v, device in trainable:
+        with tf.device(device):
+            sources.append(tf.convert_to_tensor(_keras.stored(engine.graph.variables[v])))
+    inside = [t for t, x in zip(graph.inputs, flat, strict=True) if x is not None and tape_watches([x])]
+    differentiate = bool(inside) or tape_watches(sources)
+    run = Pass(
+        engine, parts, micro_batch.split(hidden, parts.count), weights, training,
+        differentiate=differentiate, watch_inputs=bool(inside), route=route,
+    )  # fmt: skip
+    run.run(schedule, Kind.FORWARD)
+    outputs, added = batch_results.outputs(run), batch_results.added_losses(run)
+    if not differentiate:
+        return run, outputs, added
+    sources += [x for t, x in zip(graph.inputs, flat, strict=True) if t in inside]
+    targets = [*(e.value for e in outputs.values()), *added.values()]
+
+    def backward(*cotangents: tf.Tensor | None) -> list[Any]:
+        back = run.again()
+        for t, cotangent in zip(outputs, cotangents[: len(outputs)], strict=True):
+            for m, (piece,) in enumerate(micro_batch.split([cotangent], parts.count)):
+                back.cotangents[m][t] = [piece]
+        back.loss_cotangent = dict(zip(added, cotangents[len(outputs) :], strict=True))
+        back.run(schedule, Kind.BACKWARD)
+        of = batch_results.gradients(back)
+        found = [
+            *(plain(batch_results.summed(back, v, 0, [part for (part,) in of.get(v, ())])) for v, _ in trainable),
+            *(batch_results.input_gradient(back, t) for t in inside),
+        ]
+        dense = [n for n, g in enumerate(found) if isinstance(g, tf.Tensor)]
+        given = [*sources, *(c for c in cotangents if c is not None)]
+        for n, g in zip(dense, record_gradient([found[n] for n in dense], given, refused), strict=True):
+            found[n] = g
+        return found
+
+    def refused(*_):
+        raise ModelError(
+            f"a gradient of a gradient of {engine.model.name}: stages are differentiated once. Build this model "
+            "outside of the strategy's scope"
+        )
+
+    copies = record_gradient(targets, sources, backward)
+    outputs = {t: Edge(y, e.mask) for (t, e), y in zip(outputs.items(), copies, strict=False)}
+    return run, outputs, dict(zip(added, copies[len(outputs) :], strict=True))

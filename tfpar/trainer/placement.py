@@ -1,0 +1,129 @@
+"""From a model and a first batch to an engine, with every variable on its device."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator, Set
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras import tree
+
+from tfpar.compat import _keras, _keras_parts
+from tfpar.engine.engine import Engine
+from tfpar.errors import ScopeError
+from tfpar.planning.plan import Plan
+from tfpar.planning.sharding import WHOLE
+from tfpar.trainer.planner import planned
+from tfpar.variables.logical import HOST, Home, LogicalVariable
+
+
+def prepared(strategy: Any, model: keras.Model, data: Any, rows: int, before: Plan | None, whole: Set[str]) -> Engine:
+    """Create all that Keras would create in its first step, plan, and move every variable to its device.
+
+    Args:
+        strategy: as for `planned`; gives `zero` and `offload` too.
+        data, rows, before, whole: as for `planned`.
+    """
+    _keras.build(model, data)
+    engine = planned(strategy, model, data, rows, before, whole)
+    place(strategy, engine)
+    return engine
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Inside, Ctrl-C waits: a model of which some variables have moved could not be used again."""
+    before, caught = signal.getsignal(signal.SIGINT), []
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *signal: caught.append(signal))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if caught:
+            before(*caught[0])
+
+
+@uninterrupted()
+def place(strategy: Any, engine: Engine):
+    """Move the model's variables, its metrics' and its optimizer's, creating the latter where they belong."""
+    model, plan = engine.model, engine.plan
+    for v, variable in enumerate(engine.graph.variables):
+        check_scope(strategy, variable)
+        move(variable, *homes(strategy, engine, v))
+    if model.compiled:
+        for variable in model.metrics_variables:
+            move(variable, Home((plan.device(plan.partition.stages - 1),), WHOLE))
+        if model.optimizer is not None:
+            _keras.give_strategy(model.optimizer, strategy)
+            if not model.optimizer.built:
+                model.optimizer.build(model.trainable_variables)
+            if strategy.mesh.size > 1 or strategy.offload:
+                of = {id(slot): weight for slot, weight in _keras_parts.slots_of(model.optimizer)}
+                home = Home((HOST,) * strategy.mesh.size if strategy.offload else plan.mesh.devices, WHOLE)
+                for variable in model.optimizer.variables:
+                    replicate(strategy, variable, of.get(id(variable)))
+                    if id(variable) not in of:
+                        move(variable, home)
+
+
+def homes(strategy: Any, engine: Engine, v: int) -> tuple[Home, Home]:
+    """Where a variable goes, and where an optimizer's slots for it do: in parts over replicas, as ZeRO has them."""
+    mesh, stage = strategy.mesh, engine.plan.partition.home(v)
+    lanes = tuple(engine.plan.device(stage, r, k) for r in range(mesh.data) for k in range(mesh.tensor))
+    slots = (HOST,) * len(lanes) if strategy.offload else lanes
+    return Home(lanes, engine.plan.sharding(v)), Home(slots, engine.plan.sharding(v, zero=1))
+
+
+def build_losses(strategy: Any, engine: Engine, data: Any):
+    """Create the variables of compiled losses and metrics on the last stage, outside of any function."""
+    model, plan = engine.model, engine.plan
+    if not model.compiled or _keras.is_compiled_built(model):
+        return
+    _, y, _ = _keras.unpack_x_y_sample_weight(data)
+    overridden = _keras.overrides(model, "train_step", "test_step", "compute_loss", "_compute_loss")
+    if y is not None and not overridden:
+        with strategy.planning(), strategy.extended.creating_on(plan.device(plan.partition.stages - 1)):
+            _keras.build(model, data, tree.map_structure(lambda t: engine.graph.symbols[t], engine.graph.outputs))
+
+
+def replicate(strategy: Any, variable: keras.Variable, weight: keras.Variable | None):
+    """Take over a variable of an optimizer, a slot of a weight or not, that does not belong here or there yet."""
+    stored, of = _keras.stored(variable), None if weight is None else _keras.stored(weight)
+    if isinstance(stored, LogicalVariable):
+        if isinstance(of, LogicalVariable) and all(follower is not stored for follower in of.followers):
+            of.followed_by(stored)
+            stored.place(*of.follow.of(stored.shape == of.shape))
+        return
+    with strategy.planning(), contextlib.ExitStack() as stack:
+        if isinstance(of, LogicalVariable):
+            stack.enter_context(strategy.extended.colocate_vars_with(of))
+        value = stored.read_value()
+        _keras.set_value(variable, tf.Variable(value, trainable=False, name=variable.name))
+
+
+def move(variable: keras.Variable, home: Home, follow: Home | None = None):
+    """Place a variable that is still waiting, and later what follows it."""
+    if isinstance(_keras.stored(variable), LogicalVariable) and len(_keras.stored(variable).copies) == 1:
+        _keras.stored(variable).place(*home, follow)
+
+
+def check_scope(strategy: Any, variable: keras.Variable):
+    """Refuse a variable that was created elsewhere: it would stay there.
+
+    Raises:
+        ScopeError: says which, and what to write.
+    """
+    ours = (
+        isinstance(_keras.stored(variable), LogicalVariable) and _keras.stored(variable).distribute_strategy is strategy
+    )
+    if not ours and not _keras.is_seed(variable):
+        raise ScopeError(
+            f"{variable.path} was created outside of this strategy's scope. Create the layers inside:\n"
+            "    with strategy.scope():\n        model = ...\n"
+            "and call enable_lora and the like, which create weights, in the scope too"
+        )

@@ -1,0 +1,1 @@
+"""One logical variable, wherever its values live."""
