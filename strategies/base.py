@@ -47,6 +47,11 @@ class Extended(MirroredExtended):
         self.has_copies = on_all
         self.new_variables_on = self.replicas if on_all else (HOST,)
 
+    @property
+    def strategy(self) -> "Strategy":
+        """Whose this is."""
+        return self._container_strategy()
+
     @contextlib.contextmanager
     def creating_on(self, device: str) -> Iterator[None]:
         """Inside, new variables are on this device alone."""
@@ -59,7 +64,7 @@ class Extended(MirroredExtended):
     @contextlib.contextmanager
     def as_one(self) -> Iterator[None]:
         """Inside, one replica stands for all."""
-        with self._container_strategy().scope(), LogicalReplica(self._container_strategy()):
+        with self.strategy.scope(), LogicalReplica(self.strategy):
             yield
 
     def run_as_one(self, fn: Callable, *args: Any) -> Any:
@@ -70,7 +75,7 @@ class Extended(MirroredExtended):
     @property
     def is_one(self) -> bool:
         """Whether there is one replica, here."""
-        return len(self.replicas) == 1 or isinstance(replica_of(self._container_strategy()), LogicalReplica)
+        return len(self.replicas) == 1 or isinstance(replica_of(self.strategy), LogicalReplica)
 
     @property
     def _num_replicas_in_sync(self):
@@ -106,7 +111,7 @@ class Extended(MirroredExtended):
                     if sharding.divides:
                         kwargs.update(initial_value=parts[number], shape=None)
                     copies.append(next_creator(**kwargs))
-            variable = LogicalVariable(self._container_strategy(), copies, aggregation, None, sharding, shape)
+            variable = LogicalVariable(self.strategy, copies, aggregation, None, sharding, shape)
         if follows:
             reference.followed_by(variable)
         return variable
@@ -114,7 +119,7 @@ class Extended(MirroredExtended):
     @contextlib.contextmanager
     def colocate_vars_with(self, colocate_with_variable: tf.Variable) -> Iterator[None]:
         """Inside, new variables live where this one does and move along; needs no scope, as an optimizer has none."""
-        with self._container_strategy().planning(), super().colocate_vars_with(colocate_with_variable):
+        with self.strategy.planning(), super().colocate_vars_with(colocate_with_variable):
             yield
 
     def _validate_colocate_with_variable(self, colocate_with_variable):
@@ -124,7 +129,7 @@ class Extended(MirroredExtended):
         if not self.is_one:
             with Replicas.run():
                 return super()._call_for_each_replica(fn, args, kwargs)
-        with LogicalReplica(self._container_strategy()):
+        with LogicalReplica(self.strategy):
             return fn(*args, **kwargs)
 
     def _replica_ctx_all_reduce(self, reduce_op, value, options=None):
@@ -146,7 +151,7 @@ class Extended(MirroredExtended):
         return value if self.is_one else super()._gather_to_implementation(value, destinations, axis, options)
 
     def _update(self, var, fn, args, kwargs, group):
-        replica = replica_of(self._container_strategy())
+        replica = replica_of(self.strategy)
         if isinstance(replica, LogicalReplica) and replica.copy is not None:
             piece = var._get() if isinstance(var, LogicalVariable) else var
             with tf.device(piece.device) if piece.device else contextlib.nullcontext():
@@ -156,7 +161,7 @@ class Extended(MirroredExtended):
         copies = var.copies if isinstance(var, LogicalVariable) else getattr(var, "values", (var,))
         updates = []
         for number, copy in enumerate(copies):
-            with tf.device(copy.device), LogicalReplica(self._container_strategy(), number):
+            with tf.device(copy.device), LogicalReplica(self.strategy, number):
                 updates.append(fn(copy, *select_replica(number, args), **select_replica(number, kwargs)))
         return updates[0] if self.is_one else update_regroup(self, updates, group)
 
@@ -184,7 +189,7 @@ class Strategy(MirroredStrategy):
         mesh: the shape of the work, and its devices; all GPUs, else all logical CPUs, if it names none.
         micro_batches: into how many parts each replica divides its share of a batch.
         schedule: `"1f1b"`, `"gpipe"`, or a function `(stages, micro_batches) -> Schedule`.
-        placement: which layers go together, see `tfpar.partition.partition`.
+        placement: which layers go together, see `tfpar.planning.partition.partition`.
         batch_norm: `"global"`: replicas normalise with the statistics of the whole batch; `"local"`: with their own.
         buckets: into how many segments the model is cut for exchanges between replicas.
         cross_device_ops: how tensors of several replicas are added up; see `tfpar.collectives`.
@@ -358,7 +363,7 @@ class ForKeras(Strategy):
 
     def scope(self):
         """The strategy's own."""
-        return self.extended._container_strategy().scope()
+        return self.extended.strategy.scope()
 
     def experimental_distribute_dataset(self, dataset: Any, options: Any = None) -> Any:
         """The dataset as it is, or on its way to replicas on GPUs."""

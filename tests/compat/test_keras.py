@@ -343,6 +343,8 @@ def test_symbolic_and_build():
     assert model.built and not model._compile_metrics.built and not _keras.is_compiled_built(model)
     _keras.build(model, (X, np.zeros((8, 3))), keras.KerasTensor((None, 3)))
     assert model._compile_metrics.built and model._compile_loss.built and _keras.is_compiled_built(model)
+    assert _keras.compilation(model) == (model._compile_loss, model._compile_metrics)
+    assert _keras.converts_inputs(model) and not _keras.converts_inputs(layers.StringLookup())
     assert _keras.output_spec(model, keras.KerasTensor((None, 6))).shape == (None, 3)
     assert [m.name for m in model.metrics] == ["loss", "compile_metrics"]
 

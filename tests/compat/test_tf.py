@@ -351,3 +351,37 @@ def test_made_again(compiled):
     (dw, dx), (dw_again, dx_again) = gradients(False), gradients(True)
     np.testing.assert_allclose(dw_again, dw)
     np.testing.assert_allclose(dx_again, 2.0 * dx)
+
+
+def test_number_of():
+    strategy = tfpar.DataParallelStrategy(["CPU:0", "CPU:1"])
+    assert _tf.number_of(_tf.LogicalReplica(strategy, 1)) == 1
+
+
+def test_containers():
+    variable, other = tf.Variable(1.0), tf.Variable(2.0)
+    _tf.set_container(variable, other)
+    assert variable.handle._distributed_container() is other
+
+
+def test_rows_that_no_sample_chose():
+    """Of learned positions, whose length may be that of the input; of tokens, they are chosen by samples."""
+    table, found = tf.Variable(tf.ones((5, 2))), []
+
+    @tf.function(autograph=False)
+    def rows(tokens, own):
+        with tf.GradientTape() as tape:
+            y = tf.gather(table, tokens if own else tf.range(tf.shape(tokens)[1]))
+        found.append(_tf.has_shared_rows(tape.gradient(y, table)))
+
+    for own in (False, True):
+        rows(tf.constant([[1, 2]]), own)
+    assert found == [True, False]
+    eager = tf.IndexedSlices(tf.ones((1, 2)), tf.constant([0]))
+    assert not _tf.has_shared_rows(eager)  # no operation tells where its rows come from
+
+
+def test_is_inner_size():
+    with tf.Graph().as_default():
+        shape = tf.shape(tf.compat.v1.placeholder(tf.float32, (None, None)))
+        assert _tf.is_inner_size(shape[1].op) and not _tf.is_inner_size(shape[0].op)

@@ -1,4 +1,4 @@
-"""Private names of Keras, all that tfpar uses. Checked against Keras 3.15.1; `tests/compat/test_keras.py` tests each."""
+"""Private names of Keras, all that tfpar uses. Checked against Keras 3.15.1 by `tests/compat/test_keras.py`."""
 
 import contextlib
 import functools
@@ -222,6 +222,16 @@ def symbolic(value: Any) -> keras.KerasTensor | None:
     if value is None:
         return None
     return keras.KerasTensor((None, *value.shape[1:]), keras.backend.standardize_dtype(value.dtype))
+
+
+def converts_inputs(layer: keras.layers.Layer) -> bool:
+    """Whether a layer casts what it is given to its own dtype."""
+    return layer._convert_input_args
+
+
+def compilation(model: keras.Model) -> tuple:
+    """The compiled loss and metrics of a model; the loss is `None` if it has none."""
+    return model._compile_loss, model._compile_metrics
 
 
 def is_compiled_built(model: keras.Model) -> bool:

@@ -1,4 +1,4 @@
-"""Private names of Keras that `strategy.run` needs. Checked against Keras 3.15.1; `tests/compat/test_keras.py` tests each.
+"""Private names of Keras that `strategy.run` needs. Checked against Keras 3.15.1 by `tests/compat/test_keras.py`.
 
 A user's function runs once for each replica, in a thread of its own. While it does, what Keras would do with the part
 of a batch that a replica sees is done with the whole: gradients are added up before clipping, accumulation and the

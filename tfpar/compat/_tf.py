@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,8 +23,9 @@ from tensorflow.python.training.saving.saveable_object import SaveableObject, Sa
 __all__ = [
     "LogicalReplica", "MirroredExtended", "MirroredVariable", "OwnedMultiDeviceIterator", "PerReplica",
     "ResourceVariable", "awaited", "batch_reduce", "call_flat", "copied", "fingerprint", "following_inputs",
-    "in_xla", "independent", "made_again", "outside_replica", "record_gradient", "recorded", "replica_of", "saveable",
-    "select_replica", "tape_watches", "unrecorded", "update_regroup", "without_device",
+    "has_shared_rows", "in_xla", "independent", "made_again", "number_of", "outside_replica", "record_gradient",
+    "recorded", "replica_of", "saveable", "select_replica", "set_container", "tape_watches", "unrecorded",
+    "update_regroup", "without_device",
 ]  # fmt: skip
 
 
@@ -50,6 +52,11 @@ def replica_of(strategy: tf.distribute.Strategy) -> ReplicaContext | None:
     """The replica of this strategy that is being run, if one is."""
     context = tf.distribute.get_replica_context()
     return context if context is not None and context.strategy is strategy else None
+
+
+def number_of(replica: ReplicaContext) -> int:
+    """Which replica this is."""
+    return replica._replica_id
 
 
 @contextlib.contextmanager
@@ -258,6 +265,11 @@ def call_flat(function: Any, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
     """The flat results of a traced function for flat arguments."""
     found = tf.nest.flatten(function._call_flat(list(tensors), function.captured_inputs), expand_composites=True)
     return [x for x in found if x is not None]
+
+
+def set_container(copy: tf.Variable, variable: Any):
+    """Let TensorFlow know of which distributed variable this is a copy or a part."""
+    copy.handle._distributed_container = weakref.ref(variable)
 
 
 def has_shared_rows(gradient: Any) -> bool:

@@ -25,7 +25,7 @@ def separable(engine: Engine, data: Any, parts: int) -> bool:
     They are if each reduces as Keras does, reads no variables, and gives each sample a value of its own; that is tried
     on random numbers.
     """
-    if engine.model._compile_loss is None:
+    if _keras.compilation(engine.model)[0] is None:
         return False
 
     _, y, sample_weight = tree.map_structure(_keras.symbolic, _keras.unpack_x_y_sample_weight(data))

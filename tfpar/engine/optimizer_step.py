@@ -3,7 +3,6 @@
 # n: weight to train, v: variable of the graph, r: replica, k: rank
 
 import contextlib
-import weakref
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from tfpar.comm.collectives import all_reduce, on_each
 from tfpar.comm.collectives import reduced as summed
 from tfpar.comm.gradients import add, joined, plain, sum_of
 from tfpar.compat import _keras, _keras_parts
-from tfpar.compat._tf import LogicalReplica
+from tfpar.compat._tf import LogicalReplica, set_container
 from tfpar.engine import batch_results
 from tfpar.engine.engine import Engine, device_of, each, layout_of, scattered, shards_of, whole
 from tfpar.engine.executor import Pass
@@ -278,7 +277,7 @@ class Update:
         detached = [Detached(variable, value) for variable, value in zip(detached, values, strict=True)]
         bound: dict[int, Any] = {id(away.variable): away for away in detached}
         for variable, copy in zip(self.variables(stage), copies, strict=True):
-            copy.handle._distributed_container = weakref.ref(variable)
+            set_container(copy, variable)
             bound[id(variable)] = copy
         known = [*(self.weights[n] for n in self.members[stage]), *self.model.optimizer.variables]
         parts = [(v, bound[id(_keras.stored(v))]) for v in known if id(_keras.stored(v)) in bound]

@@ -7,14 +7,13 @@ import keras
 import tensorflow as tf
 
 from tfpar.compat import _keras, _moments
+from tfpar.compat._keras_layers import ToldTraining
 from tfpar.graph.keras_graph import Call, KerasGraph, Ref
 from tfpar.planning.op_graph import Op, OpGraph, Tensor
 
 
-class TakeMoments:
+class TakeMoments(ToldTraining):
     """The statistics that a BatchNormalization takes of its input: mean and variance (1, channels), divisor (1,)."""
-
-    _call_context_args = ("training",)
 
     def __init__(self, call: Call):
         self.call, self.variables = call, call.operation.variables
@@ -36,10 +35,8 @@ def share_moments(mean: tf.Tensor, variance: tf.Tensor, divisor: tf.Tensor) -> t
     return tuple(tf.broadcast_to(x, tf.shape(mean)) for x in whole)
 
 
-class NormalizeWith:
+class NormalizeWith(ToldTraining):
     """A BatchNormalization's call with statistics that it is given."""
-
-    _call_context_args = ("training",)
 
     def __init__(self, call: Call):
         self.call, self.variables = call, call.operation.variables

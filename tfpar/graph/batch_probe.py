@@ -252,7 +252,7 @@ class Probe:
             changed.update(scope.written)
             outputs = dict(enumerate(tensors[t] for t in self.graph.calls[index].outputs))
             results.append((outputs, dict(enumerate(scope.losses)), scope.values))
-            results[0].update({i: v._value for i, v in scope.written.items()})
+            results[0].update({i: _keras.stored(v) for i, v in scope.written.items()})
         return results
 
 

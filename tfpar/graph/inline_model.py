@@ -108,7 +108,8 @@ class Perturbed(RecordingScope):
         value = self.state_mapping.get(id(variable))
         if value is not None or not variable.trainable:
             return value
-        return variable._value * 1.05 + tf.cast(0.01, variable._value.dtype)
+        stored = _keras.stored(variable)
+        return stored * 1.05 + tf.cast(0.01, stored.dtype)
 
 
 def perturbed(run: Callable[[], Any]) -> tuple[list[np.ndarray], set[int], bool]:

@@ -12,6 +12,7 @@ import tensorflow as tf
 from keras import tree
 
 from tfpar.compat import _keras, _keras_calls
+from tfpar.compat._keras_layers import ToldTraining, is_told_training
 from tfpar.errors import Caught
 from tfpar.graph.flops import flops
 from tfpar.graph.recording import UnknownVariables
@@ -207,7 +208,7 @@ class Builder:
                 (node.arguments.args, node.arguments.kwargs),
             )
             explicit = told is not None or (self.opened and not prefix)
-            if told is not None and "training" in getattr(node.operation, "_call_context_args", ()):
+            if told is not None and is_told_training(node.operation):
                 kwargs = {**kwargs, "training": told}
             name = prefix + name_of(node.operation, self.opened)
             if _keras.is_graph(node.operation) and len(args) == 1 and set(kwargs) <= {"training", "mask"}:
@@ -230,7 +231,7 @@ class Builder:
             isinstance(r, Ref)
             and len(self.symbols[r.tensor].shape) == len(i.shape)
             and self.symbols[r.tensor].dtype == i.dtype
-            and not (model._convert_input_args and "float" in i.dtype and i.dtype != model.input_dtype)
+            and not (_keras.converts_inputs(model) and "float" in i.dtype and i.dtype != model.input_dtype)
             for r, i in zip(refs, inner.inputs, strict=False)
         )
         if same and mask is None:
@@ -292,6 +293,16 @@ def graph_from(function: Any, opened: bool = False) -> KerasGraph:
     return builder.finish(inputs, builder.walk(function, inputs))
 
 
+class OwnCall(ToldTraining):
+    """A model's own `call`, as an operation."""
+
+    def __init__(self, model: keras.Model):
+        self.model, self.variables = model, model.variables
+
+    def __call__(self, inputs, training=None):
+        return _keras_calls.own_call(self.model, inputs, training)
+
+
 def one_call(model: keras.Model, x: Any) -> KerasGraph:
     """A model as a single operation, its own `call`."""
     builder = Builder()
@@ -300,11 +311,7 @@ def one_call(model: keras.Model, x: Any) -> KerasGraph:
     spec = _keras.output_spec(model, symbols)
     refs = tree.pack_sequence_as(x, [Ref(t) for t in inputs])
 
-    def call(inputs, training=None):
-        return _keras_calls.own_call(model, inputs, training)
-
-    call.variables, call._call_context_args = model.variables, ("training",)
-    outputs = builder.add(model.name, call, (refs,), {}, tree.flatten(spec), False)
+    outputs = builder.add(model.name, OwnCall(model), (refs,), {}, tree.flatten(spec), False)
     return builder.finish(inputs, tree.pack_sequence_as(spec, outputs))
 
 

@@ -11,6 +11,7 @@ from keras import tree
 
 from tfpar.comm.collectives import LOCAL, Collective
 from tfpar.compat import _keras, _keras_parts
+from tfpar.compat._keras_layers import ToldTraining
 from tfpar.graph.keras_graph import UNKNOWN, Call, KerasGraph, Ref
 from tfpar.planning.op_graph import Op, OpGraph, Tensor
 from tfpar.planning.plan import Exchange
@@ -225,10 +226,8 @@ class Local:
                     yield Exchange(kind, op.name.rpartition("/")[0], backward, size, op.scope)
 
 
-class OnParts:
+class OnParts(ToldTraining):
     """A layer's call on a part of its input, with a part of its weights."""
-
-    _call_context_args = ("training",)
 
     def __init__(self, call: Call):
         self.call, self.variables = call, call.variables

@@ -222,7 +222,7 @@ class Steps:
     def compilation(self) -> tuple:
         """What changes when the model is compiled anew."""
         model = self.model
-        parts = (model.optimizer, model._compile_loss, model._compile_metrics) if model.compiled else ()
+        parts = (model.optimizer, *_keras.compilation(model)) if model.compiled else ()
         return *parts, bool(model.jit_compile), model.run_eagerly
 
     def plan(self, batch_size: int | None = None) -> Plan:

@@ -13,9 +13,11 @@ from tfpar.compat._tf import (
     LogicalReplica,
     MirroredVariable,
     ResourceVariable,
+    number_of,
     record_gradient,
     replica_of,
     saveable,
+    set_container,
     unrecorded,
 )
 from tfpar.errors import ModelError, ScopeError
@@ -98,7 +100,7 @@ class LogicalVariable(MirroredVariable):
             return bound[id(self)]
         if not tf.executing_eagerly() and not _keras.in_program():
             self._settled = True  # a function holds on to the value where it is
-        lane = replica._replica_id * self._sharding.ranks if replica and len(self._values) > 1 else 0
+        lane = number_of(replica) * self._sharding.ranks if replica and len(self._values) > 1 else 0
         return self._values[lane]
 
     _get_cross_replica = _get_on_device_or_primary = _get
@@ -279,10 +281,8 @@ def on_host(variable: LogicalVariable) -> tf.Variable:
     """A new variable in host memory with all of the value of another."""
     old = variable.copies[0]
     with tf.init_scope(), tf.device(HOST):
-        new = ResourceVariable(
-            variable.read_value(), trainable=old.trainable, name=variable._common_name, dtype=old.dtype
-        )
-    new.handle._distributed_container = weakref.ref(variable)
+        new = ResourceVariable(variable.read_value(), trainable=old.trainable, name=variable.name, dtype=old.dtype)
+    set_container(new, variable)
     return new
 
 
@@ -333,10 +333,10 @@ def copies_of(variable: LogicalVariable, old: tf.Variable, devices: Sequence[str
         parts = parts_of(value, sharding, len(devices))
     found = []
     for number, (device, part) in enumerate(zip(devices, parts, strict=True)):
-        name = f"{variable._common_name}/rank_{number}" if number else variable._common_name
+        name = f"{variable.name}/rank_{number}" if number else variable.name
         with tf.device(device):
             found.append(ResourceVariable(part, trainable=old.trainable, name=name, dtype=old.dtype))
-        found[-1].handle._distributed_container = weakref.ref(variable)
+        set_container(found[-1], variable)
     return tuple(found)
 
 

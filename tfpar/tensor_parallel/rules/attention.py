@@ -7,6 +7,14 @@ import tensorflow as tf
 from keras import layers
 
 from tfpar.compat import _keras, _keras_parts
+from tfpar.compat._keras_layers import (
+    ToldTraining,
+    compute_attention,
+    heads,
+    input_projections,
+    kernel,
+    output_projection,
+)
 from tfpar.graph.keras_graph import Ref
 from tfpar.planning.sharding import REPLICATED, Layout, Option, bounds
 from tfpar.tensor_parallel.rank_graph import Local, with_tensors
@@ -14,19 +22,17 @@ from tfpar.tensor_parallel.rules import Site, rule
 from tfpar.tensor_parallel.rules.dense import End
 
 
-class OfHeads:
+class OfHeads(ToldTraining):
     """An attention layer's call for this rank's heads, before the bias of its output projection."""
-
-    _call_context_args = ("training",)
 
     def __init__(self, call: Any, ranks: int):
         self.call, self.ranks = call, ranks
-        bias = call.operation._output_dense.bias
+        bias = output_projection(call.operation).bias
         self.variables = [v for v in call.variables if v is not bias]
 
     def __call__(self, *args, training=None, **kwargs):
         layer = self.call.operation
-        with _keras_parts.unchecked(layer), _keras_parts.replaced(layer._output_dense, bias=None):
+        with _keras_parts.unchecked(layer), _keras_parts.replaced(output_projection(layer), bias=None):
             return _keras.call_operation(layer, args, kwargs, training, self.call.explicit)
 
 
@@ -36,18 +42,19 @@ class OfQueryHeads(OfHeads):
     def __call__(self, rank, *args, **kwargs):
         layer = self.call.operation
         edges = tf.stack(bounds(layer.num_query_heads, self.ranks))
+        name, original = compute_attention(layer)
 
         def attention(query, key, value, **kwargs):
             mine = slice(edges[rank], edges[rank + 1])
-            return type(layer)._compute_attention(layer, query, key[:, :, mine], value[:, :, mine], **kwargs)
+            return original(layer, query, key[:, :, mine], value[:, :, mine], **kwargs)
 
-        with _keras_parts.given_method(layer, "_compute_attention", attention):
+        with _keras_parts.given_method(layer, name, attention):
             return super().__call__(*args, **kwargs)
 
 
 def by_heads(site: Site, weights: list, kind: type = OfHeads) -> Iterator[Option]:
     """Each rank computes some heads, and its part of the output projection; the sum of these is the output."""
-    call, output = site.graph.calls[site.index], site.layer._output_dense
+    call, output = site.graph.calls[site.index], output_projection(site.layer)
 
     def build(layout: Layout):
         def of_heads(local: Local, inputs: list[int]) -> int:
@@ -69,12 +76,10 @@ def by_heads(site: Site, weights: list, kind: type = OfHeads) -> Iterator[Option
 def projections(layer: Any, *names: str) -> list[tuple[Any, int]]:
     """The kernels `(features, heads, …)` and biases `(heads, …)` of these projections, along their heads."""
     found = []
-    for name in names:
-        dense = getattr(layer, name, None)
-        if dense is not None:
-            found.append((dense._kernel, 1))
-            if dense.bias is not None:
-                found.append((dense.bias, 0))
+    for dense in input_projections(layer, *names):
+        found.append((kernel(dense), 1))
+        if dense.bias is not None:
+            found.append((dense.bias, 0))
     return found
 
 
@@ -91,9 +96,9 @@ def usual(site: Site, layer: Any) -> bool:
 def multi_head_attention(site: Site) -> Iterator[Option]:
     """Queries, keys and values by heads."""
     layer = site.layer
-    if usual(site, layer) and site.divides(layer._num_heads) and len(site.outputs[0]) == 3:
-        inward = projections(layer, "_query_dense", "_key_dense", "_value_dense", "_gate_dense")
-        yield from by_heads(site, [*inward, (layer._output_dense._kernel, 0)])
+    if usual(site, layer) and site.divides(heads(layer)) and len(site.outputs[0]) == 3:
+        inward = projections(layer, "query", "key", "value", "gate")
+        yield from by_heads(site, [*inward, (kernel(output_projection(layer)), 0)])
 
 
 @rule(layers.GroupQueryAttention)
@@ -102,8 +107,8 @@ def grouped_query_attention(site: Site) -> Iterator[Option]:
     layer = site.layer
     if not usual(site, layer) or not site.divides(layer.num_query_heads):
         return
-    queries = [*projections(layer, "_query_dense", "_gate_dense"), (layer._output_dense._kernel, 0)]
+    queries = [*projections(layer, "query", "gate"), (kernel(output_projection(layer)), 0)]
     if site.divides(layer.num_key_value_heads) and not layer.num_key_value_heads % site.ranks:
-        yield from by_heads(site, [*queries, *projections(layer, "_key_dense", "_value_dense")])
+        yield from by_heads(site, [*queries, *projections(layer, "key", "value")])
     else:
         yield from by_heads(site, queries, OfQueryHeads)

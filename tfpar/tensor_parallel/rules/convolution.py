@@ -5,6 +5,7 @@ from typing import Any
 
 from keras import layers
 
+from tfpar.compat._keras_layers import kernel
 from tfpar.graph.keras_graph import Ref
 from tfpar.planning.sharding import Layout, Option
 from tfpar.tensor_parallel.rank_graph import Local
@@ -28,9 +29,9 @@ def convolution(site: Site) -> Iterator[Option]:
         return
     if site.divides(layer.filters) and is_elementwise(layer.activation):
         build = by_filters(site, at)
-        yield site.option("column-parallel", None, [Layout(at)], [(layer._kernel, -1), (layer.bias, 0)], build=build)
+        yield site.option("column-parallel", None, [Layout(at)], [(kernel(layer), -1), (layer.bias, 0)], build=build)
     if site.divides(site.inputs[0][at]):
-        yield from by_rows(site, Layout(at), [(layer._kernel, -2)], at, NO_BIAS)
+        yield from by_rows(site, Layout(at), [(kernel(layer), -2)], at, NO_BIAS)
 
 
 def by_filters(site: Site, at: int):

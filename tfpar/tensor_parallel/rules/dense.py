@@ -10,6 +10,8 @@ import keras
 from keras import ops
 
 from tfpar.compat import _keras, _keras_parts
+from tfpar.compat._keras_layers import ToldTraining
+from tfpar.compat._keras_layers import kernel as kernel_of
 from tfpar.graph.keras_graph import Ref
 from tfpar.planning.sharding import REPLICATED, Layout, Option
 from tfpar.tensor_parallel.rank_graph import Local
@@ -17,10 +19,8 @@ from tfpar.tensor_parallel.rules import Site, rule
 from tfpar.tensor_parallel.rules.elementwise import is_elementwise
 
 
-class WithoutEnd:
+class WithoutEnd(ToldTraining):
     """A layer's call on a part of the weights, before bias and activation."""
-
-    _call_context_args = ("training",)
 
     def __init__(self, call: Any, also: dict | None = None):
         self.call, self.end = call, {"bias": None, "activation": None} | (also or {})
@@ -121,9 +121,9 @@ def dense(site: Site) -> Iterator[Option]:
     layer, last = site.layer, len(site.inputs[0]) - 1
     lora = (layer.lora_kernel_a, layer.lora_kernel_b) if layer.lora_enabled else (None, None)
     if site.divides(layer.units):
-        yield from by_columns(site, Layout(last), [(layer._kernel, 1), (layer.bias, 0), (lora[1], 1)])
+        yield from by_columns(site, Layout(last), [(kernel_of(layer), 1), (layer.bias, 0), (lora[1], 1)])
     if site.divides(site.inputs[0][-1]):
-        yield from by_rows(site, Layout(last), [(layer._kernel, 0), (lora[0], 0)])
+        yield from by_rows(site, Layout(last), [(kernel_of(layer), 0), (lora[0], 0)])
 
 
 @rule(keras.layers.EinsumDense)
@@ -137,9 +137,9 @@ def einsum_dense(site: Site) -> Iterator[Option]:
         {} if layer.bias is None else dict(zip(bias_letters(layer, target), range(len(layer.bias.shape)), strict=False))
     )
     for at, letter in enumerate(kernel):
-        if not site.divides(layer._kernel.shape[at]) or source.find(letter) == 0:
+        if not site.divides(kernel_of(layer).shape[at]) or source.find(letter) == 0:
             continue
-        weights = [(layer._kernel, at)]
+        weights = [(kernel_of(layer), at)]
         if letter in target:
             if letter in bias:  # else it is the same for every part
                 weights.append((layer.bias, bias[letter]))

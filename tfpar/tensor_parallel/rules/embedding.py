@@ -7,16 +7,15 @@ import tensorflow as tf
 from keras import layers, ops
 
 from tfpar.compat import _keras
+from tfpar.compat._keras_layers import ToldTraining, table
 from tfpar.graph.keras_graph import Ref
 from tfpar.planning.sharding import REPLICATED, Layout, Option, bounds
 from tfpar.tensor_parallel.rank_graph import Local
 from tfpar.tensor_parallel.rules import Site, rule
 
 
-class OfVocabulary:
+class OfVocabulary(ToldTraining):
     """Looks up what is in this rank's part of the vocabulary; zeros for the rest."""
-
-    _call_context_args = ("training",)
 
     def __init__(self, call: Any, ranks: int):
         self.call, self.ranks, self.variables = call, ranks, call.variables
@@ -49,7 +48,6 @@ def embedding(site: Site, also: Sequence[tuple[Any, int]] = ()) -> Iterator[Opti
     layer, call = site.layer, site.graph.calls[site.index]
     if layer.lora_enabled:
         return
-    table = layer._embeddings
 
     def build(layout: Layout):
         def of_vocabulary(local: Local, inputs: list[int]) -> int:
@@ -64,11 +62,10 @@ def embedding(site: Site, also: Sequence[tuple[Any, int]] = ()) -> Iterator[Opti
     if site.divides(layer.input_dim):
         for left in site.sequences():
             moved = site.bytes(site.op.outputs[0])
-            yield site.option(
-                "vocabulary-parallel", outputs=[left], weights=[(table, 0), *also], moved=moved, build=build(left)
-            )
+            weights = [(table(layer), 0), *also]
+            yield site.option("vocabulary-parallel", None, [left], weights, moved, build(left))
     if site.divides(layer.output_dim) and not also:
-        yield site.option("feature-parallel", outputs=[site.last()], weights=[(table, 1)])
+        yield site.option("feature-parallel", outputs=[site.last()], weights=[(table(layer), 1)])
 
 
 @rule(layers.ReversibleEmbedding)
@@ -79,5 +76,5 @@ def reversible_embedding(site: Site) -> Iterator[Option]:
     if not site.arguments.get("reverse"):
         yield from embedding(site, also)
     elif not layer.lora_enabled and site.divides(layer.input_dim):
-        weights = [(layer._embeddings, 0), *also]
+        weights = [(table(layer), 0), *also]
         yield site.option("column-parallel", outputs=[site.last()], weights=weights)
