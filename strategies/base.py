@@ -19,7 +19,7 @@ from tfpar.planning.mesh import Mesh
 from tfpar.planning.plan import Plan
 from tfpar.planning.schedule import SCHEDULES, Schedule
 from tfpar.trainer.convert import convert
-from tfpar.trainer.hooks import Steps, steps_of
+from tfpar.trainer.hooks import KerasHooks, steps_of
 from tfpar.trainer.input_feed import Feed, can_be_fed
 from tfpar.variables.distribute import Extended
 
@@ -139,7 +139,7 @@ class Strategy(MirroredStrategy):
         return super().run(as_in_this_thread(fn), args, kwargs, options)
 
     def _adopt(self, model):
-        Steps(self, model).adopt(ForKeras(self))
+        KerasHooks(self, model).adopt(ForKeras(self))
 
     def schedule(self, micro_batches: int) -> Schedule:
         """The schedule for so many micro-batches.
@@ -187,7 +187,7 @@ class Strategy(MirroredStrategy):
         convert(model, other)
         return model
 
-    def _steps(self, model: Any) -> Steps:
+    def _steps(self, model: Any) -> KerasHooks:
         steps = steps_of(model)
         if steps is None or steps.strategy is not self:
             raise ScopeError(

@@ -10,8 +10,8 @@ from tfpar.engine.micro_batch import Batch, Parts
 from tfpar.errors import ModelError
 from tfpar.planning.schedule import Action
 from tfpar.planning.timeline import Span, Timeline
-from tfpar.trainer.hooks import Steps, steps_of
-from tfpar.trainer.step_function import Traced
+from tfpar.trainer.hooks import KerasHooks, steps_of
+from tfpar.trainer.step_function import StepFunction
 
 
 def measured(model: keras.Model, *batch: Any, repeat: int = 1) -> Timeline:
@@ -38,13 +38,13 @@ def measured(model: keras.Model, *batch: Any, repeat: int = 1) -> Timeline:
     if steps is None or not model.compiled:
         raise ModelError(f"{model.name} is not scheduled: construct and compile it in the scope of a strategy")
     places: dict[str, tuple[int, Action]] = {}
-    clocked = Traced(steps, partial(clocked_step, steps, places))
+    clocked = StepFunction(steps, partial(clocked_step, steps, places))
     runs = [clocked(batch) for _ in range(repeat + 1)][1:]
     return min((timeline(places, run) for run in runs), key=lambda t: t.makespan)
 
 
 def clocked_step(
-    steps: Steps, places: dict[str, tuple[int, Action]], data: Batch, parts: Parts
+    steps: KerasHooks, places: dict[str, tuple[int, Action]], data: Batch, parts: Parts
 ) -> dict[str, tuple[tf.Tensor, tf.Tensor]]:
     """A scheduled step that returns the times of its actions.
 

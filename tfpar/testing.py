@@ -10,7 +10,7 @@ import tensorflow as tf
 from tfpar.comm.collectives import EXCHANGES, LOCAL
 from tfpar.errors import DeviceError
 from tfpar.trainer.hooks import steps_of
-from tfpar.trainer.step_function import Traced
+from tfpar.trainer.step_function import StepFunction
 
 
 def logical_cpus(count: int, threads: int | None = None):
@@ -109,7 +109,7 @@ def traced_exchanges(model: Any, *batch: Any) -> list[tuple[str, str]]:
         >>> assert traced_exchanges(model, x, y) == planned_exchanges(strategy.explain(model))  # doctest: +SKIP
     """
     steps = steps_of(model)
-    function, _ = Traced(steps, steps.train_step).prepared((batch,), None, None)
+    function, _ = StepFunction(steps, steps.train_step).prepared((batch,), None, None)
     devices: dict[tuple[str, str], set[str]] = {}
     for op in function.graph.get_operations():
         found = re.match(rf"(?:replica\d+/)?({KINDS})/(weights|.+?/(?:{KINDS})(?:-of-gradient)?)/", op.name)

@@ -278,7 +278,7 @@ def test_parts_make_up_the_whole(dim, make):
 
 
 def rows_one_after_the_other(patch):
-    patch.setattr("tfpar.engine.executor.Pass.shares_rows", lambda self, s, v, gradient: False)
+    patch.setattr("tfpar.engine.executor.Execution.shares_rows", lambda self, s, v, gradient: False)
 
 
 def dense_at_once(patch):

@@ -13,13 +13,13 @@ from training import Spy, check, compiled, data, history
 
 import tfpar
 from tfpar.engine import executor
-from tfpar.engine.executor import RUN, Pass
-from tfpar.engine.group import COLLECTIVE, WHOLE
+from tfpar.engine.executor import RUN, Execution
+from tfpar.engine.group import COLLECTIVE, GLOBAL_BATCH
 from tfpar.engine.loss import LossProgram
 from tfpar.graph.recording import UnknownVariables
 from tfpar.planning.schedule import Action, Kind, gpipe, one_f_one_b
 from tfpar.trainer.hooks import steps_of
-from tfpar.trainer.step_function import Traced
+from tfpar.trainer.step_function import StepFunction
 
 X, Y = data(16)
 FOUR = [f"CPU:{n}" for n in range(4)]
@@ -35,7 +35,7 @@ def build():
 def graph(strategy, build=build, call="train_on_batch", **compile):
     """The graph of one step, and the model."""
     made = []
-    original = Traced.function
+    original = StepFunction.function
 
     def recording(*args):
         made.append(original(*args))
@@ -43,7 +43,7 @@ def graph(strategy, build=build, call="train_on_batch", **compile):
 
     model = compiled(strategy, build=build, optimizer="adam", **compile)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Traced, "function", recording)
+        patch.setattr(StepFunction, "function", recording)
         getattr(model, call)(*((X,) if call == "predict_on_batch" else (X, Y)))
     return made[0].get_concrete_function().graph, model
 
@@ -197,7 +197,7 @@ def test_several_stages_on_a_device():
 
 
 def test_the_table_of_actions_is_total():
-    assert set(RUN) == set(WHOLE) == set(COLLECTIVE) == set(Kind)
+    assert set(RUN) == set(GLOBAL_BATCH) == set(COLLECTIVE) == set(Kind)
 
 
 def test_unknown_variables_name_themselves():
@@ -209,7 +209,7 @@ def test_unknown_variables_name_themselves():
 
 
 def dropped_accumulation(patch):
-    original = Pass.backward
+    original = Execution.backward
 
     def backward(self, action):
         self.gradients = {k: v for k, v in self.gradients.items() if k[0] != action.stage}
@@ -219,8 +219,8 @@ def dropped_accumulation(patch):
 
 
 def lost_skip(patch):
-    original = Pass.arrived
-    patch.setattr(Pass, "arrived", lambda self, s, m: {t: c for t, c in original(self, s, m).items() if t != 2})
+    original = Execution.arrived
+    patch.setattr(Execution, "arrived", lambda self, s, m: {t: c for t, c in original(self, s, m).items() if t != 2})
 
 
 def equal_shares(patch):
@@ -277,7 +277,7 @@ def test_without_a_bug_nothing_is_caught():
 
 def test_a_placement_on_one_device_is_caught():
     with pytest.MonkeyPatch.context() as patch, pytest.raises(AssertionError):
-        patch.setattr(Pass, "device", lambda self, s, r=0: "CPU:0")
+        patch.setattr(Execution, "device", lambda self, s, r=0: "CPU:0")
         test_every_action_runs_on_its_device_in_its_order("1f1b")
 
 
@@ -286,7 +286,7 @@ def test_a_schedule_that_is_ignored_is_caught():
         return tf.nest.map_structure(lambda x: x, values)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(AssertionError, match="does not wait for"):
-        patch.setattr(Pass, "started", started)
+        patch.setattr(Execution, "started", started)
         test_every_action_runs_on_its_device_in_its_order("1f1b")
 
 

@@ -123,8 +123,8 @@ def trained(name, schedule="gpipe", **options):
 def made(patch):
     """All that is made from now on."""
     found = []
-    original = remat.Halves.__init__
-    patch.setattr(remat.Halves, "__init__", lambda self, *args: (original(self, *args), found.append(self))[0])
+    original = remat.SplitProgram.__init__
+    patch.setattr(remat.SplitProgram, "__init__", lambda self, *args: (original(self, *args), found.append(self))[0])
     return found
 
 
@@ -270,12 +270,14 @@ def lost_gradient(patch):
 
 
 def stale_weights(patch):
-    again = remat.Halves.again
-    patch.setattr(remat.Halves, "again", lambda self, needed, *rest: again(self, [x * 1.01 for x in needed], *rest))
+    again = remat.SplitProgram.again
+    patch.setattr(
+        remat.SplitProgram, "again", lambda self, needed, *rest: again(self, [x * 1.01 for x in needed], *rest)
+    )
 
 
 def wrong_order(patch):
-    again = remat.Halves.again
+    again = remat.SplitProgram.again
 
     def mixed(self, values, result, kept):
         same = {}
@@ -284,7 +286,7 @@ def wrong_order(patch):
         order = {n: m for group in same.values() for n, m in zip(group, group[::-1], strict=True)}
         return again(self, values, result, [kept[order[n]] for n in range(len(kept))])
 
-    patch.setattr(remat.Halves, "again", mixed)
+    patch.setattr(remat.SplitProgram, "again", mixed)
 
 
 @pytest.mark.parametrize("bug", [lost_gradient, stale_weights, wrong_order])

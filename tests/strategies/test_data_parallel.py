@@ -18,7 +18,7 @@ from tfpar.engine.loss import LossProgram
 from tfpar.errors import ModelError, ScopeError
 from tfpar.testing import assert_same, difference
 from tfpar.trainer.hooks import steps_of
-from tfpar.trainer.step_function import Traced
+from tfpar.trainer.step_function import StepFunction
 
 X, Y = data(19)
 
@@ -578,10 +578,10 @@ def test_own_training_loop(eager, options):
 
 def graph(strategy, make=build, **options):
     """The graph of one training step."""
-    made, original = [], Traced.function
+    made, original = [], StepFunction.function
     model = compiled(strategy, build=make, **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Traced, "function", lambda *args: made.append(original(*args)) or made[-1])
+        patch.setattr(StepFunction, "function", lambda *args: made.append(original(*args)) or made[-1])
         model.train_on_batch(X[:8], Y[:8])
     return made[0].get_concrete_function().graph, model
 

@@ -12,11 +12,11 @@ from training import OPTIMIZERS, Spy, check, compiled, data, history, mostly
 import tfpar
 from tfpar import Mesh
 from tfpar.comm import collectives
-from tfpar.engine.executor import Pass
+from tfpar.engine.executor import Execution
 from tfpar.engine.optimizer_step import Update
 from tfpar.testing import assert_same, planned_exchanges, traced_exchanges
 from tfpar.trainer.hooks import steps_of
-from tfpar.trainer.step_function import Traced
+from tfpar.trainer.step_function import StepFunction
 
 X, Y = data(16)
 CUBE = Mesh(data=2, stage=2, tensor=2)
@@ -32,7 +32,7 @@ def deep():
 
 def graph(model):
     steps = steps_of(model)
-    return Traced(steps, steps.train_step).prepared(((X, Y),), None, None)[0].graph
+    return StepFunction(steps, steps.train_step).prepared(((X, Y),), None, None)[0].graph
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def no_sum_over_ranks(patch):
 
 
 def first_part_for_all(patch):
-    patch.setattr(Pass, "part", lambda self, m: 0)
+    patch.setattr(Execution, "part", lambda self, m: 0)
 
 
 def norms_of_parts(patch):

@@ -10,7 +10,7 @@ from training import OPTIMIZERS, check, compiled, data, history, mostly
 
 import tfpar
 from tfpar import Mesh
-from tfpar.planning.sharding import REPLICATED, WHOLE, Layout, Sharding, sharded
+from tfpar.planning.sharding import REPLICATED, UNSHARDED, Layout, Sharding, sharded
 from tfpar.testing import assert_same
 from tfpar.variables.logical import LogicalVariable, joined, parts_of
 
@@ -148,9 +148,9 @@ def test_regularizers_and_constraints():
 
 
 def test_sharded():
-    assert sharded((6, 16), WHOLE, 4) == Sharding(shards=Layout(1))
+    assert sharded((6, 16), UNSHARDED, 4) == Sharding(shards=Layout(1))
     assert sharded((6, 16), Sharding(Layout(1), 4), 2) == Sharding(Layout(1), 4, Layout(0))
-    assert sharded((3,), WHOLE, 4) == sharded((), WHOLE, 2) == sharded((8,), WHOLE, 1) == WHOLE
+    assert sharded((3,), UNSHARDED, 4) == sharded((), UNSHARDED, 2) == sharded((8,), UNSHARDED, 1) == UNSHARDED
 
 
 @pytest.mark.parametrize("shape", [(8, 6), (5, 7), (4, 3, 2)])

@@ -144,10 +144,10 @@ def test_bytes_of_a_transformer_on_four_ranks():
 def test_products_run_on_every_device():
     x, y = reals()
     model = trained(ranks(3), encoder, x=x, y=y)
-    from tfpar.trainer.step_function import Traced
+    from tfpar.trainer.step_function import StepFunction
 
     steps = steps_of(model)
-    function, _ = Traced(steps, steps.train_step).prepared(((x, y),), None, None)
+    function, _ = StepFunction(steps, steps.train_step).prepared(((x, y),), None, None)
     called = [op.device for op in function.graph.get_operations() if op.type == "PartitionedCall"]
     assert {d[-5:] for d in called} == {"CPU:0", "CPU:1", "CPU:2"}
 
@@ -359,9 +359,9 @@ def model_in_training(model, x):
         with steps.running(data, parts):
             return model(data.whole[0], training=True)
 
-    from tfpar.trainer.step_function import Traced
+    from tfpar.trainer.step_function import StepFunction
 
-    found = Traced(steps, step)((x,))
+    found = StepFunction(steps, step)((x,))
     return found
 
 

@@ -11,7 +11,7 @@ from tfpar.comm.gradients import SharedRows, sum_of
 from tfpar.compat import _keras, _moments
 from tfpar.engine import micro_batch
 from tfpar.engine.engine import device_of, layout_of, read
-from tfpar.engine.executor import Pass
+from tfpar.engine.executor import Execution
 from tfpar.engine.program import Edge, tensor_of, with_logits
 from tfpar.engine.sync_batch_norm import TakeMoments
 from tfpar.graph.batch_probe import Combine
@@ -19,7 +19,7 @@ from tfpar.planning.sharding import REPLICATED
 from tfpar.variables.logical import HOST
 
 
-def outputs(run: Pass) -> dict[int, Edge]:
+def outputs(run: Execution) -> dict[int, Edge]:
     """The model's outputs for the whole batch, and their logits, each on the device that made its first rows."""
     found = {}
     for t in with_logits(run.values[0], run.graph.outputs):
@@ -29,7 +29,7 @@ def outputs(run: Pass) -> dict[int, Edge]:
     return found
 
 
-def added_losses(run: Pass) -> dict[tuple[int, int], tf.Tensor]:
+def added_losses(run: Execution) -> dict[tuple[int, int], tf.Tensor]:
     """What layers added to the loss, for the whole batch."""
     total: dict[tuple[int, int], tf.Tensor] = {}
     for (s, m), result in run.results.items():
@@ -40,7 +40,7 @@ def added_losses(run: Pass) -> dict[tuple[int, int], tf.Tensor]:
     return total
 
 
-def gradients(run: Pass) -> dict[int, list[list[Any]]]:
+def gradients(run: Execution) -> dict[int, list[list[Any]]]:
     """The gradient of each variable that has one, in terms: each a list of what lanes have of it, on their devices.
 
     It is in one term, but for rows that all parts of a batch have: those of each segment are added up on their own.
@@ -55,19 +55,19 @@ def gradients(run: Pass) -> dict[int, list[list[Any]]]:
     }
 
 
-def summed(run: Pass, v: int, lane: int, gradients: Sequence[Any]) -> Any:
+def summed(run: Execution, v: int, lane: int, gradients: Sequence[Any]) -> Any:
     """The sum of some gradients of a variable, on the device of a lane; `None` of none."""
     with tf.device(device_of(run.engine.graph.variables[v], lane)):
         return sum_of(gradients)
 
 
-def input_gradient(run: Pass, t: int) -> tf.Tensor | None:
+def input_gradient(run: Execution, t: int) -> tf.Tensor | None:
     """The gradient of an input of the model; `None` if nothing depends on it."""
     parts = [c[t] for c in run.cotangents if t in c]
     return micro_batch.joined([tf.add_n(p) for p in parts]) if parts else None
 
 
-def write_state(run: Pass):
+def write_state(run: Execution):
     """Assign what layers changed: once for the batch, however many parts it had."""
     moved = move_statistics(run) if len(run.inputs) > 1 else set()
     for v in dict.fromkeys(v for state in run.state for v in state):
@@ -83,7 +83,7 @@ def write_state(run: Pass):
                 variable.assign(combined(run, v))
 
 
-def combined(run: Pass, v: int, rank: int = 0) -> tf.Tensor:
+def combined(run: Execution, v: int, rank: int = 0) -> tf.Tensor:
     """The value of a variable, or of a rank's part, after the batch, from those after each part."""
     variable = run.engine.graph.variables[v]
     places = [m for m in run.all if run.rank(m) == rank and v in run.state[m]]
@@ -107,7 +107,7 @@ def combined(run: Pass, v: int, rank: int = 0) -> tf.Tensor:
     )
 
 
-def move_statistics(run: Pass) -> set[int]:
+def move_statistics(run: Execution) -> set[int]:
     """Move the statistics of each BatchNormalization by those of the whole batch; returns which variables moved."""
     moved: set[int] = set()
     for layer, parts in statistics(run):
@@ -117,7 +117,7 @@ def move_statistics(run: Pass) -> set[int]:
     return moved
 
 
-def statistics(run: Pass) -> Iterator[tuple[Any, _moments.Moments]]:
+def statistics(run: Execution) -> Iterator[tuple[Any, _moments.Moments]]:
     """Each BatchNormalization that moves, and the statistics of each part, (parts, channels) and (parts,)."""
     places, written = run.engine.graph.places, {v for state in run.state for v in state}
 

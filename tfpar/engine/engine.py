@@ -60,7 +60,7 @@ def read(variable: keras.Variable, lane: int = 0) -> tf.Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Route:
+class ExecutionGraph:
     """The way of a pass through the model.
 
     Args:
@@ -118,7 +118,7 @@ class Route:
         calls = zip(self.partition.stage_of, self.graph.calls, strict=True)
         return {s: call.operation for s, call in calls if is_collective(call)}
 
-    def knowing(self, unknown: UnknownVariables) -> "Route":
+    def knowing(self, unknown: UnknownVariables) -> "ExecutionGraph":
         """The same way, in which a call has the variables that it was found to use."""
         call = unknown.call if unknown.graph is self.graph else None
         graph = self.graph.with_variables(unknown, call)
@@ -142,15 +142,15 @@ class Engine:
 
     plan: Plan
     model: keras.Model
-    training: Route
-    inference: Route
+    training: ExecutionGraph
+    inference: ExecutionGraph
     jit_compile: bool = False
     eager: bool = False
-    called: Route | None = None
+    called: ExecutionGraph | None = None
     partial: Set[int] = frozenset()
     reduce: Any = None
     has_masks: bool = False  # outputs have masks that their symbols do not show
-    programs: dict[tuple[Route, int, bool | None], Program] = field(default_factory=dict)
+    programs: dict[tuple[ExecutionGraph, int, bool | None], Program] = field(default_factory=dict)
 
     def __post_init__(self):
         trainable = {id(v) for v in self.model.trainable_weights}
@@ -161,11 +161,11 @@ class Engine:
         """The model in training; its variables, inputs and outputs are those of inference too."""
         return self.training.graph
 
-    def route(self, training: bool | None) -> Route:
+    def route(self, training: bool | None) -> ExecutionGraph:
         """The way of a pass."""
         return self.training if training else self.inference
 
-    def program(self, route: Route, segment: int, training: bool | None) -> Program:
+    def program(self, route: ExecutionGraph, segment: int, training: bool | None) -> Program:
         """The program of a segment of one of the ways, made once."""
         key = route, segment, training
         if key not in self.programs:
@@ -176,7 +176,7 @@ class Engine:
         return self.programs[key]
 
     @property
-    def routes(self) -> list[Route]:
+    def routes(self) -> list[ExecutionGraph]:
         """All ways through the model."""
         return [self.training, self.inference, *([self.called] if self.called else [])]
 
@@ -208,7 +208,7 @@ class Engine:
         """Adds gradients of a micro-batch to those before, in the dtype of those."""
         return self.traced(lambda known, found: [k + tf.cast(f, k.dtype) for k, f in zip(known, found, strict=True)])
 
-    def schedule(self, strategy: Any, parts: micro_batch.Parts, route: Route) -> Schedule:
+    def schedule(self, strategy: Any, parts: micro_batch.Parts, route: ExecutionGraph) -> Schedule:
         """The order of the actions of each lane."""
         return in_segments(strategy.schedule(parts.micro_batches), route.stages)
 

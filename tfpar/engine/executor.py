@@ -14,8 +14,8 @@ import tensorflow as tf
 from tfpar.compat import _keras
 from tfpar.compat._tf import awaited, independent
 from tfpar.engine import micro_batch
-from tfpar.engine.engine import Engine, Route, each, now, read, tensors_of
-from tfpar.engine.group import COLLECTIVE, WHOLE
+from tfpar.engine.engine import Engine, ExecutionGraph, each, now, read, tensors_of
+from tfpar.engine.group import COLLECTIVE, GLOBAL_BATCH
 from tfpar.engine.program import Edge, Program, Result, tensor_of, with_logits
 from tfpar.engine.vjp import again_of, keep, vjp
 from tfpar.errors import Caught, ModelError
@@ -25,7 +25,7 @@ from tfpar.planning.schedule import Action, Kind, Schedule
 
 
 @dataclass
-class Pass:
+class Execution:
     """One batch on its way through the stages.
 
     Args:
@@ -56,7 +56,7 @@ class Pass:
     loss_cotangent: Any = 1.0
     read: Callable[[int, int, int], tf.Tensor] | None = None
     clock: bool = False
-    route: Route | None = None
+    route: ExecutionGraph | None = None
     scatters: bool = False
 
     def __post_init__(self):
@@ -79,7 +79,7 @@ class Pass:
         self.starts: dict[Action, tf.Tensor] = {}
         self.stops: dict[Action, tf.Tensor] = {}
 
-    def run(self, schedule: Schedule, *kinds: Kind) -> "Pass":
+    def run(self, schedule: Schedule, *kinds: Kind) -> "Execution":
         """Emit the schedule's actions of these kinds, each on its device."""
         for action, emit in self.actions(schedule, *kinds):
             with tf.device(self.device(action.stage, self.lane(action.micro_batch))), tf.name_scope(self.scope(action)):
@@ -94,7 +94,7 @@ class Pass:
         """The schedule's actions of these kinds, for every lane or for those that go together, and what emits each."""
         self.schedule = schedule
         for s, kind, m in schedule.order:
-            ways = COLLECTIVE if s in self.route.collectives else WHOLE if s in self.route.whole else RUN
+            ways = COLLECTIVE if s in self.route.collectives else GLOBAL_BATCH if s in self.route.whole else RUN
             for lane in range(self.lanes) if kind in kinds else ():
                 action = Action(s, kind, lane * self.parts.micro_batches + m)
                 if self.together(s, action.micro_batch)[0] == action.micro_batch:
@@ -141,7 +141,7 @@ class Pass:
         segment = f"segment{s}/" if len(stages) > stages[-1] + 1 else ""
         return f"{where}stage{stages[s]}/{segment}mb{m % self.parts.micro_batches}/{what}"
 
-    def again(self) -> "Pass":
+    def again(self) -> "Execution":
         """The same forward passes, for another way back."""
         other = copy.copy(self)
         other.cotangents, other.gradients, other.last = [{} for _ in self.all], {}, {}
@@ -235,7 +235,7 @@ class Pass:
         self.send(m, edges)
 
     def send(self, m: int, cotangents: dict[int, tf.Tensor]):
-        """Pass cotangents on to the stages that made their tensors."""
+        """Execution cotangents on to the stages that made their tensors."""
         for t, cotangent in cotangents.items():
             self.cotangents[m].setdefault(t, []).append(cotangent)
 
@@ -390,4 +390,7 @@ class Pass:
         return findings.state.get(key) if what == "state" else dict(enumerate(findings.losses)).get(key)
 
 
-RUN: dict[Kind, Callable[[Pass, Action], None]] = {Kind.FORWARD: Pass.forward, Kind.BACKWARD: Pass.backward}
+RUN: dict[Kind, Callable[[Execution, Action], None]] = {
+    Kind.FORWARD: Execution.forward,
+    Kind.BACKWARD: Execution.backward,
+}

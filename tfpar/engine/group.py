@@ -84,5 +84,5 @@ def exchanged(run: Any, action: Action) -> tuple:
     return run.route.collectives[s], places, [run.device(s, run.lane(m)) for m in places], op.inputs, op.outputs
 
 
-WHOLE = {Kind.FORWARD: forward_whole, Kind.BACKWARD: backward_whole}
+GLOBAL_BATCH = {Kind.FORWARD: forward_whole, Kind.BACKWARD: backward_whole}
 COLLECTIVE = {Kind.FORWARD: forward_collective, Kind.BACKWARD: backward_collective}

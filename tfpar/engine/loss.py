@@ -10,8 +10,8 @@ from keras import tree
 from tfpar.compat import _keras
 from tfpar.compat._tf import independent
 from tfpar.engine import micro_batch
-from tfpar.engine.engine import Engine, Route, each, tensors_of
-from tfpar.engine.executor import Pass
+from tfpar.engine.engine import Engine, ExecutionGraph, each, tensors_of
+from tfpar.engine.executor import Execution
 from tfpar.engine.program import Edge, Program, differentiable, restored
 from tfpar.engine.vjp import present, watched
 from tfpar.graph.batch_probe import Combine, loss_combination, reads_variables
@@ -38,13 +38,13 @@ def separable(engine: Engine, data: Any, parts: int) -> bool:
     return parts == 1 or all(loss_combination(c.loss, c.y_true, c.y_pred) is Combine.ROWS for c in calls)
 
 
-def structured(engine: Engine, outputs: dict[int, Edge], route: Route | None = None) -> Any:
+def structured(engine: Engine, outputs: dict[int, Edge], route: ExecutionGraph | None = None) -> Any:
     """The model's outputs as Keras expects them: in their structure, with their masks and logits."""
     graph = route.graph if route else engine.graph
     return tree.map_structure(lambda t: restored(t, outputs, graph), graph.outputs)
 
 
-def whole_inputs(run: Pass) -> list[Edge]:
+def whole_inputs(run: Execution) -> list[Edge]:
     """The model's flat inputs for the whole batch."""
     parts = zip(*run.inputs, strict=True)
     return [
@@ -98,7 +98,7 @@ class LossProgram:
         gradients = tape.gradient(scaled, sources)
         return values, loss, {t: g for t, g in gradients.items() if g is not None}
 
-    def turn(self, run: Pass, program: Program) -> Callable:
+    def turn(self, run: Execution, program: Program) -> Callable:
         """The last stage, the losses, and the way back through both, as one function."""
         if (program, run.parts) not in self.turns:
 
@@ -159,7 +159,7 @@ class Head:
         plain = all(None not in s.shape[1:] and s.shape and _keras.get_keras_mask(s) is None for s in symbols)
         return self.parts == 1 or (plain and not engine.has_masks)
 
-    def __call__(self, run: Pass, m: int, outputs: dict[int, Edge]) -> dict[int, tf.Tensor]:
+    def __call__(self, run: Execution, m: int, outputs: dict[int, Edge]) -> dict[int, tf.Tensor]:
         """The cotangents of the model's outputs for part `m`."""
         if self.parts > 1 and self.totals is None:
             masks = {}
@@ -173,7 +173,7 @@ class Head:
         self.count(run, m, values, loss)
         return cotangents
 
-    def turn(self, run: Pass, m: int, program: Program, variables: list[tf.Tensor], edges: dict[int, Edge]):
+    def turn(self, run: Execution, m: int, program: Program, variables: list[tf.Tensor], edges: dict[int, Edge]):
         """The last stage's result for part `m`, the gradients of its variables, and the cotangents of its edges."""
         if self.parts > 1 and self.totals is None:
             symbols = self.program.engine.graph.symbols
@@ -186,7 +186,7 @@ class Head:
         self.count(run, m, values, loss)
         return result, gradients, cotangents
 
-    def count(self, run: Pass, m: int, values: list[tf.Tensor], loss: tf.Tensor):
+    def count(self, run: Execution, m: int, values: list[tf.Tensor], loss: tf.Tensor):
         """Note the loss of a part, which all ranks find alike."""
         if not run.rank(m):
             self.values_of.append(values)

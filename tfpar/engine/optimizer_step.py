@@ -17,10 +17,10 @@ from tfpar.compat import _keras, _keras_parts
 from tfpar.compat._tf import LogicalReplica, set_container
 from tfpar.engine import batch_results
 from tfpar.engine.engine import Engine, device_of, each, layout_of, scattered, shards_of, whole
-from tfpar.engine.executor import Pass
+from tfpar.engine.executor import Execution
 from tfpar.planning.sharding import REPLICATED
 from tfpar.variables.logical import HOST, LogicalVariable
-from tfpar.variables.shard_view import Detached
+from tfpar.variables.shard_view import ShardView
 
 
 class Place(NamedTuple):
@@ -65,7 +65,7 @@ class Update:
                     found.append(variable.regularizer(whole(variable)))
         return found
 
-    def __call__(self, run: Pass, scale: Any):
+    def __call__(self, run: Execution, scale: Any):
         """Reduce the gradients of a pass and apply them."""
         reduced = self.reduced(run)
         as_one = self.lanes == 1 and not self.engine.jit_compile and not self.away
@@ -168,7 +168,7 @@ class Update:
 
     # ---- gradients
 
-    def reduced(self, run: Pass) -> list[list[Any]]:
+    def reduced(self, run: Execution) -> list[list[Any]]:
         """The gradient of each weight on each lane, or the shard that it updates.
 
         Those that come from one segment are added up together.
@@ -274,7 +274,7 @@ class Update:
     def binding(self, stage: int, copies: Sequence[tf.Variable], values: Sequence[tf.Tensor]) -> Iterator[list]:
         """Inside, variables are the copies of one lane, and detached ones have these values; gives the latter."""
         detached = [_keras.stored(self.weights[n]) for n in self.members[stage] if self.is_detached(n)]
-        detached = [Detached(variable, value) for variable, value in zip(detached, values, strict=True)]
+        detached = [ShardView(variable, value) for variable, value in zip(detached, values, strict=True)]
         bound: dict[int, Any] = {id(away.variable): away for away in detached}
         for variable, copy in zip(self.variables(stage), copies, strict=True):
             set_container(copy, variable)

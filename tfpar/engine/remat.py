@@ -28,7 +28,7 @@ SHAPES = ("Shape", "ShapeN")
 SAME = ("Identity", "PreventGradient", "StopGradient")
 
 
-class Halves:
+class SplitProgram:
     """A program and its way back, for one kind of arguments.
 
     Args:

@@ -13,7 +13,7 @@ from tfpar.comm.gradients import SharedRows, add, cast
 from tfpar.compat._tf import made_again
 from tfpar.engine.engine import device_of, scattered, shards_of, tensors_of
 from tfpar.engine.program import Edge, Program, Result, differentiable, key_of, packed, tensor_of
-from tfpar.engine.remat import Halves, makers
+from tfpar.engine.remat import SplitProgram, makers
 from tfpar.graph.recording import UnusedResults
 from tfpar.planning.sharding import REPLICATED
 
@@ -125,12 +125,12 @@ def vjp(
 
 def halves_of(
     program: Program, variables: list[tf.Tensor], edges: dict[int, Edge], inside: Iterable[int], outside: Iterable[int]
-) -> Halves | None:
+) -> SplitProgram | None:
     """A program and its way back as two functions, made once for each kind of arguments; `None` if that cannot be."""
     kind = key_of((list(variables), edges)), tuple(inside), tuple(outside), program.targets
     if kind not in program.halves:
         places = [program.variables.index(v) for v in inside]
-        program.halves[kind] = Halves(program, variables, edges, places, list(outside))
+        program.halves[kind] = SplitProgram(program, variables, edges, places, list(outside))
     return program.halves[kind] if program.halves[kind].can else None
 
 

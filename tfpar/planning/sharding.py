@@ -93,7 +93,7 @@ class Sharding:
         return tuple(stop - start for start, stop in self.region(shape, lane, lanes))
 
 
-WHOLE = Sharding()
+UNSHARDED = Sharding()
 
 
 def sharded(shape: Sequence[int], sharding: Sharding, replicas: int) -> Sharding:
@@ -115,8 +115,7 @@ class Option:
         weights: the layouts of variables that are divided; the others are replicated.
         split: whether ranks compute different parts, so that gradients of replicated inputs and weights are partial.
         moved: bytes of one sample that cross between ranks within the operation, forward and backward.
-        build: adds what each rank runs to a `Local` of `tensor_parallel/rank_graph.py`; if not given, the operation on
-            what the rank has.
+        build: adds what each rank runs to a `RankGraphBuilder`; if not given, the operation on what the rank has.
     """
 
     name: str

@@ -20,7 +20,7 @@ from tfpar.tensor_parallel import rules
 from tfpar.variables.logical import HOST
 
 
-def with_opened_layers(
+def inline_layers(
     graph: KerasGraph, training: bool, checked: set[str], closed: dict[str, str], prefix: str = ""
 ) -> KerasGraph:
     """The graph with what composite layers run in their place, as far as they can be opened.
@@ -35,7 +35,7 @@ def with_opened_layers(
         if is_composite(call.operation):
             try:
                 inner = inside(graph, i, training, checked)
-                found[i] = with_opened_layers(inner, training, checked, closed, f"{prefix}{op.name}/")
+                found[i] = inline_layers(inner, training, checked, closed, f"{prefix}{op.name}/")
             except ModelError as error:
                 closed[prefix + op.name] = brief(error).split(". To divide")[0].split("\n")[0]
     if not found:

@@ -14,7 +14,7 @@ import tensorflow as tf
 from tfpar.compat import _keras, _keras_parts
 from tfpar.graph.keras_graph import Ref
 from tfpar.planning.sharding import REPLICATED, Layout, bounds
-from tfpar.tensor_parallel.rank_graph import Local
+from tfpar.tensor_parallel.rank_graph import RankGraphBuilder
 
 
 class CrossEntropy(NamedTuple):
@@ -62,7 +62,7 @@ def crossentropy_of(model: keras.Model, y: Any) -> CrossEntropy | None:
     return CrossEntropy(loss.from_logits, loss.ignore_class, loss.dtype, (symbol.shape, symbol.dtype))
 
 
-def add_loss(local: Local, logits: int, loss: CrossEntropy, y: int) -> int:
+def add_loss(local: RankGraphBuilder, logits: int, loss: CrossEntropy, y: int) -> int:
     """Add what ranks find of the loss to what they run.
 
     Args:

@@ -13,7 +13,7 @@ from tfpar.planning.plan import Weight
 from tfpar.planning.sharding import REPLICATED, Layout, Option, choose
 from tfpar.tensor_parallel import rules
 from tfpar.tensor_parallel.loss_parallel import CrossEntropy, add_loss
-from tfpar.tensor_parallel.rank_graph import Local, LocalGraph
+from tfpar.tensor_parallel.rank_graph import RankGraph, RankGraphBuilder
 
 
 def divided(
@@ -25,7 +25,7 @@ def divided(
     loss: CrossEntropy | None = None,
     whole: Set[str] = frozenset(),
     closed: Mapping[str, str] = MappingProxyType({}),
-) -> tuple[LocalGraph, tuple[Weight, ...]]:
+) -> tuple[RankGraph, tuple[Weight, ...]]:
     """What each rank runs of a model, and how its weights are divided.
 
     Args:
@@ -43,7 +43,7 @@ def divided(
     options = [o[:1] if site.op.name in whole else o for site, o in zip(sites, options, strict=True)]
     fit = [fitting(site, found, given) for site, found in zip(sites, options, strict=True)]
     chosen = choose(graph.graph, fit, ranks, hardware, sequence)
-    local, layouts = Local(graph, ranks), {}
+    local, layouts = RankGraphBuilder(graph, ranks), {}
     for i, option in enumerate(chosen):
         local.follow(i, option)
         layouts.update(option.weights)
@@ -59,7 +59,7 @@ def divided(
     return replace(finished, loss=loss), tuple(weights)
 
 
-def logits_of(local: Local, loss: CrossEntropy) -> int | None:
+def logits_of(local: RankGraphBuilder, loss: CrossEntropy) -> int | None:
     """What a rank has of the logits of the model's output, if that is a part along the last dim."""
     (t,) = local.source.graph.outputs
     x = local.known[t] if loss.from_logits else local.logits.get(t)

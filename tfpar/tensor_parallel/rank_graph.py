@@ -19,7 +19,7 @@ from tfpar.planning.sharding import REPLICATED, Layout, Option
 
 
 @dataclass(frozen=True)
-class LocalGraph:
+class RankGraph:
     """What each rank runs.
 
     Args:
@@ -41,7 +41,7 @@ class LocalGraph:
     loss: Any = None
 
 
-class Local:
+class RankGraphBuilder:
     """Collects what each rank runs, operation by operation.
 
     Args:
@@ -180,7 +180,7 @@ class Local:
         self.inputs.append(self.tensor(shape, dtype))
         return self.inputs[-1]
 
-    def finish(self, layouts: dict[int, Layout], loss: Callable | None = None) -> LocalGraph:
+    def finish(self, layouts: dict[int, Layout], loss: Callable | None = None) -> RankGraph:
         """The finished graph; every rank has all of the model's outputs.
 
         Args:
@@ -212,7 +212,7 @@ class Local:
             exchanges.append(
                 Exchange("all-reduce", "weights", True, sum(variables[v].bytes for v in partial), "weights", False)
             )
-        return LocalGraph(local, tuple(exchanges), layouts, partial, drawn, frozenset(self.learned))
+        return RankGraph(local, tuple(exchanges), layouts, partial, drawn, frozenset(self.learned))
 
     def exchanges(self) -> Iterator[Exchange]:
         """What crosses between ranks in a step, forward and then backward."""

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from tfpar.compat import _keras, _keras_parts
 from tfpar.errors import ScopeError
-from tfpar.trainer.hooks import USED, Steps, family
+from tfpar.trainer.hooks import USED, KerasHooks, family
 from tfpar.trainer.saving import variables_of
 from tfpar.variables.logical import LogicalVariable
 
@@ -45,7 +45,7 @@ def check_alone(model: keras.Model):
         )
 
 
-def user_of(variables: Set[int], ours: Sequence[Steps]) -> Steps | None:
+def user_of(variables: Set[int], ours: Sequence[KerasHooks]) -> KerasHooks | None:
     """Of other models that have been used, one that has any of these variables."""
     others = [steps for steps in USED if steps not in ours]
     return next((s for s in others if any(id(v) in variables for v in s.engine.graph.variables)), None)

@@ -10,13 +10,13 @@ import tensorflow as tf
 
 from tfpar.compat._tf import record_gradient, unrecorded
 from tfpar.engine import micro_batch
-from tfpar.engine.executor import Pass
+from tfpar.engine.executor import Execution
 from tfpar.engine.program import Edge, Program, with_logits
 from tfpar.errors import Caught, StageError
 from tfpar.planning.schedule import Action, Kind
 
 NOT_FINITE = "the loss is not finite"
-ACTION = re.compile(  # as `Pass.scope` names it
+ACTION = re.compile(  # as `Execution.scope` names it
     r"(?:replica(?P<replica>\d+)/)?(?:rank(?P<rank>\d+)/)?stage(?P<stage>\d+)/(?:segment(?P<segment>\d+)/)?mb(?P<mb>\d+)/"
     r"(?P<kind>\w+)"
 )
@@ -48,7 +48,7 @@ def explained(
     return StageError(f"{where or at_node(error, steps.engine, training)} failed: {reason(error)}")
 
 
-def located(run: Pass, schedule: Any, finite: bool) -> str | None:
+def located(run: Execution, schedule: Any, finite: bool) -> str | None:
     """The first action that fails, or with `finite` makes something that is not finite, and the layer in it."""
     for action, emit in run.actions(schedule, Kind.FORWARD):
         s, _, m = action
@@ -65,7 +65,7 @@ def located(run: Pass, schedule: Any, finite: bool) -> str | None:
     return None
 
 
-def in_loss(run: Pass, head: Any) -> str | None:
+def in_loss(run: Execution, head: Any) -> str | None:
     """The first part of the batch whose loss fails, with what the model makes of it."""
     s = run.partition.stages - 1
     for m in run.firsts:
@@ -78,7 +78,7 @@ def in_loss(run: Pass, head: Any) -> str | None:
     return None
 
 
-def layer(run: Pass, action: Action, finite: bool) -> str:
+def layer(run: Execution, action: Action, finite: bool) -> str:
     """The first layer of a segment that fails, or makes something that is not finite; all of them, if none does."""
     s, _, m = action
     ops, values = run.graph.ops, dict(run.values[m])
@@ -98,7 +98,7 @@ def layer(run: Pass, action: Action, finite: bool) -> str:
     return ", ".join(run.route.names(s))
 
 
-def described(run: Pass, action: Action, name: str) -> str:
+def described(run: Execution, action: Action, name: str) -> str:
     """An action in words."""
     s, _, m = action
     replica, rank = divmod(run.lane(m), run.ranks)

@@ -17,7 +17,7 @@ from tfpar.compat._keras_run import is_one_of_several
 from tfpar.compat._tf import following_inputs, in_xla
 from tfpar.engine import batch_results, micro_batch
 from tfpar.engine.engine import Engine
-from tfpar.engine.executor import Pass
+from tfpar.engine.executor import Execution
 from tfpar.engine.loss import Head, LossProgram, separable, structured
 from tfpar.engine.optimizer_step import Update
 from tfpar.engine.program import Edge
@@ -31,14 +31,14 @@ from tfpar.trainer.diagnose import checked
 from tfpar.trainer.model_call import call
 from tfpar.trainer.placement import build_losses, place, prepared
 from tfpar.trainer.planner import planned
-from tfpar.trainer.step_function import Traced
+from tfpar.trainer.step_function import StepFunction
 from tfpar.variables.logical import follower_bytes
 
-USED: weakref.WeakSet["Steps"] = weakref.WeakSet()  # those that have an engine
+USED: weakref.WeakSet["KerasHooks"] = weakref.WeakSet()  # those that have an engine
 FILES = (saving.save, saving.save_weights, saving.load_weights, saving.export)
 
 
-class Steps:
+class KerasHooks:
     """The training, test and prediction functions of one model under one strategy.
 
     A step is Keras' own, with the model's call run by the engine. Where Keras' `train_step` and `compute_loss` are used
@@ -142,7 +142,7 @@ class Steps:
     def make_predict_function(self, force: bool = False) -> Callable:
         """The function that predicts for a list of batches."""
         if self.model.predict_function is None or force:
-            traced = Traced(self, self.predict_step, _keras.overrides(self.model, "predict_step") is not None)
+            traced = StepFunction(self, self.predict_step, _keras.overrides(self.model, "predict_step") is not None)
 
             def predict(batches: list[Any]) -> Any:
                 outputs = [traced(data) for data in batches]
@@ -153,7 +153,7 @@ class Steps:
 
     def over_iterator(self, step: Callable, lazy: bool) -> Callable:
         """A step repeated `steps_per_execution` times, or until the data ends."""
-        traced = Traced(self, step, lazy)
+        traced = StepFunction(self, step, lazy)
 
         def function(iterator: Iterator[Any]) -> Any:
             declared = getattr(iterator, "element_spec", None)
@@ -287,7 +287,7 @@ class Steps:
 
     def scheduled_step(
         self, data: micro_batch.Batch, parts: micro_batch.Parts, clock: bool = False
-    ) -> tuple[Any, Pass]:
+    ) -> tuple[Any, Execution]:
         """One training step in the order of the schedule: its logs, and the pass that was run."""
         model = self.model
         x, y, sample_weight = _keras.unpack_x_y_sample_weight(data.whole)
@@ -321,7 +321,7 @@ class Steps:
         targets = [targets for _, *targets in map(_keras.unpack_x_y_sample_weight, data.parts(parts.count))]
         return Head(self.loss, y, sample_weight, targets, scale, training)
 
-    def begun(self, data: micro_batch.Batch, parts: micro_batch.Parts, training: bool) -> Pass:
+    def begun(self, data: micro_batch.Batch, parts: micro_batch.Parts, training: bool) -> Execution:
         """A pass of a batch that has not begun."""
         model, engine = self.model, self.engine
         pieces = [_keras.unpack_x_y_sample_weight(part) for part in data.parts(parts.count)]
@@ -332,7 +332,7 @@ class Steps:
         ]
         shares = micro_batch.shares([micro_batch.count(part) for part, *_ in pieces])
         told = _keras_calls.training_argument(model, training).get("training")
-        return Pass(engine, parts, inputs, shares, told, route=engine.route(training))
+        return Execution(engine, parts, inputs, shares, told, route=engine.route(training))
 
     @contextlib.contextmanager
     def running(self, data: micro_batch.Batch, parts: micro_batch.Parts) -> Iterator[None]:
@@ -345,12 +345,12 @@ class Steps:
             yield
 
 
-def steps_of(model: Any) -> Steps | None:
+def steps_of(model: Any) -> KerasHooks | None:
     """The steps of a model that was constructed under a strategy."""
     return vars(model).get("_tfpar_steps")
 
 
-def family(model: keras.Model) -> list[Steps]:
+def family(model: keras.Model) -> list[KerasHooks]:
     """The steps of a model and of the models in it, those of one strategy."""
     own = steps_of(model)
     found = [steps_of(layer) for layer in _keras.layers_in(model)]

@@ -13,7 +13,7 @@ from tfpar.compat import _keras, _keras_calls
 from tfpar.compat._tf import record_gradient, recorded, tape_watches, unrecorded
 from tfpar.engine import batch_results, micro_batch
 from tfpar.engine.engine import copy_of, device_of, read
-from tfpar.engine.executor import Pass
+from tfpar.engine.executor import Execution
 from tfpar.engine.loss import structured
 from tfpar.engine.program import Edge
 from tfpar.errors import ModelError
@@ -93,12 +93,12 @@ def forward_on_tape(
             copies[s, v] = copied(s, v)
         return copies[s, v][lane]
 
-    run = Pass(engine, parts, micro_batch.split(edges, parts.count), weights, training, read=value, route=route)
+    run = Execution(engine, parts, micro_batch.split(edges, parts.count), weights, training, read=value, route=route)
     run.run(schedule, Kind.FORWARD)
     return run, batch_results.outputs(run), batch_results.added_losses(run)
 
 
-def of_lanes(run: Pass, s: int, v: int, found: Sequence[Any]) -> Any:
+def of_lanes(run: Execution, s: int, v: int, found: Sequence[Any]) -> Any:
     """A variable's gradient in a segment from those of all lanes, of which each has the part of its own outputs."""
     variable, ranks = _keras.stored(run.engine.graph.variables[v]), run.ranks
     found = [SharedRows(g.values, g.indices, g.dense_shape) if isinstance(g, tf.IndexedSlices) else g for g in found]
@@ -131,7 +131,7 @@ def forward_with_pullback(
             sources.append(tf.convert_to_tensor(_keras.stored(engine.graph.variables[v])))
     inside = [t for t, x in zip(graph.inputs, flat, strict=True) if x is not None and tape_watches([x])]
     differentiate = bool(inside) or tape_watches(sources)
-    run = Pass(
+    run = Execution(
         engine, parts, micro_batch.split(hidden, parts.count), weights, training,
         differentiate=differentiate, watch_inputs=bool(inside), route=route,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from tfpar.compat import _keras, _keras_parts
 from tfpar.engine.engine import Engine
 from tfpar.errors import ScopeError
 from tfpar.planning.plan import Plan
-from tfpar.planning.sharding import WHOLE
+from tfpar.planning.sharding import UNSHARDED
 from tfpar.trainer.planner import planned
 from tfpar.variables.logical import HOST, Home, LogicalVariable
 
@@ -57,14 +57,14 @@ def place(strategy: Any, engine: Engine):
         move(variable, *homes(strategy, engine, v))
     if model.compiled:
         for variable in model.metrics_variables:
-            move(variable, Home((plan.device(plan.partition.stages - 1),), WHOLE))
+            move(variable, Home((plan.device(plan.partition.stages - 1),), UNSHARDED))
         if model.optimizer is not None:
             _keras.give_strategy(model.optimizer, strategy)
             if not model.optimizer.built:
                 model.optimizer.build(model.trainable_variables)
             if strategy.mesh.size > 1 or strategy.offload:
                 of = {id(slot): weight for slot, weight in _keras_parts.slots_of(model.optimizer)}
-                home = Home((HOST,) * strategy.mesh.size if strategy.offload else plan.mesh.devices, WHOLE)
+                home = Home((HOST,) * strategy.mesh.size if strategy.offload else plan.mesh.devices, UNSHARDED)
                 for variable in model.optimizer.variables:
                     replicate(strategy, variable, of.get(id(variable)))
                     if id(variable) not in of:

@@ -11,7 +11,7 @@ from keras import tree
 
 from tfpar.compat import _keras, _keras_calls, _moments
 from tfpar.engine import micro_batch
-from tfpar.engine.engine import Engine, Route, layout_of
+from tfpar.engine.engine import Engine, ExecutionGraph, layout_of
 from tfpar.engine.sync_batch_norm import with_shared_statistics
 from tfpar.errors import ModelError, user_level
 from tfpar.graph.batch_probe import Probe
@@ -25,10 +25,10 @@ from tfpar.planning.partition import Partition, balanced, partition, segmented
 from tfpar.planning.plan import Plan, Weight
 from tfpar.planning.schedule import Schedule
 from tfpar.planning.sharding import REPLICATED
-from tfpar.tensor_parallel.inline_layers import with_opened_layers
+from tfpar.tensor_parallel.inline_layers import inline_layers
 from tfpar.tensor_parallel.loss_parallel import CrossEntropy, crossentropy_of
 from tfpar.tensor_parallel.parallelize import divided
-from tfpar.tensor_parallel.rank_graph import LocalGraph, is_collective
+from tfpar.tensor_parallel.rank_graph import RankGraph, is_collective
 from tfpar.variables.logical import HOST, LogicalVariable
 
 SAMPLES = 3  # of the first batch, with which an opened model is checked
@@ -57,7 +57,7 @@ def planned(
     if mesh.tensor > 1:
         checked: set[str] = set()
         ways = zip(graphs, told_in_steps(model), strict=True)
-        graphs = [with_opened_layers(graph, training, checked, closed) for graph, training in ways]
+        graphs = [inline_layers(graph, training, checked, closed) for graph, training in ways]
     names = of_distinct(graphs, lambda graph: whole | batch_wide(strategy, graph))
     finals = list(graphs)
     if mesh.data > 1 and strategy.batch_norm == "global":
@@ -101,14 +101,14 @@ def between_ranks(
     names: Sequence[Set[str]],
     closed: Mapping[str, str],
     loss: CrossEntropy | None,
-) -> tuple[list[LocalGraph], dict[str, Any]]:
+) -> tuple[list[RankGraph], dict[str, Any]]:
     """What each rank runs in training and inference, and with the loss if ranks find it together; what is divided."""
     count, plain = strategy.mesh.tensor, graphs[0].graph
     asked = layouts_of(strategy.layout, plain.variables, [op.variables for op in plain.ops], count) or {}
     given = {id(graphs[0].variables[v]): layout for v, layout in asked.items()}
     given.update({id(v): layout_of(v) for v in graphs[0].variables if is_placed(v)})
 
-    def local(n: int, loss: CrossEntropy | None = None) -> tuple[LocalGraph, tuple[Weight, ...]]:
+    def local(n: int, loss: CrossEntropy | None = None) -> tuple[RankGraph, tuple[Weight, ...]]:
         graph = graphs[n]
         asked = {v: given[id(variable)] for v, variable in enumerate(graph.variables) if id(variable) in given}
         sequence, whole = strategy.sequence_parallel, names[n]
@@ -129,10 +129,12 @@ def between_ranks(
     }  # fmt: skip
 
 
-def route_of(strategy: Any, final: KerasGraph | LocalGraph, source: KerasGraph, names: Set[str], rows: int) -> Route:
+def route_of(
+    strategy: Any, final: KerasGraph | RankGraph, source: KerasGraph, names: Set[str], rows: int
+) -> ExecutionGraph:
     """The way through what was made of a graph, in segments: of a stage, of a bucket, alone where lanes meet."""
     known = {}
-    if isinstance(final, LocalGraph):
+    if isinstance(final, RankGraph):
         known, final = {"drawn": final.drawn, "learned": final.learned, "loss": final.loss}, final.graph
     ops, micro_rows = final.graph.ops, -(-rows // strategy.parts.fit(rows).count)
     buckets = balanced(final.graph, min(strategy.buckets, len(ops)), hardware(strategy), micro_rows).stage_of
@@ -140,7 +142,7 @@ def route_of(strategy: Any, final: KerasGraph | LocalGraph, source: KerasGraph, 
     labels = [(op.stage, bucket, op.name in names) for op, bucket in zip(ops, buckets, strict=True)]
     cut = segmented(final.graph, labels, alone)
     whole = frozenset(cut.stage_of[i] for i, op in enumerate(ops) if op.name in names)
-    return Route(final, cut, source, whole, **known)
+    return ExecutionGraph(final, cut, source, whole, **known)
 
 
 def graphs_of(model: keras.Model, x: Any, stages: int, devices: int) -> list[KerasGraph]:

@@ -15,7 +15,7 @@ from tfpar.trainer.diagnose import explained
 TRACING = threading.RLock()  # layers, losses and models are changed for a moment while they are traced
 
 
-class Traced:
+class StepFunction:
     """A step of a model.
 
     Args:

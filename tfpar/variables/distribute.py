@@ -16,7 +16,7 @@ from tfpar.compat._tf import (
     update_regroup,
 )
 from tfpar.planning.mesh import Mesh
-from tfpar.planning.sharding import WHOLE
+from tfpar.planning.sharding import UNSHARDED
 from tfpar.variables.logical import HOST, Home, LogicalVariable, parts_of
 
 
@@ -79,7 +79,7 @@ class Extended(MirroredExtended):
             kwargs["synchronization"] = tf.VariableSynchronization.ON_WRITE
         reference = kwargs.pop("colocate_with", None)
         follows = isinstance(reference, LogicalVariable)
-        devices, sharding = reference.follow if follows else Home(self.new_variables_on, WHOLE)
+        devices, sharding = reference.follow if follows else Home(self.new_variables_on, UNSHARDED)
         aggregation = kwargs.get("aggregation") or tf.VariableAggregation.NONE
         copies, shape = [], None
         with tf.init_scope():

@@ -21,7 +21,7 @@ from tfpar.compat._tf import (
     unrecorded,
 )
 from tfpar.errors import ModelError, ScopeError
-from tfpar.planning.sharding import REPLICATED, WHOLE, Layout, Sharding
+from tfpar.planning.sharding import REPLICATED, UNSHARDED, Layout, Sharding
 
 HOST = "CPU:0"
 
@@ -41,7 +41,7 @@ class LogicalVariable(MirroredVariable):
     """
 
     def __init__(
-        self, strategy, values, aggregation=tf.VariableAggregation.NONE, var_policy=None, sharding=WHOLE, shape=None
+        self, strategy, values, aggregation=tf.VariableAggregation.NONE, var_policy=None, sharding=UNSHARDED, shape=None
     ):
         self._sharding, self._whole_shape = sharding, values[0].shape if shape is None else tf.TensorShape(shape)
         super().__init__(strategy, values, aggregation, var_policy)
@@ -232,10 +232,10 @@ class LogicalVariable(MirroredVariable):
 
     def hand_over(self, strategy: tf.distribute.Strategy):
         """Move the value to host memory, where it waits for the plan of another strategy."""
-        self.hold((on_host(self),), WHOLE)
-        self._distribute_strategy, self._follow, self._settled = strategy, Home((), WHOLE), False
+        self.hold((on_host(self),), UNSHARDED)
+        self._distribute_strategy, self._follow, self._settled = strategy, Home((), UNSHARDED), False
 
-    def place(self, devices: Sequence[str], sharding: Sharding = WHOLE, follow: "Home | None" = None):
+    def place(self, devices: Sequence[str], sharding: Sharding = UNSHARDED, follow: "Home | None" = None):
         """Move the value, and that of each follower, to these devices, for good: a copy or a part for each.
 
         Once it has its place, or a function has been traced that reads it, it stays: the function would go on with
@@ -269,7 +269,7 @@ def gathered(variables: Sequence[LogicalVariable]) -> Iterator[None]:
     before = [(v._values, v._sharding, v._settled) for v in variables]
     try:
         for variable in variables:
-            variable.hold((on_host(variable),), WHOLE)
+            variable.hold((on_host(variable),), UNSHARDED)
         yield
     finally:
         for variable, (values, sharding, settled) in zip(variables, before, strict=True):
@@ -299,7 +299,7 @@ class Home(NamedTuple):
 
     def of(self, alike: bool) -> "Home":
         """The same for a variable that has this shape or, if not, another: it is copied."""
-        return self if alike else Home(self.devices, WHOLE)
+        return self if alike else Home(self.devices, UNSHARDED)
 
 
 def joined(parts: Sequence[tf.Tensor], sharding: Sharding) -> tf.Tensor:

@@ -7,7 +7,7 @@ import tensorflow as tf
 from tfpar.variables.logical import LogicalVariable
 
 
-class Detached:
+class ShardView:
     """A part of a variable's value on its way through an optimizer, which reads and assigns it like a variable.
 
     Args:

@@ -104,7 +104,7 @@ class Site:
             inputs, outputs: a layout for each.
             weights: Keras variables, and the dim along which each is divided; `None` in the place of one is ignored.
             moved: bytes of one sample that cross between ranks within.
-            build: `(local, inputs) -> outputs`, see `tfpar.tensor_parallel.rank_graph.Local`.
+            build: `(local, inputs) -> outputs`, see `tfpar.tensor_parallel.rank_graph.RankGraphBuilder`.
         """
         places = self.graph.places
         layouts = {places[id(v)]: Layout(d % len(v.shape)) for v, d in weights if v is not None}

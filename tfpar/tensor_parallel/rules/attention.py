@@ -17,7 +17,7 @@ from tfpar.compat._keras_layers import (
 )
 from tfpar.graph.keras_graph import Ref
 from tfpar.planning.sharding import REPLICATED, Layout, Option, bounds
-from tfpar.tensor_parallel.rank_graph import Local, with_tensors
+from tfpar.tensor_parallel.rank_graph import RankGraphBuilder, with_tensors
 from tfpar.tensor_parallel.rules import Site, rule
 from tfpar.tensor_parallel.rules.dense import End
 
@@ -57,7 +57,7 @@ def by_heads(site: Site, weights: list, kind: type = OfHeads) -> Iterator[Option
     call, output = site.graph.calls[site.index], output_projection(site.layer)
 
     def build(layout: Layout):
-        def of_heads(local: Local, inputs: list[int]) -> int:
+        def of_heads(local: RankGraphBuilder, inputs: list[int]) -> int:
             args, kwargs = with_tensors(call, inputs)
             rank = [Ref(local.rank())] if kind is OfQueryHeads else []
             run = kind(call, site.ranks)

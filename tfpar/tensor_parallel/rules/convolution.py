@@ -8,7 +8,7 @@ from keras import layers
 from tfpar.compat._keras_layers import kernel
 from tfpar.graph.keras_graph import Ref
 from tfpar.planning.sharding import Layout, Option
-from tfpar.tensor_parallel.rank_graph import Local
+from tfpar.tensor_parallel.rank_graph import RankGraphBuilder
 from tfpar.tensor_parallel.rules import Site, rule
 from tfpar.tensor_parallel.rules.dense import End, WithoutEnd, by_rows
 from tfpar.tensor_parallel.rules.elementwise import is_elementwise
@@ -38,7 +38,7 @@ def by_filters(site: Site, at: int):
     """What each rank runs where it has some of the filters."""
     call = site.graph.calls[site.index]
 
-    def build(local: Local, inputs: list[int]) -> int:
+    def build(local: RankGraphBuilder, inputs: list[int]) -> int:
         x = local.run(WithoutEnd(call, NO_BIAS), Ref(inputs[0]), like=site.op.outputs, layouts=[Layout(at)])
         return local.run(End(site.layer, at), Ref(x), like=site.op.outputs, layouts=[Layout(at)])
 

@@ -14,7 +14,7 @@ from tfpar.compat._keras_layers import ToldTraining
 from tfpar.compat._keras_layers import kernel as kernel_of
 from tfpar.graph.keras_graph import Ref
 from tfpar.planning.sharding import REPLICATED, Layout, Option
-from tfpar.tensor_parallel.rank_graph import Local
+from tfpar.tensor_parallel.rank_graph import RankGraphBuilder
 from tfpar.tensor_parallel.rules import Site, rule
 from tfpar.tensor_parallel.rules.elementwise import is_elementwise
 
@@ -60,7 +60,7 @@ def summed_up(site: Site, layout: Layout, channels: int, also: dict):
     """What each rank runs where the sum of what ranks find is the layer's output before bias and activation."""
     call = site.graph.calls[site.index]
 
-    def build(local: Local, inputs: list[int]) -> int:
+    def build(local: RankGraphBuilder, inputs: list[int]) -> int:
         x = local.run(WithoutEnd(call, also), Ref(inputs[0]), like=site.op.outputs, layouts=[REPLICATED])
         x = local.reduced(x, layout)
         local.split = layout != REPLICATED
@@ -75,7 +75,7 @@ def activated_after(site: Site, channels: int = -1):
     """What each rank runs where an activation needs all of what ranks find in parts."""
     call, part = site.graph.calls[site.index], Layout(channels % len(site.outputs[0]))
 
-    def build(local: Local, inputs: list[int]) -> int:
+    def build(local: RankGraphBuilder, inputs: list[int]) -> int:
         without = WithoutActivation(call)
         x = local.run(without, Ref(inputs[0]), like=site.op.outputs, layouts=[part])
         if site.layer.activation is keras.activations.softmax:

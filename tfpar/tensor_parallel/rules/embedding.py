@@ -10,7 +10,7 @@ from tfpar.compat import _keras
 from tfpar.compat._keras_layers import ToldTraining, table
 from tfpar.graph.keras_graph import Ref
 from tfpar.planning.sharding import REPLICATED, Layout, Option, bounds
-from tfpar.tensor_parallel.rank_graph import Local
+from tfpar.tensor_parallel.rank_graph import RankGraphBuilder
 from tfpar.tensor_parallel.rules import Site, rule
 
 
@@ -50,7 +50,7 @@ def embedding(site: Site, also: Sequence[tuple[Any, int]] = ()) -> Iterator[Opti
         return
 
     def build(layout: Layout):
-        def of_vocabulary(local: Local, inputs: list[int]) -> int:
+        def of_vocabulary(local: RankGraphBuilder, inputs: list[int]) -> int:
             x = local.run(
                 OfVocabulary(call, site.ranks), Ref(local.rank()), Ref(inputs[0]),
                 like=site.op.outputs, layouts=[REPLICATED],

@@ -9,7 +9,7 @@ from keras import layers, ops
 from tfpar.compat import _keras, _keras_parts
 from tfpar.graph.keras_graph import Ref
 from tfpar.planning.sharding import Layout, Option
-from tfpar.tensor_parallel.rank_graph import Local
+from tfpar.tensor_parallel.rank_graph import RankGraphBuilder
 from tfpar.tensor_parallel.rules import Site, rule
 from tfpar.tensor_parallel.rules.elementwise import along_each_dim, but
 
@@ -50,7 +50,7 @@ def by_parts(site: Site):
     layer, shape = site.layer, site.inputs[0]
     dtype = "float64" if site.graph.symbols[site.op.inputs[0]].dtype == "float64" else "float32"
 
-    def build(local: Local, inputs: list[int]) -> int:
+    def build(local: RankGraphBuilder, inputs: list[int]) -> int:
         part = Layout(len(shape))
         found = local.make(
             Statistics(layer), Ref(inputs[0]), shape=(*shape[:-1], 3, site.ranks), dtype=dtype, layout=part
@@ -108,7 +108,7 @@ def group_normalization(site: Site) -> Iterator[Option]:
     if at and not layer.groups % site.ranks:
         call = site.graph.calls[site.index]
 
-        def build(local: Local, inputs: list[int]) -> int:
+        def build(local: RankGraphBuilder, inputs: list[int]) -> int:
             return local.run(OfGroups(call, site.ranks), Ref(inputs[0]), like=site.op.outputs, layouts=[Layout(at)])
 
         weights = [(layer.gamma, 0), (layer.beta, 0)]

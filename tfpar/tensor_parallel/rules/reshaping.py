@@ -9,7 +9,7 @@ from keras import layers, ops
 
 from tfpar.graph.keras_graph import Ref
 from tfpar.planning.sharding import REPLICATED, Layout, Option
-from tfpar.tensor_parallel.rank_graph import Local
+from tfpar.tensor_parallel.rank_graph import RankGraphBuilder
 from tfpar.tensor_parallel.rules import Site, rule
 from tfpar.tensor_parallel.rules.elementwise import along_each_dim, but
 
@@ -57,7 +57,7 @@ def reshape(site: Site) -> Iterator[Option]:
         return
 
     def build(e: int):
-        def reshaped(local: Local, inputs: list[int]) -> int:
+        def reshaped(local: RankGraphBuilder, inputs: list[int]) -> int:
             return local.run(ReshapedPart(after, e), Ref(inputs[0]), like=site.op.outputs, layouts=[Layout(e)])
 
         return reshaped
