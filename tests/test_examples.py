@@ -13,7 +13,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-MODULES = [f.stem for f in sorted((ROOT / "tfpar").glob("*.py")) if f.stem != "__init__"]
+FILES = [f.relative_to(ROOT) for f in sorted((ROOT / "tfpar").rglob("*.py")) if f.stem != "__init__"]
+MODULES = [".".join(f.with_suffix("").parts) for f in FILES]
 
 
 def run(*arguments):
@@ -67,7 +68,7 @@ def test_example(example):
         assert len(example.read_text().splitlines()) < 100
 
 
-@pytest.mark.parametrize("module", [*(f"tfpar.{m}" for m in MODULES), "tfpar.strategies.base"])
+@pytest.mark.parametrize("module", [*MODULES, "tfpar.strategies.base"])
 def test_docstrings(module):
     loaded = importlib.import_module(module)
     result = doctest.testmod(loaded, extraglobs={"tfpar": importlib.import_module("tfpar")})

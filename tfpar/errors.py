@@ -3,6 +3,7 @@
 import logging
 import re
 import sys
+import traceback
 
 
 class TfparError(ValueError):
@@ -56,10 +57,8 @@ class Caught:
     @classmethod
     def theirs(cls, error: Exception, what: str):
         """Called where an exception was caught, with what failed; raises it again if it is a mistake of tfpar's."""
-        trace = error.__traceback__
-        while trace.tb_next is not None:
-            trace = trace.tb_next
-        ours = trace.tb_frame.f_globals.get("__name__", "").split(".")[0] == "tfpar"
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        ours = frame.f_globals.get("__name__", "").split(".")[0] == "tfpar"
         if cls.strict or (ours and not isinstance(error, TfparError) and not hasattr(error, "is_expected")):
             raise error
         cls.log.debug("%s failed", what, exc_info=error)

@@ -9,7 +9,7 @@ from zoo import ZOO, Subclassed
 
 import tfpar
 from tfpar import ModelError
-from tfpar.planning.plan import size
+from tfpar.planning.plan_report import size
 from tfpar.testing import difference
 
 FOUR = [f"CPU:{n}" for n in range(4)]

@@ -3,8 +3,9 @@
 import pytest
 
 from tfpar.planning.cost import HARDWARE
+from tfpar.planning.layout_search import Option, choose, moved, replicated
 from tfpar.planning.op_graph import Op, OpGraph, Tensor, Variable
-from tfpar.planning.sharding import REPLICATED, Layout, Option, bounds, choose, moved, replicated
+from tfpar.planning.sharding import REPLICATED, Layout, bounds
 
 LAST = Layout(1)
 

@@ -28,8 +28,8 @@ def layouts_of(
     """
     if isinstance(asked, str) and asked == "auto":
         return None
-    axis, written = axis_of(asked, ranks), dict(asked.items())
-    known_axes = getattr(getattr(asked, "device_mesh", None), "axis_names", (axis,))
+    axis, written = axis_of(asked, ranks), {key: getattr(axes, "axes", axes) for key, axes in asked.items()}
+    known_axes: Sequence[str] = getattr(getattr(asked, "device_mesh", None), "axis_names", (axis,))
     found: dict[int, tuple[str, Layout]] = {}
     for key, axes in written.items():
         matched = [v for v, variable in enumerate(variables) if variable.path == key or re.search(key, variable.path)]
@@ -37,7 +37,7 @@ def layouts_of(
             near = difflib.get_close_matches(key, [v.path for v in variables], n=1, cutoff=0.0)
             raise LayoutError(f"the layout for {key!r} matches no weight; the nearest path is {', '.join(near)!r}")
         for v in matched:
-            layout = checked(key, getattr(axes, "axes", axes), variables[v], axis, known_axes, ranks)
+            layout = checked(key, axes, variables[v], axis, known_axes, ranks)
             other, known = found.get(v, (key, layout))
             if known != layout and variables[v].path not in (key, other):
                 raise LayoutError(
@@ -65,7 +65,7 @@ def axis_of(asked: Any, ranks: int) -> str:
     if mesh is None:
         return AXIS
     sizes = dict(zip(mesh.axis_names, mesh.shape, strict=True))
-    name = next((n for n in (AXIS, "model") if n in sizes), max(sizes, key=sizes.get))
+    name = next((n for n in (AXIS, "model") if n in sizes), max(sizes, key=lambda axis: sizes[axis]))
     others = {n: size for n, size in sizes.items() if n != name and size > 1}
     if sizes[name] != ranks or others:
         raise LayoutError(

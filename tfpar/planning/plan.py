@@ -1,24 +1,20 @@
-"""What goes where: the result of planning, and what a user is told of it."""
+"""What goes where: the result of planning."""
 
-import io
 from dataclasses import dataclass
-from itertools import product
 from math import prod
 from typing import NamedTuple
 
-from rich.box import SIMPLE
-from rich.console import Console, Group, RenderableType
-from rich.table import Table
+from rich.console import RenderableType
 
+from tfpar.planning import plan_report
 from tfpar.planning.cost import BACKWARD, Hardware, StageCost, op_seconds
 from tfpar.planning.mesh import Mesh
 from tfpar.planning.partition import Partition
 from tfpar.planning.schedule import Schedule
-from tfpar.planning.sharding import REPLICATED, Layout, Sharding, bounds, sharded
+from tfpar.planning.sharding import REPLICATED, Layout, Sharding, sharded
 from tfpar.planning.timeline import Timeline, simulate
 
 HTML = '<pre style="line-height: normal; font-family: monospace">{code}</pre>'
-ZERO = {1: "slots of the optimizer", 2: "slots and gradients", 3: "weights, slots and gradients"}
 
 
 class Weight(NamedTuple):
@@ -172,98 +168,18 @@ class Plan:
         made = sum(graph.tensors[t].bytes for i in self.partition.ops(stage) for t in graph.ops[i].outputs)
         return made * self.micro_rows * self.schedule.in_flight(stage)
 
-    def __rich__(self) -> RenderableType:
-        return Group(self.of_devices(), *([self.of_weights(), self.of_exchanges()] if self.mesh.tensor > 1 else []))
-
-    def of_devices(self) -> Table:
-        """What is on each device."""
-        mesh, stages = self.mesh, self.partition.stages
-        counts = {"replicas": mesh.data, "stages": stages, "ranks": mesh.tensor}
-        several = [f"{n} {axis}" for axis, n in counts.items() if n > 1] or ["1 device"]
-        several += [f"{self.schedule.micro_batches} micro-batches"] if stages * self.schedule.micro_batches > 1 else []
-        table = Table(title=", ".join(several), box=SIMPLE, padding=(0, 1, 0, 0))
-        columns = [(axis[:-1], "left") for axis, n in counts.items() if n > 1] + [("device", "left")]
-        columns += [("first layer", "left"), ("layers", "right"), ("time", "right")] if stages > 1 else []
-        columns += [("samples", "right")] if mesh.data > 1 else []
-        columns += [("parameters", "right")] + ([("of all", "right")] if mesh.tensor > 1 or self.zero == 3 else [])
-        columns += [("gradients", "right"), ("optimizer", "right"), (f"activations\nof {self.rows} samples", "right")]
-        for name, justify in columns:
-            table.add_column(name, justify=justify)
-        seconds, rows = sum(self.cost.forward) or 1.0, bounds(self.rows, mesh.data)
-        whole = sum(v.bytes for v in self.partition.graph.variables) or 1
-        for r, s, k in product(range(mesh.data), range(stages), range(mesh.tensor)):
-            lane, ops = r * mesh.tensor + k, self.partition.ops(s)
-            held = self.parameter_bytes(s, lane)
-            cells = [str(n) for n, count in zip((r, s, k), counts.values(), strict=True) if count > 1]
-            cells.append(self.device(s, r, k))
-            if stages > 1:
-                first = self.partition.graph.ops[ops[0]].layer
-                cells += [first, str(len(ops)), f"{self.cost.forward[s] / seconds:.0%}"]
-            cells += [str(rows[r + 1] - rows[r])] if mesh.data > 1 else []
-            cells += [size(held)] + ([f"{held / whole:.0%}"] if mesh.tensor > 1 or self.zero == 3 else [])
-            slots = size(self.optimizer_bytes(s, lane)) if self.slot_bytes else "?"
-            cells += [size(self.gradient_bytes(s, lane)), slots, size(self.activation_bytes(s))]
-            table.add_row(*cells)
-        notes = [f"predicted bubble {self.timeline.bubble:.0%} (idle share of all devices)"] if stages > 1 else []
-        if mesh.data > 1:
-            reduced = size(sum(v.bytes for v in self.partition.graph.variables if v.trainable))
-            programs = f"{self.segments} program{'s' if self.segments > 1 else ''}"
-            notes.append(f"{reduced} of gradients added up over replicas, from {programs}")
-        if mesh.data > 1 and self.zero:
-            notes.append(f"replicas divide {ZERO[self.zero]} (ZeRO {self.zero})")
-        if self.whole:
-            notes.append(f"computed for all replicas at once: {', '.join(self.whole)}")
-        table.caption = "\n".join(notes) or None
-        return table
-
     def rank_bytes(self, rank: int) -> int:
         """Bytes of the variables of a rank, on all stages."""
         return sum(self.parameter_bytes(s, rank) for s in range(self.partition.stages))
 
-    def of_weights(self) -> Table:
-        """How weights are divided between ranks."""
-        weights = Table(box=SIMPLE, padding=(0, 1, 0, 0))
-        for name in ("weight", "shape", "part", "why"):
-            weights.add_column(name, overflow="fold")
-        for weight in self.weights:
-            part = Sharding(weight.layout, self.mesh.tensor).shape(weight.shape, 0, self.mesh.tensor)
-            part = "" if weight.layout == REPLICATED else str(part)
-            weights.add_row(weight.path, str(weight.shape), part, weight.why)
-        return weights
-
-    def of_exchanges(self) -> Table:
-        """What ranks exchange."""
-        exchanges = Table(box=SIMPLE, padding=(0, 1, 0, 0))
-        for name in ("collectives of a training step", "direction"):
-            exchanges.add_column(name)
-        for name in ("number", f"bytes\nof {self.rows} samples"):
-            exchanges.add_column(name, justify="right")
-        for kind, backward in dict.fromkeys((e.kind, e.backward) for e in self.exchanges):
-            found = [e for e in self.exchanges if (e.kind, e.backward) == (kind, backward)]
-            total = sum(e.bytes * (self.rows if e.batched else 1) for e in found)
-            exchanges.add_row(kind, "backward" if backward else "forward", str(len(found)), size(total))
-        return exchanges
+    def __rich__(self) -> RenderableType:
+        return plan_report.tables(self)
 
     def __str__(self) -> str:
-        return self.printed().export_text()
+        return plan_report.printed(self).export_text()
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
         """For notebooks."""
-        return self.printed().export_html(inline_styles=True, code_format=HTML)
-
-    def printed(self) -> Console:
-        """A console that has printed this."""
-        console = Console(width=120, record=True, file=io.StringIO(), force_jupyter=False)
-        console.print(self, *([self.timeline] if self.mesh.stage == self.mesh.size else []))
-        return console
-
-
-def size(count: float) -> str:
-    """Bytes in the unit that suits: `1.5 MB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
+        return plan_report.printed(self).export_html(inline_styles=True, code_format=HTML)

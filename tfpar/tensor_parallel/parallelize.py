@@ -9,8 +9,9 @@ from types import MappingProxyType
 from tfpar.errors import LayoutError
 from tfpar.graph.keras_graph import KerasGraph
 from tfpar.planning.cost import Hardware
+from tfpar.planning.layout_search import Option, choose
 from tfpar.planning.plan import Weight
-from tfpar.planning.sharding import REPLICATED, Layout, Option, choose
+from tfpar.planning.sharding import REPLICATED, Layout
 from tfpar.tensor_parallel import rules
 from tfpar.tensor_parallel.loss_parallel import CrossEntropy, add_loss
 from tfpar.tensor_parallel.rank_graph import RankGraph, RankGraphBuilder

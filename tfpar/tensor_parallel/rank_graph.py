@@ -13,9 +13,10 @@ from tfpar.comm.collectives import LOCAL, Collective
 from tfpar.compat import _keras, _keras_parts
 from tfpar.compat._keras_layers import ToldTraining
 from tfpar.graph.keras_graph import UNKNOWN, Call, KerasGraph, Ref
+from tfpar.planning.layout_search import Option
 from tfpar.planning.op_graph import Op, OpGraph, Tensor
 from tfpar.planning.plan import Exchange
-from tfpar.planning.sharding import REPLICATED, Layout, Option
+from tfpar.planning.sharding import REPLICATED, Layout
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ import keras
 
 from tfpar.compat import _keras_parts
 from tfpar.graph.keras_graph import KerasGraph
-from tfpar.planning.sharding import REPLICATED, Layout, Option, replicated
+from tfpar.planning.layout_search import Option, replicated
+from tfpar.planning.sharding import REPLICATED, Layout
 
 Rule = Callable[["Site"], Iterable[Option]]
 RULES: dict[type | str, Rule] = {}

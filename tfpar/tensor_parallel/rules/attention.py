@@ -16,7 +16,8 @@ from tfpar.compat._keras_layers import (
     output_projection,
 )
 from tfpar.graph.keras_graph import Ref
-from tfpar.planning.sharding import REPLICATED, Layout, Option, bounds
+from tfpar.planning.layout_search import Option
+from tfpar.planning.sharding import REPLICATED, Layout, bounds
 from tfpar.tensor_parallel.rank_graph import RankGraphBuilder, with_tensors
 from tfpar.tensor_parallel.rules import Site, rule
 from tfpar.tensor_parallel.rules.dense import End

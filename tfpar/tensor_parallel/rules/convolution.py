@@ -7,7 +7,8 @@ from keras import layers
 
 from tfpar.compat._keras_layers import kernel
 from tfpar.graph.keras_graph import Ref
-from tfpar.planning.sharding import Layout, Option
+from tfpar.planning.layout_search import Option
+from tfpar.planning.sharding import Layout
 from tfpar.tensor_parallel.rank_graph import RankGraphBuilder
 from tfpar.tensor_parallel.rules import Site, rule
 from tfpar.tensor_parallel.rules.dense import End, WithoutEnd, by_rows

@@ -13,7 +13,8 @@ from tfpar.compat import _keras, _keras_parts
 from tfpar.compat._keras_layers import ToldTraining
 from tfpar.compat._keras_layers import kernel as kernel_of
 from tfpar.graph.keras_graph import Ref
-from tfpar.planning.sharding import REPLICATED, Layout, Option
+from tfpar.planning.layout_search import Option
+from tfpar.planning.sharding import REPLICATED, Layout
 from tfpar.tensor_parallel.rank_graph import RankGraphBuilder
 from tfpar.tensor_parallel.rules import Site, rule
 from tfpar.tensor_parallel.rules.elementwise import is_elementwise

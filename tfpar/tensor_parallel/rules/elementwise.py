@@ -7,7 +7,8 @@ import keras
 import numpy as np
 from keras import activations, layers
 
-from tfpar.planning.sharding import REPLICATED, Layout, Option
+from tfpar.planning.layout_search import Option
+from tfpar.planning.sharding import REPLICATED, Layout
 from tfpar.tensor_parallel.rules import Site, rule
 
 ACTIVATIONS = (

@@ -9,7 +9,8 @@ from keras import layers, ops
 from tfpar.compat import _keras
 from tfpar.compat._keras_layers import ToldTraining, table
 from tfpar.graph.keras_graph import Ref
-from tfpar.planning.sharding import REPLICATED, Layout, Option, bounds
+from tfpar.planning.layout_search import Option
+from tfpar.planning.sharding import REPLICATED, Layout, bounds
 from tfpar.tensor_parallel.rank_graph import RankGraphBuilder
 from tfpar.tensor_parallel.rules import Site, rule
 

@@ -8,7 +8,8 @@ from keras import layers, ops
 
 from tfpar.compat import _keras, _keras_parts
 from tfpar.graph.keras_graph import Ref
-from tfpar.planning.sharding import Layout, Option
+from tfpar.planning.layout_search import Option
+from tfpar.planning.sharding import Layout
 from tfpar.tensor_parallel.rank_graph import RankGraphBuilder
 from tfpar.tensor_parallel.rules import Site, rule
 from tfpar.tensor_parallel.rules.elementwise import along_each_dim, but

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 from keras import layers
 
-from tfpar.planning.sharding import Layout, Option
+from tfpar.planning.layout_search import Option
+from tfpar.planning.sharding import Layout
 from tfpar.tensor_parallel.rules import Site, rule
 
 KINDS = [

@@ -1,0 +1,141 @@
+"""The cheapest way to divide a model between the ranks of the `tensor` axis."""
+
+# i: operation, t: tensor, v: variable, T: ranks
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from tfpar.errors import LayoutError
+from tfpar.planning.cost import BACKWARD, Hardware
+from tfpar.planning.op_graph import OpGraph
+from tfpar.planning.sharding import REPLICATED, Layout
+
+ROWS = 64  # samples that costs are compared for: how a weight is divided must not depend on the batch
+BEAM = 64  # ways that are kept while the model is walked through
+FUSED = 0.1  # of what elementwise operations move, the share that costs: they are computed with their neighbours
+FORCED = 100.0  # what cutting a tensor costs that all ranks have, in bytes that cross: only where a layout demands it
+KERNEL = 1000.0  # what holding a byte of a matrix on every rank costs, in bytes of one sample that cross between ranks
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way in which ranks can run an operation.
+
+    Args:
+        name: the field's word for it, `column-parallel`.
+        inputs, outputs: the layout that each tensor must have, and gets.
+        weights: the layouts of variables that are divided; the others are replicated.
+        split: whether ranks compute different parts, so that gradients of replicated inputs and weights are partial.
+        moved: bytes of one sample that cross between ranks within the operation, forward and backward.
+        build: adds what each rank runs to a `RankGraphBuilder`; if not given, the operation on what the rank has.
+    """
+
+    name: str
+    inputs: tuple[Layout, ...]
+    outputs: tuple[Layout, ...]
+    weights: Mapping[int, Layout] = field(default_factory=dict)
+    split: bool = True
+    moved: float = 0.0
+    build: Callable | None = None
+
+
+def replicated(graph: OpGraph, i: int) -> Option:
+    """The way that is always there: every rank computes all of it."""
+    op = graph.ops[i]
+    return Option("replicated", (REPLICATED,) * len(op.inputs), (REPLICATED,) * len(op.outputs), split=False)
+
+
+class Way(NamedTuple):
+    """The cheapest way to a point of the model that leaves tensors and shared weights as they are there."""
+
+    cost: float
+    layouts: dict[int, Layout]
+    shared: dict[int, Any]
+    chosen: Any  # the options so far, the last first, linked
+
+
+def choose(
+    graph: OpGraph, options: Sequence[Sequence[Option]], ranks: int, hardware: Hardware, sequence: bool = False
+) -> list[Option]:
+    """The cheapest option of each operation, all together, by dynamic programming along the model.
+
+    A state is the layout of each tensor that is still needed, and of each weight that several operations use; of more
+    than `BEAM` states the cheapest are kept. Costs are seconds of computing and of moving data between ranks; a matrix
+    that is not divided costs far more, because to divide weights is what tensor parallelism is for.
+
+    Args:
+        sequence: whether a replicated tensor may be cut along dim 1.
+    """
+    users = [sum(v in op.variables for op in graph.ops) for v in range(len(graph.variables))]
+    last = {t: max(users_of, default=-1) for t, users_of in graph.consumers.items()}
+    last.update(dict.fromkeys(graph.outputs, len(graph.ops)))
+    ways = [Way(0.0, dict.fromkeys(graph.inputs, REPLICATED), {}, None)]
+    for i, op in enumerate(graph.ops):
+        best: dict[Any, Way] = {}
+        for way in ways:
+            for option in options[i]:
+                cost = way.cost + work(graph, i, option, ranks, hardware)
+                uses = {v: use(option, v) for v in op.variables if users[v] > 1}
+                if any(way.shared.get(v, use) != use for v, use in uses.items()):
+                    continue
+                moves = [
+                    moved(graph, t, way.layouts[t], wanted, option.split, ranks, sequence)
+                    for t, wanted in dict.fromkeys(zip(op.inputs, option.inputs, strict=True))
+                ]
+                cost += sum(moves) * ROWS / hardware.link_bytes
+                layouts = {t: layout for t, layout in way.layouts.items() if last[t] > i}
+                layouts.update((t, y) for t, y in zip(op.outputs, option.outputs, strict=True) if last[t] > i)
+                shared = {**way.shared, **uses}
+                key = (*sorted(layouts.items()), *sorted(shared.items()))
+                if key not in best or cost < best[key].cost:
+                    best[key] = Way(cost, layouts, shared, (option, way.chosen))
+        if not best:
+            raise LayoutError(f"{op.name} shares weights with operations that can only divide them in another way")
+        ways = sorted(best.values(), key=lambda way: way.cost)[:BEAM]
+    ends = {
+        id(way): way.cost
+        + sum(moved(graph, t, way.layouts[t], REPLICATED, False, ranks, sequence) for t in graph.outputs)
+        * ROWS / hardware.link_bytes
+        for way in ways
+    }  # fmt: skip
+    chosen, found = min(ways, key=lambda way: ends[id(way)]).chosen, []
+    while chosen is not None:
+        option, chosen = chosen
+        found.append(option)
+    return found[::-1]
+
+
+def use(option: Option, v: int) -> tuple:
+    """How an operation uses a weight: all that share it must do alike, for its gradients to be of one kind."""
+    layout = option.weights.get(v, REPLICATED)
+    return layout, option.split, option.outputs if option.split and layout == REPLICATED else ()
+
+
+def work(graph: OpGraph, i: int, option: Option, ranks: int, hardware: Hardware) -> float:
+    """The cost of an operation on its own."""
+    op = graph.ops[i]
+    bytes_of_all = sum(graph.tensors[t].bytes for t in {*op.inputs, *op.outputs})
+    touched = bytes_of_all * (1.0 if op.flops else FUSED)
+    seconds = (1 + BACKWARD) * ROWS * hardware.seconds(op.flops, touched) / (ranks if option.split else 1)
+    matrices = sum(
+        graph.variables[v].bytes for v in op.variables if len(graph.variables[v].shape) > 1 and v not in option.weights
+    )
+    return seconds + (ROWS * option.moved + KERNEL * matrices) / hardware.link_bytes
+
+
+def moved(graph: OpGraph, t: int, have: Layout, want: Layout, split: bool, ranks: int, sequence: bool) -> float:
+    """Bytes of one sample of a tensor that its change of layout moves, forward and backward.
+
+    Args:
+        split: whether the operation that wants it computes a part on each rank.
+    """
+    size = graph.tensors[t].bytes * (ranks - 1) / ranks
+    back = size if graph.tensors[t].differentiable else 0.0
+    if have == want:
+        return 2 * back if split and have == REPLICATED else 0.0  # a partial gradient is added up
+    if want == REPLICATED:
+        return size + (back if split else 0.0)
+    if have == REPLICATED and sequence and want.dim == 1:
+        return back
+    return back + (1 + FORCED) * size  # cut what all have, or gather and cut

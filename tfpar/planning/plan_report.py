@@ -1,0 +1,108 @@
+"""What a user is told of a plan, as tables."""
+
+import io
+from itertools import product
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+
+from tfpar.planning.sharding import REPLICATED, Sharding, bounds
+
+if TYPE_CHECKING:
+    from tfpar.planning.plan import Plan
+
+ZERO = {1: "slots of the optimizer", 2: "slots and gradients", 3: "weights, slots and gradients"}
+
+
+def tables(plan: "Plan") -> RenderableType:
+    """All of them."""
+    return Group(devices(plan), *([weights(plan), exchanges(plan)] if plan.mesh.tensor > 1 else []))
+
+
+def printed(plan: "Plan") -> Console:
+    """A console that has printed them, and the timeline if each stage has one device."""
+    console = Console(width=120, record=True, file=io.StringIO(), force_jupyter=False)
+    console.print(plan, *([plan.timeline] if plan.mesh.stage == plan.mesh.size else []))
+    return console
+
+
+def devices(plan: "Plan") -> Table:
+    """What is on each device."""
+    mesh, stages = plan.mesh, plan.partition.stages
+    counts = {"replicas": mesh.data, "stages": stages, "ranks": mesh.tensor}
+    several = [f"{n} {axis}" for axis, n in counts.items() if n > 1] or ["1 device"]
+    several += [f"{plan.schedule.micro_batches} micro-batches"] if stages * plan.schedule.micro_batches > 1 else []
+    table = Table(title=", ".join(several), box=SIMPLE, padding=(0, 1, 0, 0))
+    names = [axis[:-1] for axis, n in counts.items() if n > 1] + ["device"]
+    names += ["first layer"] if stages > 1 else []
+    numbers = ["layers", "time"] if stages > 1 else []
+    numbers += ["samples"] if mesh.data > 1 else []
+    numbers += ["parameters"] + (["of all"] if mesh.tensor > 1 or plan.zero == 3 else [])
+    numbers += ["gradients", "optimizer", f"activations\nof {plan.rows} samples"]
+    for name in names:
+        table.add_column(name)
+    for name in numbers:
+        table.add_column(name, justify="right")
+    seconds, rows = sum(plan.cost.forward) or 1.0, bounds(plan.rows, mesh.data)
+    whole = sum(v.bytes for v in plan.partition.graph.variables) or 1
+    for r, s, k in product(range(mesh.data), range(stages), range(mesh.tensor)):
+        lane, ops = r * mesh.tensor + k, plan.partition.ops(s)
+        held = plan.parameter_bytes(s, lane)
+        cells = [str(n) for n, count in zip((r, s, k), counts.values(), strict=True) if count > 1]
+        cells.append(plan.device(s, r, k))
+        if stages > 1:
+            first = plan.partition.graph.ops[ops[0]].layer
+            cells += [first, str(len(ops)), f"{plan.cost.forward[s] / seconds:.0%}"]
+        cells += [str(rows[r + 1] - rows[r])] if mesh.data > 1 else []
+        cells += [size(held)] + ([f"{held / whole:.0%}"] if mesh.tensor > 1 or plan.zero == 3 else [])
+        slots = size(plan.optimizer_bytes(s, lane)) if plan.slot_bytes else "?"
+        cells += [size(plan.gradient_bytes(s, lane)), slots, size(plan.activation_bytes(s))]
+        table.add_row(*cells)
+    notes = [f"predicted bubble {plan.timeline.bubble:.0%} (idle share of all devices)"] if stages > 1 else []
+    if mesh.data > 1:
+        reduced = size(sum(v.bytes for v in plan.partition.graph.variables if v.trainable))
+        programs = f"{plan.segments} program{'s' if plan.segments > 1 else ''}"
+        notes.append(f"{reduced} of gradients added up over replicas, from {programs}")
+    if mesh.data > 1 and plan.zero:
+        notes.append(f"replicas divide {ZERO[plan.zero]} (ZeRO {plan.zero})")
+    if plan.whole:
+        notes.append(f"computed for all replicas at once: {', '.join(plan.whole)}")
+    table.caption = "\n".join(notes) or None
+    return table
+
+
+def weights(plan: "Plan") -> Table:
+    """How weights are divided between ranks."""
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
+    for name in ("weight", "shape", "part", "why"):
+        table.add_column(name, overflow="fold")
+    for weight in plan.weights:
+        part = Sharding(weight.layout, plan.mesh.tensor).shape(weight.shape, 0, plan.mesh.tensor)
+        shown = "" if weight.layout == REPLICATED else str(part)
+        table.add_row(weight.path, str(weight.shape), shown, weight.why)
+    return table
+
+
+def exchanges(plan: "Plan") -> Table:
+    """What ranks exchange."""
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
+    for name in ("collectives of a training step", "direction"):
+        table.add_column(name)
+    for name in ("number", f"bytes\nof {plan.rows} samples"):
+        table.add_column(name, justify="right")
+    for kind, backward in dict.fromkeys((e.kind, e.backward) for e in plan.exchanges):
+        found = [e for e in plan.exchanges if (e.kind, e.backward) == (kind, backward)]
+        total = sum(e.bytes * (plan.rows if e.batched else 1) for e in found)
+        table.add_row(kind, "backward" if backward else "forward", str(len(found)), size(total))
+    return table
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that suits: `1.5 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
