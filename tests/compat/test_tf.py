@@ -323,7 +323,7 @@ def test_saveable():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_made_again(compiled):
-    """The way back uses what it gets again, also where the function kept something that it computed of that alone."""
+    """The backward pass uses what it gets again, also where the function kept something made of that alone."""
 
     @tf.function(jit_compile=compiled)
     def function(w, x):

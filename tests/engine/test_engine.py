@@ -183,7 +183,7 @@ def test_weights_are_cast_once():
 
 
 def test_compiled_programs_keep_no_weights():
-    """What goes forward would keep a copy of them for each micro-batch; the way back takes the weights themselves."""
+    """What goes forward would keep a copy for each micro-batch; the backward pass takes the weights themselves."""
     strategy = tfpar.PipelineStrategy(FOUR[:2], micro_batches=4)
     g, model = graph(strategy, jit_compile=True)
     forward = [op for action, op in calls(g).items() if action.kind is Kind.FORWARD and action.stage == 0]

@@ -1,4 +1,4 @@
-"""A compiled program and its way back: the numbers of one device, with less kept between them than TensorFlow keeps."""
+"""A program and its backward pass: the numbers of one device, with less kept in between than TensorFlow keeps."""
 
 import keras
 import numpy as np

@@ -69,7 +69,7 @@ def test_gradients_are_divided_where_they_are_made():
 
 
 def test_gathered_weights_are_let_go():
-    """What a forward program keeps for its way back does not follow from weights alone: those are gathered again."""
+    """What is kept for the backward pass does not follow from weights alone: those are gathered again."""
     strategy = tfpar.MeshStrategy(Mesh(2), zero=3, micro_batches=2)
     model = compiled(strategy, build=wide)
     history(X, Y, batch_size=16)(model)

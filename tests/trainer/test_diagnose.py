@@ -159,8 +159,8 @@ def test_a_loss_function_that_is_not_finite():
             "stage 1, micro-batch 1, replica 1 on GPU:3, backward in .*last",
         ),
         ("stage0/mb0/forward_backward/x", "stage 0, micro-batch 0 on GPU:3, forward and backward in before_0"),
-        ("before_1/MatMul", r"the way back or the update \(stage 0, before_1 on GPU:3\)"),
-        ("somewhere", r"the way back or the update \(operation somewhere on GPU:3\)"),
+        ("before_1/MatMul", r"the backward pass or the update \(stage 0, before_1 on GPU:3\)"),
+        ("somewhere", r"the backward pass or the update \(operation somewhere on GPU:3\)"),
     ],
 )
 def test_an_error_that_does_not_come_again(node, where):

@@ -148,9 +148,9 @@ LOCAL = ("identity", "slice", "rank")  # nothing crosses between ranks
 
 @dataclass(frozen=True)
 class Collective:
-    """An exchange between ranks, and that of the gradients on the way back, by their names in `EXCHANGES`.
+    """An exchange between ranks, and that of the gradients in the backward pass, by their names in `EXCHANGES`.
 
-    What all ranks have in common has the whole gradient on each of them; of a part, its gradient. So the way back of
+    What all ranks have in common has the whole gradient on each of them; of a part, its gradient. So the transpose of
     an all-reduce is nothing at all, and that of handing a common tensor to ranks which compute different things is an
     all-reduce (Shoeybi et al., "Megatron-LM", section 3).
 

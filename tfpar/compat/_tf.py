@@ -219,12 +219,12 @@ def renamed(name: str, names: dict[str, str]) -> str:
 
 
 def made_again(call: tf.Operation, function: Any, known: int, inputs: Sequence[Callable[[], tf.Tensor] | None]):
-    """Let the way back of a function compute anew what depends on some inputs only, so that nothing holds on to those.
+    """Let the backward pass of a function compute anew what depends on some inputs only: nothing holds on to those.
 
     Args:
         call: of the function, its gradient taken.
         function: what it calls, traced.
-        known: the outputs that the call had before its gradient was taken; those since are kept for the way back.
+        known: the outputs that the call had before its gradient was taken; those since are kept for the backward pass.
         inputs: for each of the first inputs, what gives it again.
     """
     sources = {id(x.op): given for x, given in zip(function.graph.inputs, inputs, strict=False) if given is not None}

@@ -142,7 +142,7 @@ class Execution:
         return f"{where}stage{stages[s]}/{segment}mb{m % self.parts.micro_batches}/{what}"
 
     def again(self) -> "Execution":
-        """The same forward passes, for another way back."""
+        """The same forward passes, for another backward pass."""
         other = copy.copy(self)
         other.cotangents, other.gradients, other.last = [{} for _ in self.all], {}, {}
         other.pullbacks = dict(self.pullbacks)
@@ -189,7 +189,7 @@ class Execution:
         self.results[s, m] = result
 
     def ran(self, s: int, m: int, program: Program, variables: list[tf.Tensor], edges: dict[int, Edge]) -> Result:
-        """The result of a segment's program, and for later its way back."""
+        """The result of a segment's program, and for later its backward pass."""
         if self.differentiate:
             result, self.pullbacks[s, m] = vjp(
                 self, program, variables, edges, again_of(self, s, m, program, variables)
@@ -200,7 +200,7 @@ class Execution:
         return result
 
     def turns(self, action: Action) -> bool:
-        """Whether the way back begins at once, so that forward, loss and backward are one program."""
+        """Whether the backward pass begins at once, so that forward, loss and backward are one program."""
         s, _, m = action
         if self.head is None or not self.head.can_turn or self.clock or s < self.partition.stages - 1:
             return False
@@ -235,7 +235,7 @@ class Execution:
         self.send(m, edges)
 
     def send(self, m: int, cotangents: dict[int, tf.Tensor]):
-        """Execution cotangents on to the stages that made their tensors."""
+        """Pass cotangents on to the stages that made their tensors."""
         for t, cotangent in cotangents.items():
             self.cotangents[m].setdefault(t, []).append(cotangent)
 

@@ -99,7 +99,7 @@ class LossProgram:
         return values, loss, {t: g for t, g in gradients.items() if g is not None}
 
     def turn(self, run: Execution, program: Program) -> Callable:
-        """The last stage, the losses, and the way back through both, as one function."""
+        """The last stage, the losses, and the backward pass through both, as one function."""
         if (program, run.parts) not in self.turns:
 
             def turn(variables, edges, y, sample_weight, totals, scale, share):
@@ -126,7 +126,7 @@ class LossProgram:
 
 @dataclass
 class Head:
-    """The end of a scheduled pass: computes the loss of each part, and starts its way back.
+    """The end of a scheduled pass: computes the loss of each part, and starts its backward pass.
 
     Args:
         program: the losses.

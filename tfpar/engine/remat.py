@@ -1,4 +1,4 @@
-"""A compiled program and its way back as two functions, with few bytes between them: what is cheap is computed again.
+"""A program and its backward pass as two functions, with few bytes between them: what is cheap is computed again.
 
 After "Transcending runtime-memory tradeoffs in checkpointing by being fusion aware" (He and Yu, MLSys 2023), as
 PyTorch's AOTAutograd does it: both ways are one graph, which is cut where the least has to be kept.
@@ -29,7 +29,7 @@ SAME = ("Identity", "PreventGradient", "StopGradient")
 
 
 class SplitProgram:
-    """A program and its way back, for one kind of arguments.
+    """A program and its backward pass, for one kind of arguments.
 
     Args:
         program: whose.
@@ -37,7 +37,7 @@ class SplitProgram:
         inside, outside: the places of variables, and the edges, of which gradients are wanted.
 
     Attributes:
-        targets: what the way back takes cotangents of: edges `t`, and added losses `(i, k)`.
+        targets: what the backward pass takes cotangents of: edges `t`, and added losses `(i, k)`.
         can: whether the program can be divided. It cannot if it has loops or state.
     """
 
@@ -61,7 +61,7 @@ class SplitProgram:
             self.forward, self.backward = Function(self.run_forward, True), Function(self.run_backward, True)
 
     def joint(self, variables: list[tf.Tensor], edges: dict[int, Any]) -> Result:
-        """The program, and in the same graph its way back."""
+        """The program, and in the same graph its backward pass."""
         result = self.program.run(variables, edges)
         ends = {t: e.value for t, e in result.edges.items() if differentiable(self.program.graph.graph, t)}
         ends.update({(i, k): x for i, losses in result.losses.items() for k, x in enumerate(losses)})
@@ -74,7 +74,7 @@ class SplitProgram:
         return result
 
     def divide(self, made: list[tf.Operation]):
-        """Find what to keep between the two ways: of all that the way back takes, whatever is smallest together."""
+        """Find what to keep for the backward pass: of all that it takes, whatever is smallest together."""
         later = {x.op.name for x in self.cotangents}
         for op in made:
             if any(x.op.name in later for x in op.inputs):
@@ -105,7 +105,7 @@ class SplitProgram:
         self.taken = [*(self.inputs[n].name for n in self.needs), *self.known, *(x.name for x in self.kept)]
 
     def run_forward(self, variables: list[tf.Tensor], edges: dict[int, Any]) -> tuple[Result, list[tf.Tensor]]:
-        """The program's result, and what is kept for the way back."""
+        """The program's result, and what is kept for the backward pass."""
         given = {x.name: value for x, value in zip(self.inputs, tensors_of((variables, edges)), strict=True)}
         found = emitted([*self.outputs, *self.kept], {**self.constants, **given})
         return packed(self.trace.structured_outputs, found[: len(self.outputs)]), found[len(self.outputs) :]
@@ -117,7 +117,7 @@ class SplitProgram:
         return packed(self.gradients, emitted(self.found, {**self.constants, **given, **ends}))
 
     def again(self, needed: list[tf.Tensor], result: Result, kept: list[tf.Tensor]) -> list[tf.Tensor]:
-        """What the way back takes: the arguments that it needs, and what the way forward returned."""
+        """What the backward pass takes: the arguments that it needs, and what the way forward returned."""
         outputs = tensors_of(result)
         return [*needed, *(outputs[n] for n in self.known.values()), *kept]
 

@@ -1,4 +1,4 @@
-"""The way back through a segment: cotangents to those of its variables and edges, added up as they come."""
+"""The backward pass through a segment: cotangents to those of its variables and edges, added up as they come."""
 
 # s: segment, m: micro-batch of a lane, v: variable, t: tensor of the graph, i: operation, k: its k-th added loss
 
@@ -70,7 +70,7 @@ def groups(gradients: dict[int, tf.Tensor]) -> Iterable[list[int]]:
 
 
 def again_of(run: Any, s: int, m: int, program: Program, variables: list[tf.Tensor]) -> list[Callable | None]:
-    """For each variable of a program, what gives it for the way back, if what goes forward must not keep it.
+    """For each variable of a program, what gives it for the backward pass, if what goes forward must not keep it.
 
     That is so for what was gathered for this program alone; and a compiled program would keep a copy of each weight for
     each micro-batch. What a layer has assigned on the way forward is as it was before. Random numbers, which XLA draws
@@ -93,7 +93,7 @@ def vjp(
     """A program's result, and a function from its cotangents to those of its variables and edges.
 
     Args:
-        again: what gathers variables for the way back, so that it holds on to none.
+        again: what gathers variables for the backward pass, so that it holds on to none.
     """
     inside, outside = watched(run, program, variables, edges)
     compiled = run.engine.jit_compile and run.head is not None and not tf.executing_eagerly()
@@ -126,7 +126,7 @@ def vjp(
 def halves_of(
     program: Program, variables: list[tf.Tensor], edges: dict[int, Edge], inside: Iterable[int], outside: Iterable[int]
 ) -> SplitProgram | None:
-    """A program and its way back as two functions, made once for each kind of arguments; `None` if that cannot be."""
+    """A program and its backward pass as two functions, made once for each kind of arguments; `None` if it has none."""
     kind = key_of((list(variables), edges)), tuple(inside), tuple(outside), program.targets
     if kind not in program.halves:
         places = [program.variables.index(v) for v in inside]
@@ -143,7 +143,7 @@ def taped(
     inside: dict[int, tf.Tensor],
     outside: dict[int, tf.Tensor],
 ) -> tuple[Result, Callable]:
-    """The same by a gradient tape: what the way back takes is what TensorFlow keeps for it."""
+    """The same by a gradient tape: what the backward pass takes is what TensorFlow keeps for it."""
     sources = [*inside.values(), *outside.values()]
     with tf.GradientTape(persistent=run.head is None) as tape:  # a user may ask more than once
         tape.watch(sources)

@@ -72,7 +72,7 @@ class NeedsWholeBatch(Discovered):
 
 
 class UnusedResults(Discovered):
-    """Some of what a program makes leads to no loss: its way back does without, which the program knows from now on."""
+    """Some of what a program makes leads to no loss: from now on its backward pass does without."""
 
     def __init__(self, graph: Any):
         super().__init__("unused results")

@@ -33,7 +33,7 @@ class Exchange(NamedTuple):
     Args:
         kind: "all-reduce", "all-gather" or "reduce-scatter".
         where: the operation that it belongs to.
-        backward: whether on the way back.
+        backward: whether in the backward pass.
         bytes: of one sample of the whole tensor; of all of it, for gradients of weights.
         scope: its name in TensorFlow's graph and in profiles, after the kind.
         batched: whether `bytes` are those of one sample.

@@ -195,7 +195,7 @@ class RankGraphBuilder:
         if self.ops and isinstance(self.calls[-1].operation, Collective) and not ends:
             for t, x in final.items():
                 final[t] = self.run(same, Ref(x), like=[t], layouts=[REPLICATED])
-        elif ends:  # after what the outputs need, so that the way back begins at once
+        elif ends:  # after what the outputs need, so that the backward pass begins at once
             self.split = False
             ends = [self.make(same, Ref(ends[0]), shape=self.full[ends[0]], dtype=self.symbols[ends[0]].dtype)]
         graph = OpGraph(

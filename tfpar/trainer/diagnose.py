@@ -142,7 +142,7 @@ def at_node(error: tf.errors.OpError, engine: Any, training: bool) -> str:
         where = place(action["stage"], action["mb"], action["replica"], action["rank"])
         names = engine.route(training).names(int(action["segment"] or action["stage"]))
         return f"{where}{on}, {action['kind'].replace('_', ' and ')} in {', '.join(names)}"
-    unknown, cut = "the way back or the update", engine.plan.partition
+    unknown, cut = "the backward pass or the update", engine.plan.partition
     if node:
         ops = {op.layer.split("/")[-1]: (stage, op) for op, stage in zip(cut.graph.ops, cut.stage_of, strict=True)}
         name = node[1].split("/")[0]

@@ -316,7 +316,7 @@ class KerasHooks:
             return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight), run
 
     def head(self, data: micro_batch.Batch, parts: micro_batch.Parts, scale: Any, training: bool | None) -> Head:
-        """The losses of a batch in these parts, and where its way back starts."""
+        """The losses of a batch in these parts, and where its backward pass starts."""
         _, y, sample_weight = _keras.unpack_x_y_sample_weight(data.whole)
         targets = [targets for _, *targets in map(_keras.unpack_x_y_sample_weight, data.parts(parts.count))]
         return Head(self.loss, y, sample_weight, targets, scale, training)
