@@ -19,6 +19,7 @@ from tfpar.planning.mesh import Mesh
 from tfpar.planning.plan import Plan
 from tfpar.planning.schedule import SCHEDULES, Schedule
 from tfpar.trainer.convert import convert
+from tfpar.trainer.explain import explained
 from tfpar.trainer.hooks import KerasHooks, steps_of
 from tfpar.trainer.input_feed import Feed, can_be_fed
 from tfpar.variables.distribute import Extended
@@ -167,7 +168,7 @@ class Strategy(MirroredStrategy):
         Raises:
             ScopeError: a model of another strategy, or of none.
         """
-        return self._steps(model).plan(batch_size)
+        return explained(self._steps(model), batch_size)
 
     def convert(self, model: Any, other: "Strategy") -> Any:
         """Move a live model of this strategy, its optimizer and metrics, to another one: to train on one mesh, say, and

@@ -17,12 +17,12 @@ FILES = sorted(f for d in ("tfpar", "strategies") for f in (ROOT / d).rglob("*.p
 EACH = pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
 TESTED_THROUGH = {  # for modules without a test file of their own, the test that runs them
     "compat/test_keras": "_keras_calls _keras_run _moments recording",
-    "engine/test_engine": "batch_results executor layer_placement loss optimizer_step pipeline program",
+    "engine/test_engine": "added_losses batch_results executor layer_placement loss optimizer_step pipeline program",
     "engine/test_remat": "vjp",
     "graph/test_keras_graph": "inline_model",
     "graph/test_mixing": "progress samples",
     "planning/test_partition": "cost op_graph",
-    "planning/test_plan": "flops plan_report planner",
+    "planning/test_plan": "explain flops plan_report planner",
     "strategies/test_data_parallel": "distribute group sync_batch_norm",
     "strategies/test_mesh_strategy": "collectives mesh",
     "planning/test_sharding": "layout_search",
@@ -30,7 +30,7 @@ TESTED_THROUGH = {  # for modules without a test file of their own, the test tha
     "tensor_parallel/test_rules": "attention convolution dense elementwise embedding normalization pooling reshaping",
     "tensor_parallel/test_tensor_parallel": "inline_layers loss_parallel parallelize rank_graph",
     "test_bad_input": "devices",
-    "trainer/test_hooks": "base placement step_function",
+    "trainer/test_hooks": "base placement step_function training_step",
     "trainer/test_killed": "_keras_backup",
 }
 

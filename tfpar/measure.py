@@ -12,6 +12,7 @@ from tfpar.planning.schedule import Action
 from tfpar.planning.timeline import Span, Timeline
 from tfpar.trainer.hooks import KerasHooks, steps_of
 from tfpar.trainer.step_function import StepFunction
+from tfpar.trainer.training_step import TrainingStep
 
 
 def measured(model: keras.Model, *batch: Any, repeat: int = 1) -> Timeline:
@@ -51,11 +52,12 @@ def clocked_step(
     Args:
         places: is given, for each action, the number of its device and the action with the number of its part.
     """
-    if not steps.is_scheduled(data, parts):
+    step = TrainingStep(steps, data, parts)
+    if not step.is_scheduled():
         raise ModelError(
             f"{steps.model.name} is not scheduled: its train_step, compute_loss or loss needs the whole batch at once"
         )
-    _, run = steps.scheduled_step(data, parts, clock=True)
+    _, run = step.run(clock=True)
     devices = steps.strategy.mesh.devices
     for action in run.stops:
         s, kind, m = action

@@ -10,6 +10,7 @@ import tensorflow as tf
 from tfpar.comm.gradients import SharedRows, sum_of
 from tfpar.compat import _keras, _moments
 from tfpar.engine import micro_batch
+from tfpar.engine.added_losses import weights
 from tfpar.engine.engine import device_of, layout_of, read
 from tfpar.engine.executor import Execution
 from tfpar.engine.program import Edge, tensor_of, with_logits
@@ -33,7 +34,7 @@ def added_losses(run: Execution) -> dict[tuple[int, int], tf.Tensor]:
     """What layers added to the loss, for the whole batch."""
     total: dict[tuple[int, int], tf.Tensor] = {}
     for (s, m), result in run.results.items():
-        for (i, k), weight in run.loss_weights(result, run.share(s, m)).items() if not run.rank(m) else ():
+        for (i, k), weight in weights(run, result, run.share(s, m)).items() if not run.rank(m) else ():
             loss = result.losses[i][k]
             part = tf.math.multiply_no_nan(loss, tf.cast(weight, loss.dtype))  # no rows have no mean
             total[i, k] = total[i, k] + part if (i, k) in total else part

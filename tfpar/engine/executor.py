@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from tfpar.compat import _keras
 from tfpar.compat._tf import awaited, independent
-from tfpar.engine import micro_batch
+from tfpar.engine import added_losses, micro_batch
 from tfpar.engine.engine import Engine, ExecutionGraph, each, now, read, tensors_of
 from tfpar.engine.group import COLLECTIVE, GLOBAL_BATCH
 from tfpar.engine.program import Edge, Program, Result, tensor_of, with_logits
@@ -222,7 +222,7 @@ class Execution:
             cotangents = self.arrived(s, m)
         else:
             cotangents = self.started(action, self.arrived(s, m))
-        variables, edges = self.pullbacks.pop((s, m))(cotangents, self.added_cotangents(s, m))
+        variables, edges = self.pullbacks.pop((s, m))(cotangents, added_losses.cotangents(self, s, m))
         independent(tensors_of((variables, edges)))
         self.returned(action, variables, edges)
 
@@ -338,40 +338,6 @@ class Execution:
         """The cotangents of a segment's edges, summed over those that used them."""
         parts = with_logits(self.cotangents[m], self.partition.edges(s))
         return {t: tf.add_n(p) if len(p) > 1 else p[0] for t, p in parts.items()}
-
-    def added_cotangents(self, s: int, m: int) -> dict[tuple[int, int], tf.Tensor]:
-        """The gradient of each loss that a segment added for a part."""
-        result = self.results[s, m]
-        return {
-            (i, k): tf.cast(weight, (loss := result.losses[i][k]).dtype) * tf.cast(self.cotangent_of(i, k), loss.dtype)
-            for (i, k), weight in self.loss_weights(result, self.share(s, m)).items()
-        }
-
-    def loss_weights(self, result: Result, share: Any) -> dict[tuple[int, int], Any]:
-        """The weight of each loss that a segment added for a part with this share of the batch."""
-        return {
-            (i, k): self.loss_weight(i, k, share) for i, losses in result.losses.items() for k in range(len(losses))
-        }
-
-    def cotangent_of(self, i: int, k: int) -> Any:
-        """The gradient of an added loss of the batch."""
-        return self.loss_cotangent[i, k] if isinstance(self.loss_cotangent, dict) else self.loss_cotangent
-
-    def loss_weight(self, i: int, k: int, share: Any) -> Any:
-        """By what to multiply an added loss of a part with this share of the batch, so that the sum is the batch's."""
-        together = self.parts.replicas if self.partition.stage_of[i] in self.route.whole else 1
-        if together == self.parts.count:
-            return 1.0
-        kind = self.found(i, "losses", k)
-        if kind in (Combine.MEAN, Combine.SAME):
-            return share
-        if kind is Combine.SUM:
-            return 1.0
-        raise self.needs_whole(
-            i,
-            f"the loss that {self.graph.ops[i].name} adds is neither a mean nor a sum over samples, or zero on random "
-            "ones, so the losses of micro-batches do not make up that of the batch",
-        )
 
     def needs_whole(self, i: int, why: str) -> Exception:
         """What to raise where an operation's results for a batch do not follow from those of its parts."""

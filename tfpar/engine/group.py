@@ -7,7 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfpar.compat._tf import independent
-from tfpar.engine import micro_batch
+from tfpar.engine import added_losses, micro_batch
 from tfpar.engine.engine import tensors_of
 from tfpar.engine.program import Edge, with_logits
 from tfpar.engine.vjp import keep
@@ -43,7 +43,7 @@ def backward_whole(run: Any, action: Action):
         t: micro_batch.joined([a[t] for a in arrived]) if run.is_batched(t) else tf.add_n([a[t] for a in arrived])
         for t in arrived[0]
     }
-    variables, edges = run.pullbacks.pop((s, first))(cotangents, run.added_cotangents(s, first))
+    variables, edges = run.pullbacks.pop((s, first))(cotangents, added_losses.cotangents(run, s, first))
     independent(tensors_of((variables, edges)))
     keep(run, s, first, variables)
     for t, cotangent in edges.items():

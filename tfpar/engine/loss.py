@@ -10,6 +10,7 @@ from keras import tree
 from tfpar.compat import _keras
 from tfpar.compat._tf import independent
 from tfpar.engine import micro_batch
+from tfpar.engine.added_losses import weights
 from tfpar.engine.engine import Engine, ExecutionGraph, each, tensors_of
 from tfpar.engine.executor import Execution
 from tfpar.engine.program import Edge, Program, differentiable, restored
@@ -112,7 +113,7 @@ class LossProgram:
                         raise HasMask
                     values, loss = self.values(result.edges, y, sample_weight, totals)
                     scaled = loss * tf.cast(scale, loss.dtype)
-                    for (i, k), weight in run.loss_weights(result, share).items():
+                    for (i, k), weight in weights(run, result, share).items():
                         added = result.losses[i][k]
                         scaled += tf.cast(
                             added * tf.cast(weight, added.dtype) * tf.cast(scale, added.dtype), loss.dtype

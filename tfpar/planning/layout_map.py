@@ -37,7 +37,7 @@ def layouts_of(
             near = difflib.get_close_matches(key, [v.path for v in variables], n=1, cutoff=0.0)
             raise LayoutError(f"the layout for {key!r} matches no weight; the nearest path is {', '.join(near)!r}")
         for v in matched:
-            layout = checked(key, axes, variables[v], axis, known_axes, ranks)
+            layout = layout_by(key, axes, variables[v], axis, known_axes, ranks)
             other, known = found.get(v, (key, layout))
             if known != layout and variables[v].path not in (key, other):
                 raise LayoutError(
@@ -75,7 +75,7 @@ def axis_of(asked: Any, ranks: int) -> str:
     return name
 
 
-def checked(
+def layout_by(
     key: str, axes: Sequence[str | None], variable: Variable, axis: str, known: Sequence[str], ranks: int
 ) -> Layout:
     """The layout that a rule gives to a weight.

@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfpar.compat._tf import record_gradient, unrecorded
 from tfpar.engine import micro_batch
 from tfpar.engine.executor import Execution
 from tfpar.engine.program import Edge, Program, with_logits
 from tfpar.errors import Caught, StageError
 from tfpar.planning.schedule import Action, Kind
+from tfpar.trainer.training_step import NOT_FINITE, TrainingStep
 
-NOT_FINITE = "the loss is not finite"
 ACTION = re.compile(  # as `Execution.scope` names it
     r"(?:replica(?P<replica>\d+)/)?(?:rank(?P<rank>\d+)/)?stage(?P<stage>\d+)/(?:segment(?P<segment>\d+)/)?mb(?P<mb>\d+)/"
     r"(?P<kind>\w+)"
@@ -28,18 +27,18 @@ def explained(
     """The error of a step as one that says where it happened, as far as that can be found out.
 
     Args:
-        steps: of the model; gives `engine`, `strategy`, `begun(data, parts, training)`, `is_scheduled(data, parts)` and
-            `head(data, parts, scale, training)`.
+        steps: the `KerasHooks` of the model.
         data: what the step was given.
     """
     finite = NOT_FINITE in error.message
     where = of_weights(steps) if finite else None
     with steps.strategy.extended.as_one():
         try:
-            run = steps.begun(data, parts, training)
+            step = TrainingStep(steps, data, parts)
+            run = step.execution(training)
             where = where or located(run, steps.engine.schedule(steps.strategy, parts, run.route), finite)
-            if not where and not finite and training and steps.is_scheduled(data, parts):
-                where = in_loss(run, steps.head(data, parts, 1.0, run.training))
+            if not where and not finite and training and step.is_scheduled():
+                where = in_loss(run, step.head(1.0, run.training))
         except Exception as again:  # it cannot be run again
             Caught.log.debug("a step that failed could not be repeated", exc_info=again)
             where = None
@@ -149,14 +148,3 @@ def at_node(error: tf.errors.OpError, engine: Any, training: bool) -> str:
         stage, op = ops.get(name) or ops.get(re.sub(r"_\d+$", "", name), (None, None))
         return f"{unknown} ({f'stage {stage}, {op.name}' if op else f'operation {node[1]}'}{on})"
     return f"{unknown}{on}"
-
-
-def checked(loss: tf.Tensor) -> tf.Tensor:
-    """The loss, which stops the step if it is not finite; its gradient waits for that."""
-    found = unrecorded(lambda: tf.debugging.check_numerics(loss, NOT_FINITE))
-
-    def back(gradient: tf.Tensor) -> list[tf.Tensor]:
-        with tf.control_dependencies([found]):
-            return [tf.identity(gradient)]
-
-    return record_gradient([found], [loss], back)[0]

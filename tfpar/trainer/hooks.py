@@ -4,7 +4,6 @@ import contextlib
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial, wraps
 from typing import Any
 
@@ -15,24 +14,18 @@ from keras import tree
 from tfpar.compat import _keras, _keras_calls, _keras_parts
 from tfpar.compat._keras_run import is_one_of_several
 from tfpar.compat._tf import following_inputs, in_xla
-from tfpar.engine import batch_results, micro_batch
+from tfpar.engine import micro_batch
 from tfpar.engine.engine import Engine
-from tfpar.engine.executor import Execution
-from tfpar.engine.loss import Head, LossProgram, separable, structured
+from tfpar.engine.loss import LossProgram
 from tfpar.engine.optimizer_step import Update
-from tfpar.engine.program import Edge
 from tfpar.errors import ModelError, user_level
 from tfpar.graph.recording import Discovered, HasMask, NeedsWholeBatch, UnusedResults
-from tfpar.planning.plan import Plan
 from tfpar.planning.progress import announced
-from tfpar.planning.schedule import Kind
 from tfpar.trainer import saving
-from tfpar.trainer.diagnose import checked
 from tfpar.trainer.model_call import call
 from tfpar.trainer.placement import build_losses, place, prepared
-from tfpar.trainer.planner import planned
 from tfpar.trainer.step_function import StepFunction
-from tfpar.variables.logical import follower_bytes
+from tfpar.trainer.training_step import TrainingStep, stop_if_not_finite
 
 USED: weakref.WeakSet["KerasHooks"] = weakref.WeakSet()  # those that have an engine
 FILES = (saving.save, saving.save_weights, saving.load_weights, saving.export)
@@ -225,55 +218,23 @@ class KerasHooks:
         parts = (model.optimizer, *_keras.compilation(model)) if model.compiled else ()
         return *parts, bool(model.jit_compile), model.run_eagerly
 
-    def plan(self, batch_size: int | None = None) -> Plan:
-        """The plan that the engine has, or would have.
-
-        Raises:
-            ModelError: a model whose layers are not known before it is used.
-        """
-        rows = batch_size or (self.engine.plan.rows if self.engine else 32)
-        engine = self.engine
-        if engine is None:
-            parts = [steps.model for steps in family(self.model) if steps.engine]
-            if parts:
-                raise ModelError(
-                    f"{self.model.name} is not called itself; explain the models in it: "
-                    f"{', '.join(model.name for model in parts)}"
-                )
-            if not _keras.is_graph(self.model):
-                raise ModelError(
-                    f"the layers of {self.model.name} are known when it has seen data: call fit, evaluate or predict"
-                )
-            with self.announced():
-                engine = planned(self.strategy, self.model, (None, None, None), rows)
-        slots = tuple(follower_bytes(_keras.stored(v)) for v in engine.graph.variables)
-        if not any(slots):  # the optimizer has none yet, if it is known
-            known = self.model.compiled and self.model.optimizer is not None
-            weights = self.model.trainable_weights
-            expected = _keras_parts.slot_bytes_of(self.model.optimizer, weights) if known else {}
-            slots = tuple(expected.get(id(v), 0) for v in engine.graph.variables) if known else ()
-        schedule = self.strategy.schedule(self.strategy.parts.fit(rows).micro_batches)
-        return replace(engine.plan, rows=rows, schedule=schedule, slot_bytes=slots)
-
     # ---- steps, run in the strategy's replica context
 
     def train_step(self, data: micro_batch.Batch, parts: micro_batch.Parts) -> Any:
         """Keras' `train_step`, scheduled where its loss allows, or the user's."""
-        if self.is_scheduled(data, parts):
-            return self.scheduled_step(data, parts)[0]
+        step = TrainingStep(self, data, parts)
+        if step.is_scheduled():
+            return step.run()[0]
         with self.running(data, parts), self.checking():
             return self.model.train_step(data.whole)
 
     def checking(self) -> contextlib.AbstractContextManager:
         """Inside, a loss that Keras computes is checked, if this is asked for."""
         original = self.model.compute_loss
-        checks = _keras_parts.given_method(self.model, "compute_loss", lambda *a, **k: checked(original(*a, **k)))
+        checks = _keras_parts.given_method(
+            self.model, "compute_loss", lambda *a, **k: stop_if_not_finite(original(*a, **k))
+        )
         return checks if self.checks else contextlib.nullcontext()
-
-    def is_scheduled(self, data: micro_batch.Batch, parts: micro_batch.Parts) -> bool:
-        """Whether training can follow the schedule."""
-        own = _keras.overrides(self.model, "train_step", "compute_loss", "_compute_loss") is None
-        return own and data.uniform and separable(self.engine, data.pieces[0], parts.count)
 
     def test_step(self, data: micro_batch.Batch, parts: micro_batch.Parts) -> Any:
         """Keras' `test_step`, or the user's."""
@@ -284,55 +245,6 @@ class KerasHooks:
         """Keras' `predict_step`, or the user's."""
         with self.running(data, parts):
             return self.model.predict_step(data.whole)
-
-    def scheduled_step(
-        self, data: micro_batch.Batch, parts: micro_batch.Parts, clock: bool = False
-    ) -> tuple[Any, Execution]:
-        """One training step in the order of the schedule: its logs, and the pass that was run."""
-        model = self.model
-        x, y, sample_weight = _keras.unpack_x_y_sample_weight(data.whole)
-        with following_inputs():
-            run = self.begun(data, parts, True)
-            scale = model.optimizer.scale_loss(tf.ones((), _keras.loss_dtype(model)))
-            head = self.head(data, parts, scale, run.training)
-            run = replace(
-                run, differentiate=True, head=head, loss_cotangent=scale, clock=clock, scatters=self.update.scatters
-            )  # fmt: skip
-            run.run(self.engine.schedule(self.strategy, parts, run.route), Kind.FORWARD, Kind.BACKWARD)
-            losses = [head.total(), *batch_results.added_losses(run).values(), *self.update.penalties()]
-            loss = tf.add_n([tf.cast(tf.reduce_sum(part), _keras.loss_dtype(model)) for part in losses])
-            loss = checked(loss) if self.checks else loss
-            _keras.track_loss(model, loss, micro_batch.count(x))
-            outputs = batch_results.outputs(run)
-            for tracker, value in zip(_keras.loss_trackers(model), head.each_loss(), strict=False):
-                tracker.update_state(value, sample_weight=data.rows)  # as Keras: the static size, if there is one
-            with tf.control_dependencies([loss] if self.checks else []):
-                batch_results.write_state(run)  # first: a layer may have assigned a weight that is trained
-                if model.trainable_weights:
-                    self.update(run, scale)
-                else:
-                    warnings.warn("The model does not have any trainable weights.", stacklevel=user_level())  # as Keras
-            y_pred = structured(self.engine, outputs)
-            return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight), run
-
-    def head(self, data: micro_batch.Batch, parts: micro_batch.Parts, scale: Any, training: bool | None) -> Head:
-        """The losses of a batch in these parts, and where its backward pass starts."""
-        _, y, sample_weight = _keras.unpack_x_y_sample_weight(data.whole)
-        targets = [targets for _, *targets in map(_keras.unpack_x_y_sample_weight, data.parts(parts.count))]
-        return Head(self.loss, y, sample_weight, targets, scale, training)
-
-    def begun(self, data: micro_batch.Batch, parts: micro_batch.Parts, training: bool) -> Execution:
-        """A pass of a batch that has not begun."""
-        model, engine = self.model, self.engine
-        pieces = [_keras.unpack_x_y_sample_weight(part) for part in data.parts(parts.count)]
-        inputs = [
-            [Edge(v) for v in _keras.graph_inputs(model, _keras.converted_inputs(model, part))]
-            + ([Edge(targets)] if training and engine.training.loss else [])
-            for part, targets, _ in pieces
-        ]
-        shares = micro_batch.shares([micro_batch.count(part) for part, *_ in pieces])
-        told = _keras_calls.training_argument(model, training).get("training")
-        return Execution(engine, parts, inputs, shares, told, route=engine.route(training))
 
     @contextlib.contextmanager
     def running(self, data: micro_batch.Batch, parts: micro_batch.Parts) -> Iterator[None]:

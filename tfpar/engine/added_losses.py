@@ -1,0 +1,42 @@
+"""Losses that layers add, as exact shares of those of the whole batch."""
+
+# s: segment, m: micro-batch of a lane, i: operation, k: its k-th added loss
+
+from typing import Any
+
+import tensorflow as tf
+
+from tfpar.engine.program import Result
+from tfpar.graph.batch_probe import Combine
+
+
+def cotangents(run: Any, s: int, m: int) -> dict[tuple[int, int], tf.Tensor]:
+    """The gradient of each loss that a segment added for a part."""
+    result = run.results[s, m]
+    of_batch, found = run.loss_cotangent, {}
+    for (i, k), factor in weights(run, result, run.share(s, m)).items():
+        dtype, whole = result.losses[i][k].dtype, of_batch[i, k] if isinstance(of_batch, dict) else of_batch
+        found[i, k] = tf.cast(factor, dtype) * tf.cast(whole, dtype)
+    return found
+
+
+def weights(run: Any, result: Result, share: Any) -> dict[tuple[int, int], Any]:
+    """The weight of each loss that a segment added for a part with this share of the batch."""
+    return {(i, k): weight(run, i, k, share) for i, losses in result.losses.items() for k in range(len(losses))}
+
+
+def weight(run: Any, i: int, k: int, share: Any) -> Any:
+    """By what to multiply an added loss of a part with this share of the batch, so that the sum is the batch's."""
+    together = run.parts.replicas if run.partition.stage_of[i] in run.route.whole else 1
+    if together == run.parts.count:
+        return 1.0
+    kind = run.found(i, "losses", k)
+    if kind in (Combine.MEAN, Combine.SAME):
+        return share
+    if kind is Combine.SUM:
+        return 1.0
+    raise run.needs_whole(
+        i,
+        f"the loss that {run.graph.ops[i].name} adds is neither a mean nor a sum over samples, or zero on random "
+        "ones, so the losses of micro-batches do not make up that of the batch",
+    )

@@ -1,0 +1,45 @@
+"""What `strategy.explain` says of a model: its plan, with what the optimizer keeps."""
+
+from dataclasses import replace
+
+from tfpar.compat import _keras, _keras_parts
+from tfpar.errors import ModelError
+from tfpar.planning.plan import Plan
+from tfpar.trainer.hooks import KerasHooks, family
+from tfpar.trainer.planner import planned
+from tfpar.variables.logical import follower_bytes
+
+
+def explained(hooks: KerasHooks, batch_size: int | None = None) -> Plan:
+    """The plan that the engine of a model has, or would have.
+
+    Args:
+        hooks: the model's.
+        batch_size: samples of a batch; those of the first batch the model saw, or 32.
+
+    Raises:
+        ModelError: a model whose layers are not known before it is used.
+    """
+    model, strategy = hooks.model, hooks.strategy
+    rows = batch_size or (hooks.engine.plan.rows if hooks.engine else 32)
+    engine = hooks.engine
+    if engine is None:
+        parts = [steps.model for steps in family(model) if steps.engine]
+        if parts:
+            raise ModelError(
+                f"{model.name} is not called itself; explain the models in it: {', '.join(part.name for part in parts)}"
+            )
+        if not _keras.is_graph(model):
+            raise ModelError(
+                f"the layers of {model.name} are known when it has seen data: call fit, evaluate or predict"
+            )
+        with hooks.announced():
+            engine = planned(strategy, model, (None, None, None), rows)
+    slots = tuple(follower_bytes(_keras.stored(v)) for v in engine.graph.variables)
+    if not any(slots):  # the optimizer has none yet, if it is known
+        known = model.compiled and model.optimizer is not None
+        weights = model.trainable_weights
+        expected = _keras_parts.slot_bytes_of(model.optimizer, weights) if known else {}
+        slots = tuple(expected.get(id(v), 0) for v in engine.graph.variables) if known else ()
+    schedule = strategy.schedule(strategy.parts.fit(rows).micro_batches)
+    return replace(engine.plan, rows=rows, schedule=schedule, slot_bytes=slots)
