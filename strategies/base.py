@@ -39,7 +39,7 @@ class Strategy(MirroredStrategy):
         placement: which layers go together, see `tfpar.planning.partition.partition`.
         batch_norm: `"global"`: replicas normalise with the statistics of the whole batch; `"local"`: with their own.
         buckets: into how many segments the model is cut for exchanges between replicas.
-        cross_device_ops: how tensors of several replicas are added up; see `tfpar.collectives`.
+        cross_device_ops: how tensors of several replicas are added up; see `tfpar.comm.collectives`.
         layout: how weights are divided between ranks, see `TensorParallelStrategy`.
         sequence_parallel: whether ranks divide activations along the sequence between layers that they divide.
         zero, offload: what replicas divide, and what waits in host memory, see `MeshStrategy`.

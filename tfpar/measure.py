@@ -59,10 +59,9 @@ def clocked_step(
         )
     _, run = step.run(clock=True)
     devices = steps.strategy.mesh.devices
-    for action in run.stops:
-        s, kind, m = action
-        places[str(action)] = devices.index(run.device(s, run.lane(m))), Action(s, kind, run.part(m))
-    return {str(action): (run.starts[action], run.stops[action]) for action in run.stops}
+    for s, kind, m in run.stops:
+        places[str((s, kind, m))] = devices.index(run.device(s, m.lane)), Action(s, kind, run.part(m))
+    return {str(action): (run.starts[action], stop) for action, stop in run.stops.items()}
 
 
 def timeline(places: dict[str, tuple[int, Action]], times: dict[str, tuple[tf.Tensor, tf.Tensor]]) -> Timeline:

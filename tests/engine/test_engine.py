@@ -211,9 +211,9 @@ def test_unknown_variables_name_themselves():
 def dropped_accumulation(patch):
     original = Execution.backward
 
-    def backward(self, action):
-        self.gradients = {k: v for k, v in self.gradients.items() if k[0] != action.stage}
-        original(self, action)
+    def backward(self, s, m):
+        self.gradients = {k: v for k, v in self.gradients.items() if k[0] != s}
+        original(self, s, m)
 
     patch.setitem(RUN, Kind.BACKWARD, backward)
 
@@ -282,7 +282,7 @@ def test_a_placement_on_one_device_is_caught():
 
 
 def test_a_schedule_that_is_ignored_is_caught():
-    def started(self, action, values):
+    def started(self, s, kind, m, values):
         return tf.nest.map_structure(lambda x: x, values)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(AssertionError, match="does not wait for"):

@@ -3,14 +3,16 @@
 import pytest
 
 from tfpar.errors import DeviceError
-from tfpar.planning.mesh import Mesh
+from tfpar.planning.mesh import Coordinate, Mesh
 
 
 def test_neighbours():
     mesh = Mesh(data=2, stage=3, tensor=2).on([f"GPU:{i}" for i in range(12)])
-    assert mesh.device(tensor=1) == "GPU:1"
-    assert mesh.device(stage=1) == "GPU:2"
-    assert mesh.device(data=1) == "GPU:6"
+    assert mesh.device(Coordinate(tensor=1)) == "GPU:1"
+    assert mesh.device(Coordinate(stage=1)) == "GPU:2"
+    assert mesh.device(Coordinate(data=1)) == "GPU:6"
+    assert mesh.lanes == tuple(Coordinate(data=r, tensor=k) for r, k in ((0, 0), (0, 1), (1, 0), (1, 1)))
+    assert mesh.along("stage", Coordinate(1, 2, 1)) == tuple(Coordinate(1, s, 1) for s in range(3))
     assert (mesh.size, mesh.shape) == (12, (2, 3, 2))
     assert str(mesh) == "Mesh(data=2, stage=3, tensor=2)"
     assert str(Mesh()) == "Mesh(data=1)"

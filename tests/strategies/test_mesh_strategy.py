@@ -14,6 +14,7 @@ from tfpar import Mesh
 from tfpar.comm import collectives
 from tfpar.engine.executor import Execution
 from tfpar.engine.optimizer_step import Update
+from tfpar.planning.mesh import Coordinate
 from tfpar.testing import assert_same, planned_exchanges, traced_exchanges
 from tfpar.trainer.hooks import steps_of
 from tfpar.trainer.step_function import StepFunction
@@ -58,8 +59,9 @@ def test_refused(mesh, options, error, match):
 def test_ranks_are_the_closest_devices():
     strategy = tfpar.MeshStrategy(CUBE)
     assert strategy.mesh.devices == tuple(f"CPU:{n}" for n in range(8))
-    assert [strategy.mesh.device(tensor=k) for k in range(2)] == ["CPU:0", "CPU:1"]
-    assert strategy.mesh.device(stage=1) == "CPU:2" and strategy.mesh.device(data=1) == "CPU:4"
+    device = strategy.mesh.device
+    assert [device(Coordinate(tensor=k)) for k in range(2)] == ["CPU:0", "CPU:1"]
+    assert device(Coordinate(stage=1)) == "CPU:2" and device(Coordinate(data=1)) == "CPU:4"
     assert strategy.num_replicas_in_sync == 2 and isinstance(strategy, tf.distribute.MirroredStrategy)
     assert tfpar.MeshStrategy(Mesh(2, devices=("CPU:5", "CPU:3"))).mesh.devices == ("CPU:5", "CPU:3")
 
@@ -72,9 +74,9 @@ def test_each_device_has_its_part():
     for r in range(2):
         for s in range(2):
             for k in range(2):
-                device = strategy.mesh.device(r, s, k)
+                device = strategy.mesh.device(Coordinate(r, s, k))
                 held = [c for v in model.weights for c in v.value.copies if c.device.endswith(device)]
-                assert sum(np.asarray(c).nbytes for c in held) == plan.parameter_bytes(s, 2 * r + k) > 0
+                assert sum(np.asarray(c).nbytes for c in held) == plan.parameter_bytes(s, Coordinate(r, s, k)) > 0
     kernel = model.layers[1].kernel.value
     assert {tuple(copy.shape) for copy in kernel.copies} == {(6, 4)} and kernel.shape == (6, 8)
     assert np.array_equal(kernel.copies[0], kernel.copies[2])  # rank 0 of both replicas
@@ -94,12 +96,13 @@ def test_explain():
     plan = strategy.explain(model)
     slots = [c for v in model.optimizer.variables if "dense" in v.path for c in v.value.copies]
     mine = sum(np.asarray(c).nbytes for c in slots if c.device.endswith("CPU:5"))
+    last = Coordinate(data=1, tensor=1)
     norms = sum(
-        plan.part(v, 3, plan.slot_bytes[v], 1)
+        plan.part(v, last, plan.slot_bytes[v], 1)
         for v in plan.variables(0)
         if "norm" in plan.partition.graph.variables[v].path
     )
-    assert mine == plan.optimizer_bytes(0, lane=3) - norms > 0
+    assert mine == plan.optimizer_bytes(0, last) - norms > 0
 
 
 def test_exchanges_are_those_of_each_replica():

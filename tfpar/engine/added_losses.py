@@ -6,11 +6,12 @@ from typing import Any
 
 import tensorflow as tf
 
+from tfpar.engine.engine import MicroBatch
 from tfpar.engine.program import Result
 from tfpar.graph.batch_probe import Combine
 
 
-def cotangents(run: Any, s: int, m: int) -> dict[tuple[int, int], tf.Tensor]:
+def cotangents(run: Any, s: int, m: MicroBatch) -> dict[tuple[int, int], tf.Tensor]:
     """The gradient of each loss that a segment added for a part."""
     result = run.results[s, m]
     of_batch, found = run.loss_cotangent, {}

@@ -11,11 +11,12 @@ from tfpar.comm.gradients import SharedRows, sum_of
 from tfpar.compat import _keras, _moments
 from tfpar.engine import micro_batch
 from tfpar.engine.added_losses import weights
-from tfpar.engine.engine import device_of, layout_of, read
+from tfpar.engine.engine import copy_of, device_of, layout_of, read
 from tfpar.engine.executor import Execution
 from tfpar.engine.program import Edge, tensor_of, with_logits
 from tfpar.engine.sync_batch_norm import TakeMoments
 from tfpar.graph.batch_probe import Combine
+from tfpar.planning.mesh import Coordinate
 from tfpar.planning.sharding import REPLICATED
 from tfpar.variables.logical import HOST
 
@@ -23,7 +24,7 @@ from tfpar.variables.logical import HOST
 def outputs(run: Execution) -> dict[int, Edge]:
     """The model's outputs for the whole batch, and their logits, each on the device that made its first rows."""
     found = {}
-    for t in with_logits(run.values[0], run.graph.outputs):
+    for t in with_logits(run.values[run.all[0]], run.graph.outputs):
         source = run.graph.producer.get(tensor_of(t))
         with tf.device(HOST if source is None else run.device(run.partition.stage_of[source])):
             found[t] = run.joined(t, run.firsts)
@@ -34,29 +35,29 @@ def added_losses(run: Execution) -> dict[tuple[int, int], tf.Tensor]:
     """What layers added to the loss, for the whole batch."""
     total: dict[tuple[int, int], tf.Tensor] = {}
     for (s, m), result in run.results.items():
-        for (i, k), weight in weights(run, result, run.share(s, m)).items() if not run.rank(m) else ():
+        for (i, k), weight in weights(run, result, run.share(s, m)).items() if not m.lane.tensor else ():
             loss = result.losses[i][k]
             part = tf.math.multiply_no_nan(loss, tf.cast(weight, loss.dtype))  # no rows have no mean
             total[i, k] = total[i, k] + part if (i, k) in total else part
     return total
 
 
-def gradients(run: Execution) -> dict[int, list[list[Any]]]:
-    """The gradient of each variable that has one, in terms: each a list of what lanes have of it, on their devices.
+def gradients(run: Execution) -> dict[int, list[dict[Coordinate, Any]]]:
+    """The gradient of each variable that has one, in terms: each what lanes have of it, on their devices.
 
     It is in one term, but for rows that all parts of a batch have: those of each segment are added up on their own.
     """
-    found: dict[int, dict[Any, dict[int, list]]] = {}
+    found: dict[int, dict[Any, dict[Coordinate, list]]] = {}
     for (s, lane, v), gradient in run.gradients.items():
         term = s if isinstance(gradient, SharedRows) else None
         found.setdefault(v, {}).setdefault(term, {}).setdefault(lane, []).append(gradient)
     return {
-        v: [[summed(run, v, lane, lanes.get(lane, ())) for lane in range(run.engine.lanes)] for lanes in terms.values()]
+        v: [{lane: summed(run, v, lane, term.get(lane, ())) for lane in run.mesh.lanes} for term in terms.values()]
         for v, terms in found.items()
     }
 
 
-def summed(run: Execution, v: int, lane: int, gradients: Sequence[Any]) -> Any:
+def summed(run: Execution, v: int, lane: Coordinate, gradients: Sequence[Any]) -> Any:
     """The sum of some gradients of a variable, on the device of a lane; `None` of none."""
     with tf.device(device_of(run.engine.graph.variables[v], lane)):
         return sum_of(gradients)
@@ -64,21 +65,21 @@ def summed(run: Execution, v: int, lane: int, gradients: Sequence[Any]) -> Any:
 
 def input_gradient(run: Execution, t: int) -> tf.Tensor | None:
     """The gradient of an input of the model; `None` if nothing depends on it."""
-    parts = [c[t] for c in run.cotangents if t in c]
+    parts = [c[t] for c in run.cotangents.values() if t in c]
     return micro_batch.joined([tf.add_n(p) for p in parts]) if parts else None
 
 
 def write_state(run: Execution):
     """Assign what layers changed: once for the batch, however many parts it had."""
     moved = move_statistics(run) if len(run.inputs) > 1 else set()
-    for v in dict.fromkeys(v for state in run.state for v in state):
+    for v in dict.fromkeys(v for state in run.state.values() for v in state):
         variable = run.engine.graph.variables[v]
         if id(variable) in moved:
             continue
         if layout_of(variable) != REPLICATED:
-            for lane, copy in enumerate(_keras.stored(variable).copies):  # every rank has a value of its own
-                with tf.device(copy.device):
-                    copy.assign(combined(run, v, lane % run.ranks))
+            for lane in run.mesh.lanes:  # every rank has a value of its own
+                with tf.device(device_of(variable, lane)):
+                    copy_of(variable, lane).assign(combined(run, v, lane.tensor))
         else:
             with tf.device(device_of(variable)):
                 variable.assign(combined(run, v))
@@ -87,7 +88,7 @@ def write_state(run: Execution):
 def combined(run: Execution, v: int, rank: int = 0) -> tf.Tensor:
     """The value of a variable, or of a rank's part, after the batch, from those after each part."""
     variable = run.engine.graph.variables[v]
-    places = [m for m in run.all if run.rank(m) == rank and v in run.state[m]]
+    places = [m for m in run.all if m.lane.tensor == rank and v in run.state[m]]
     parts = [run.state[m][v] for m in places]
     if len(parts) == 1 or _keras.is_seed(variable):
         return parts[0]
@@ -99,7 +100,7 @@ def combined(run: Execution, v: int, rank: int = 0) -> tf.Tensor:
     if kind is Combine.MEAN:
         return tf.add_n([p * tf.cast(run.share(s, m), p.dtype) for p, m in zip(parts, places, strict=True)])
     if kind is Combine.SUM:
-        before = read(variable, rank)
+        before = read(variable, Coordinate(tensor=rank))
         return before + tf.add_n([p - before for p in parts])
     raise run.needs_whole(
         writer,
@@ -120,7 +121,7 @@ def move_statistics(run: Execution) -> set[int]:
 
 def statistics(run: Execution) -> Iterator[tuple[Any, _moments.Moments]]:
     """Each BatchNormalization that moves, and the statistics of each part, (parts, channels) and (parts,)."""
-    places, written = run.engine.graph.places, {v for state in run.state for v in state}
+    places, written = run.engine.graph.places, {v for state in run.state.values() for v in state}
 
     def moves(layer: Any) -> bool:
         return places.get(id(layer.moving_mean)) in written
@@ -134,13 +135,13 @@ def statistics(run: Execution) -> Iterator[tuple[Any, _moments.Moments]]:
         if isinstance(call.operation, TakeMoments) and moves(layer := call.operation.call.operation):
 
             def taken(rank: int, outputs: Any = op.outputs) -> _moments.Moments:
-                parts = [run.values[m] for m in run.all if run.rank(m) == rank]
+                parts = [run.values[m] for m in run.all if m.lane.tensor == rank]
                 return _moments.Moments(*(tf.concat([values[t].value for values in parts], 0) for t in outputs))
 
             yield layer, of_ranks(layer, taken)
     for s in range(run.partition.stages):
         for number, layer in enumerate([] if s in run.route.collectives else run.program(s).normalizations):
-            results = [(run.rank(m), found) for (of, m), found in run.results.items() if of == s]
+            results = [(m.lane.tensor, found) for (of, m), found in run.results.items() if of == s]
             calls = len(results[0][1].moments.get(number, []))
             if len(results) <= run.ranks:  # run for all at once: it has moved by itself
                 continue

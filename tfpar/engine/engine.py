@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -16,6 +16,7 @@ from tfpar.engine.program import Edge, Function, Program
 from tfpar.graph.batch_probe import Combine, Probe
 from tfpar.graph.keras_graph import KerasGraph
 from tfpar.graph.recording import UnknownVariables
+from tfpar.planning.mesh import FIRST, Coordinate, Mesh
 from tfpar.planning.partition import Partition
 from tfpar.planning.plan import Plan
 from tfpar.planning.schedule import Schedule, in_segments
@@ -25,15 +26,27 @@ from tfpar.tensor_parallel.rank_graph import is_collective
 from tfpar.variables.logical import HOST, LogicalVariable, copy_on_device
 
 
-def copy_of(variable: keras.Variable, lane: int) -> tf.Variable:
+class MicroBatch(NamedTuple):
+    """A micro-batch of a lane.
+
+    Args:
+        lane: the rank of a replica that it goes through.
+        micro_batch: which of those of the replica it is.
+    """
+
+    lane: Coordinate
+    micro_batch: int
+
+
+def copy_of(variable: keras.Variable, at: Coordinate = FIRST) -> tf.Variable:
     """The variable that holds the value for a lane: a rank of a replica."""
-    copies = getattr(_keras.stored(variable), "copies", ())
-    return copies[lane] if len(copies) > 1 else _keras.stored(variable)
+    value = _keras.stored(variable)
+    return value.copy_of(at) if len(getattr(value, "copies", ())) > 1 else value
 
 
-def device_of(variable: keras.Variable, lane: int = 0) -> str:
+def device_of(variable: keras.Variable, at: Coordinate = FIRST) -> str:
     """Where a variable lives."""
-    return copy_of(variable, lane).device
+    return copy_of(variable, at).device
 
 
 def layout_of(variable: keras.Variable) -> Layout:
@@ -47,16 +60,16 @@ def shards_of(variable: keras.Variable) -> Layout:
     return value.follow.sharding.shards if isinstance(value, LogicalVariable) else REPLICATED
 
 
-def scattered(variable: keras.Variable, gradients: Sequence[Any], lanes: Sequence[int]) -> list[Any]:
+def scattered(variable: keras.Variable, gradients: Sequence[Any], lanes: Sequence[Coordinate]) -> list[Any]:
     """To each of these lanes its shard of the sum of what they have of a variable's gradient."""
-    shape = _keras.stored(variable).rank_shape(lanes[0])
-    return reduce_scatter(gradients, [device_of(variable, lane) for lane in lanes], shards_of(variable).dim, shape)
+    shape = _keras.stored(variable).rank_shape(lanes[0].tensor)
+    return reduce_scatter(gradients, [device_of(variable, at) for at in lanes], shards_of(variable).dim, shape)
 
 
-def read(variable: keras.Variable, lane: int = 0) -> tf.Tensor:
+def read(variable: keras.Variable, at: Coordinate = FIRST) -> tf.Tensor:
     """What a lane has of a variable's value, its replicas' shards put together, on the current device."""
     value = _keras.stored(variable)
-    return value.of_lane(lane) if isinstance(value, LogicalVariable) else copy_on_device(value)
+    return value.of_lane(at) if isinstance(value, LogicalVariable) else copy_on_device(value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,9 +203,9 @@ class Engine:
         return replace(self, plan=plan, training=training, inference=inference, called=called, programs={})
 
     @property
-    def lanes(self) -> int:
-        """How many devices a stage has."""
-        return self.plan.mesh.data * self.plan.mesh.tensor
+    def mesh(self) -> Mesh:
+        """The devices."""
+        return self.plan.mesh
 
     def gathers(self, v: int) -> bool:
         """Whether replicas have shards of a variable."""

@@ -1,6 +1,6 @@
 """One batch on its way through the stages: emits each action on its device, in its order, into one tf.function."""
 
-# s: segment of a stage, l: lane, a rank of a replica, m: micro-batch of a lane, t: tensor of the graph, v: variable,
+# s: segment of a stage, m: micro-batch of a lane, t: tensor of the graph, v: variable,
 # i: operation, k: its k-th added loss
 
 import copy
@@ -14,13 +14,14 @@ import tensorflow as tf
 from tfpar.compat import _keras
 from tfpar.compat._tf import awaited, independent
 from tfpar.engine import added_losses, micro_batch
-from tfpar.engine.engine import Engine, ExecutionGraph, each, now, read, tensors_of
+from tfpar.engine.engine import Engine, ExecutionGraph, MicroBatch, each, now, read, tensors_of
 from tfpar.engine.group import COLLECTIVE, GLOBAL_BATCH
 from tfpar.engine.program import Edge, Program, Result, tensor_of, with_logits
 from tfpar.engine.vjp import again_of, keep, vjp
 from tfpar.errors import Caught, ModelError
 from tfpar.graph.batch_probe import Combine, Findings
 from tfpar.graph.recording import NeedsWholeBatch
+from tfpar.planning.mesh import FIRST, Coordinate
 from tfpar.planning.schedule import Action, Kind, Schedule
 
 
@@ -30,8 +31,7 @@ class Execution:
 
     Args:
         engine: whose programs to run.
-        parts: how the batch is divided. All ranks of a replica get the same parts; `m` counts the micro-batches of
-            the first lane, then those of the next.
+        parts: how the batch is divided. All ranks of a replica get the same parts.
         inputs: for each part, the model's flat inputs.
         weights: for each part, its share of the batch's samples.
         training: what layers are told.
@@ -54,7 +54,7 @@ class Execution:
     watch_inputs: bool = False
     head: Any = None
     loss_cotangent: Any = 1.0
-    read: Callable[[int, int, int], tf.Tensor] | None = None
+    read: Callable[[int, int, Coordinate], tf.Tensor] | None = None
     clock: bool = False
     route: ExecutionGraph | None = None
     scatters: bool = False
@@ -62,56 +62,53 @@ class Execution:
     def __post_init__(self):
         self.route = self.route or self.engine.route(self.training)
         self.graph, self.partition = self.route.graph.graph, self.route.partition
-        self.ranks = self.engine.plan.mesh.tensor
-        self.all = range(len(self.inputs) * self.ranks)
-        self.values: list[dict[int, Edge]] = [
-            dict(zip(self.graph.inputs, self.inputs[self.part(m)], strict=True)) for m in self.all
-        ]
-        self.state: list[dict[int, tf.Tensor]] = [{} for _ in self.all]
-        self.results: dict[tuple[int, int], Result] = {}
-        self.pullbacks: dict[tuple[int, int], Callable] = {}
-        self.cotangents: list[dict[int, list[tf.Tensor]]] = [{} for _ in self.all]
-        self.gradients: dict[tuple[int, int, int], Any] = {}  # by segment, lane and variable
-        self.waiting: dict[tuple, dict[int, Any]] = {}  # gradients that lack those of other replicas
-        self.known: dict[tuple[int, int, int], tf.Tensor] = {}  # by segment, lane and variable
-        self.last: dict[tuple[int, int], list[Any]] = {}  # by lane and device, what tells that it is free
-        self.before: dict[tuple[int, int], list[Any]] = {}  # the same, an action earlier
-        self.starts: dict[Action, tf.Tensor] = {}
-        self.stops: dict[Action, tf.Tensor] = {}
+        self.mesh = self.engine.mesh
+        self.ranks = self.mesh.tensor
+        of_lane = range(self.parts.micro_batches)
+        self.all = [MicroBatch(lane, n) for lane in self.mesh.lanes[: self.lanes] for n in of_lane]
+        self.values: dict[MicroBatch, dict[int, Edge]] = {
+            m: dict(zip(self.graph.inputs, self.inputs[self.part(m)], strict=True)) for m in self.all
+        }
+        self.state: dict[MicroBatch, dict[int, tf.Tensor]] = {m: {} for m in self.all}
+        self.results: dict[tuple[int, MicroBatch], Result] = {}
+        self.pullbacks: dict[tuple[int, MicroBatch], Callable] = {}
+        self.cotangents: dict[MicroBatch, dict[int, list[tf.Tensor]]] = {m: {} for m in self.all}
+        self.gradients: dict[tuple[int, Coordinate, int], Any] = {}  # by segment, lane and variable
+        self.waiting: dict[tuple, dict[Coordinate, Any]] = {}  # gradients that lack those of other replicas
+        self.known: dict[tuple[int, Coordinate, int], tf.Tensor] = {}  # by segment, lane and variable
+        self.last: dict[Coordinate, list[Any]] = {}  # by device, what tells that it is free
+        self.before: dict[Coordinate, list[Any]] = {}  # the same, an action earlier
+        self.starts: dict[tuple[int, Kind, MicroBatch], tf.Tensor] = {}
+        self.stops: dict[tuple[int, Kind, MicroBatch], tf.Tensor] = {}
 
     def run(self, schedule: Schedule, *kinds: Kind) -> "Execution":
         """Emit the schedule's actions of these kinds, each on its device."""
-        for action, emit in self.actions(schedule, *kinds):
-            with tf.device(self.device(action.stage, self.lane(action.micro_batch))), tf.name_scope(self.scope(action)):
+        for (s, kind, m), emit in self.actions(schedule, *kinds):
+            with tf.device(self.device(s, m.lane)), tf.name_scope(self.scope(s, kind, m)):
                 try:
                     emit()
                 except Exception as error:
-                    error.add_note(f"in {self.scope(action)}: {', '.join(self.route.names(action.stage))}")
+                    error.add_note(f"in {self.scope(s, kind, m)}: {', '.join(self.route.names(s))}")
                     raise
         return self
 
-    def actions(self, schedule: Schedule, *kinds: Kind) -> Iterator[tuple[Action, Callable]]:
+    def actions(self, schedule: Schedule, *kinds: Kind) -> Iterator[tuple[tuple[int, Kind, MicroBatch], Callable]]:
         """The schedule's actions of these kinds, for every lane or for those that go together, and what emits each."""
         self.schedule = schedule
-        for s, kind, m in schedule.order:
+        for s, kind, n in schedule.order:
             ways = COLLECTIVE if s in self.route.collectives else GLOBAL_BATCH if s in self.route.whole else RUN
-            for lane in range(self.lanes) if kind in kinds else ():
-                action = Action(s, kind, lane * self.parts.micro_batches + m)
-                if self.together(s, action.micro_batch)[0] == action.micro_batch:
-                    yield action, partial(ways[kind], self, action)
+            for m in self.all if kind in kinds else ():
+                if m.micro_batch == n and self.together(s, m)[0] == m:
+                    yield (s, kind, m), partial(ways[kind], self, s, m)
 
-    def together(self, s: int, m: int) -> list[int]:
+    def together(self, s: int, m: MicroBatch) -> list[MicroBatch]:
         """The micro-batches, of several lanes, that go through a segment together with this one; the first leads."""
-        lane, micro_batch = divmod(m, self.parts.micro_batches)
-        replica, rank = divmod(lane, self.ranks)
-        lanes = [lane]
-        if s in self.route.whole:
-            lanes = list(range(rank, self.lanes, self.ranks))
-        elif s in self.route.collectives:
-            lanes = list(range(replica * self.ranks, (replica + 1) * self.ranks))
-        return [lane * self.parts.micro_batches + micro_batch for lane in lanes]
+        axis = "data" if s in self.route.whole else "tensor" if s in self.route.collectives else None
+        if axis is None:
+            return [m]
+        return [n for lane in self.mesh.along(axis, m.lane) if (n := m._replace(lane=lane)) in self.values]
 
-    def share(self, s: int, m: int) -> Any:
+    def share(self, s: int, m: MicroBatch) -> Any:
         """The share in the batch of what goes through a segment together."""
         parts = [self.weights[self.part(n)] for n in self.together(s, m)]
         return tf.add_n(parts) if len(parts) > 1 else parts[0]
@@ -121,30 +118,32 @@ class Execution:
         """How many run the same programs side by side."""
         return self.parts.replicas * self.ranks
 
-    def device(self, s: int, lane: int = 0) -> str:
-        """The device of a segment of a lane."""
-        replica, rank = divmod(lane, self.ranks)
-        return self.engine.plan.mesh.device(data=replica, stage=self.schedule.device_of[s], tensor=rank)
+    def at(self, s: int, lane: Coordinate = FIRST) -> Coordinate:
+        """Where a segment of a lane runs."""
+        return lane._replace(stage=self.schedule.device_of[s])
 
-    def scope(self, action: Action) -> str:
+    def device(self, s: int, lane: Coordinate = FIRST) -> str:
+        """The device of a segment of a lane."""
+        return self.mesh.device(self.at(s, lane))
+
+    def scope(self, s: int, kind: Kind, m: MicroBatch) -> str:
         """The name of an action, as profiles show it."""
-        s, kind, m = action
-        replica, rank = divmod(self.lane(m), self.ranks)
+        replica, _, rank = m.lane
         where = f"replica{replica}/" if self.parts.replicas > 1 else ""
         exchange = self.route.collectives.get(s)
         if exchange is not None:
             name = self.graph.ops[self.partition.ops(s)[0]].scope
             return f"{where}{exchange.forward if kind is Kind.FORWARD else exchange.backward}/{name}"
         where += f"rank{rank}/" if self.ranks > 1 else ""
-        what = "forward_backward" if self.turns(action) else kind.name.lower()
+        what = "forward_backward" if self.turns(s, m) else kind.name.lower()
         stages = self.route.stages
         segment = f"segment{s}/" if len(stages) > stages[-1] + 1 else ""
-        return f"{where}stage{stages[s]}/{segment}mb{m % self.parts.micro_batches}/{what}"
+        return f"{where}stage{stages[s]}/{segment}mb{m.micro_batch}/{what}"
 
     def again(self) -> "Execution":
         """The same forward passes, for another backward pass."""
         other = copy.copy(self)
-        other.cotangents, other.gradients, other.last = [{} for _ in self.all], {}, {}
+        other.cotangents, other.gradients, other.last = {m: {} for m in self.all}, {}, {}
         other.pullbacks = dict(self.pullbacks)
         return other
 
@@ -152,43 +151,36 @@ class Execution:
         """What a segment runs."""
         return self.engine.program(self.route, s, self.training)
 
-    def lane(self, m: int) -> int:
-        """Whose micro-batch this is."""
-        return m // self.parts.micro_batches
-
-    def rank(self, m: int) -> int:
-        """Which of the ranks of a replica has this micro-batch."""
-        return self.lane(m) % self.ranks
-
-    def part(self, m: int) -> int:
+    def part(self, m: MicroBatch) -> int:
         """Which part of the batch this is."""
-        return self.lane(m) // self.ranks * self.parts.micro_batches + m % self.parts.micro_batches
+        return m.lane.data * self.parts.micro_batches + m.micro_batch
 
     @property
-    def firsts(self) -> list[int]:
+    def firsts(self) -> list[MicroBatch]:
         """The micro-batches of the first rank of each replica: each part of the batch once."""
-        return [m for m in self.all if not self.rank(m)]
+        return [m for m in self.all if not m.lane.tensor]
 
     # ---- actions, under the device of their stage
 
-    def forward(self, action: Action):
+    def forward(self, s: int, m: MicroBatch):
         """Run a segment on a part."""
-        s, _, m = action
         program = self.program(s)
-        edges = self.started(action, with_logits(self.values[m], self.partition.needs(s)))
+        edges = self.started(s, Kind.FORWARD, m, with_logits(self.values[m], self.partition.needs(s)))
         variables = [self.variable(s, m, v) for v in program.variables]
-        if self.turns(action):
+        if self.turns(s, m):
             result, gradients, cotangents = self.head.turn(self, m, program, variables, edges)
             independent(tensors_of((result, gradients, cotangents)))
-            self.returned(action, gradients, cotangents)
+            self.returned(s, Kind.FORWARD, m, gradients, cotangents)
         else:
             result = self.ran(s, m, program, variables, edges)
-            self.stopped(action, result.edges)
+            self.stopped(s, Kind.FORWARD, m, result.edges)
         self.values[m].update(result.edges)
         self.state[m].update(result.state)
         self.results[s, m] = result
 
-    def ran(self, s: int, m: int, program: Program, variables: list[tf.Tensor], edges: dict[int, Edge]) -> Result:
+    def ran(
+        self, s: int, m: MicroBatch, program: Program, variables: list[tf.Tensor], edges: dict[int, Edge]
+    ) -> Result:
         """The result of a segment's program, and for later its backward pass."""
         if self.differentiate:
             result, self.pullbacks[s, m] = vjp(
@@ -199,42 +191,39 @@ class Execution:
         independent(tensors_of(result))
         return result
 
-    def turns(self, action: Action) -> bool:
+    def turns(self, s: int, m: MicroBatch) -> bool:
         """Whether the backward pass begins at once, so that forward, loss and backward are one program."""
-        s, _, m = action
         if self.head is None or not self.head.can_turn or self.clock or s < self.partition.stages - 1:
             return False
         makers = {self.partition.stage_of[self.graph.producer[t]] for t in self.route.ends if t in self.graph.producer}
         if makers != {s} or not set(self.route.ends) <= set(self.graph.producer):
             return False  # some outputs are made elsewhere
         line = self.schedule.devices[self.schedule.device_of[s]]
-        here = line.index(Action(s, Kind.FORWARD, m % self.parts.micro_batches))
+        here = line.index(Action(s, Kind.FORWARD, m.micro_batch))
         return line[here + 1] == line[here]._replace(kind=Kind.BACKWARD)
 
-    def backward(self, action: Action):
+    def backward(self, s: int, m: MicroBatch):
         """Take a part back through a segment: gradients of variables are added up, those of edges passed on."""
-        s, _, m = action
-        if self.turns(action):
+        if self.turns(s, m):
             return
         if self.head and s == self.partition.stages - 1:
-            outputs = self.started(action, with_logits(self.values[m], self.route.ends))
+            outputs = self.started(s, Kind.BACKWARD, m, with_logits(self.values[m], self.route.ends))
             self.send(m, self.head(self, m, outputs))
             cotangents = self.arrived(s, m)
         else:
-            cotangents = self.started(action, self.arrived(s, m))
+            cotangents = self.started(s, Kind.BACKWARD, m, self.arrived(s, m))
         variables, edges = self.pullbacks.pop((s, m))(cotangents, added_losses.cotangents(self, s, m))
         independent(tensors_of((variables, edges)))
-        self.returned(action, variables, edges)
+        self.returned(s, Kind.BACKWARD, m, variables, edges)
 
-    def returned(self, action: Action, variables: dict[int, Any], edges: dict[int, tf.Tensor]):
+    def returned(self, s: int, kind: Kind, m: MicroBatch, variables: dict[int, Any], edges: dict[int, tf.Tensor]):
         """Keep what came back through a segment."""
-        s, _, m = action
         keep(self, s, m, variables)
-        of_weights = [self.gradients.get((s, self.lane(m), v), gradient) for v, gradient in variables.items()]
-        self.stopped(action, (edges, of_weights))
+        of_weights = [self.gradients.get((s, m.lane, v), gradient) for v, gradient in variables.items()]
+        self.stopped(s, kind, m, (edges, of_weights))
         self.send(m, edges)
 
-    def send(self, m: int, cotangents: dict[int, tf.Tensor]):
+    def send(self, m: MicroBatch, cotangents: dict[int, tf.Tensor]):
         """Pass cotangents on to the stages that made their tensors."""
         for t, cotangent in cotangents.items():
             self.cotangents[m].setdefault(t, []).append(cotangent)
@@ -269,14 +258,14 @@ class Execution:
         """Whether dimension 0 of a tensor, or of its logits, is the batch."""
         return self.route.graph.is_batched(tensor_of(t))
 
-    def joined(self, t: int, places: Sequence[int]) -> Edge:
+    def joined(self, t: int, places: Sequence[MicroBatch]) -> Edge:
         """A tensor of several parts as one."""
         parts = [self.values[m][t] for m in places]
         if not self.is_batched(t):
             return parts[0]
         return Edge(micro_batch.joined([p.value for p in parts]), micro_batch.joined([p.mask for p in parts]))
 
-    def divided(self, s: int, t: int, value: Any, places: Sequence[int]) -> list[Any]:
+    def divided(self, s: int, t: int, value: Any, places: Sequence[MicroBatch]) -> list[Any]:
         """A tensor of several parts together as those of each, which have as many rows as what came in."""
         if value is None or not self.is_batched(t):
             return [value] * len(places)
@@ -285,47 +274,43 @@ class Execution:
 
     # ---- the order on a device
 
-    def started(self, action: Action, values: Any) -> Any:
+    def started(self, s: int, kind: Kind, m: MicroBatch, values: Any) -> Any:
         """The values on this device, once its previous action is done; their transfer does not wait for that."""
         values = each(tf.identity, values)
-        before = self.last.get(self.place(action), [])
+        before = self.last.get(self.at(s, m.lane), [])
         if self.clock:
-            self.starts[action] = now([*before, *tensors_of(values)])
-            before = [self.starts[action]]
+            self.starts[s, kind, m] = now([*before, *tensors_of(values)])
+            before = [self.starts[s, kind, m]]
         with tf.control_dependencies(before):
             return each(tf.identity, values)
 
-    def stopped(self, action: Action, values: Any):
+    def stopped(self, s: int, kind: Kind, m: MicroBatch, values: Any):
         """The next action on this device will wait for all of these."""
         done = tf.group(*map(awaited, tensors_of(values)))
         if self.clock:
-            done = self.stops[action] = now([done])
-        place = self.place(action)
-        self.before[place], self.last[place] = self.last.get(place, []), [done]
-
-    def place(self, action: Action) -> tuple[int, int]:
-        """The lane and the device of an action."""
-        return self.lane(action.micro_batch), self.schedule.device_of[action.stage]
+            done = self.stops[s, kind, m] = now([done])
+        at = self.at(s, m.lane)
+        self.before[at], self.last[at] = self.last.get(at, []), [done]
 
     # ---- what flows
 
-    def variable(self, s: int, m: int, v: int) -> tf.Tensor:
+    def variable(self, s: int, m: MicroBatch, v: int) -> tf.Tensor:
         """A variable's value for a part: as its replica left it, or as it was before the batch."""
-        lane, variable = self.lane(m), self.engine.graph.variables[v]
+        lane, variable = m.lane, self.engine.graph.variables[v]
         if v in self.state[m]:
             return tf.identity(self.state[m][v])
         if (s, lane, v) not in self.known:
             if self.engine.gathers(v):  # for this action alone, while the one before it runs
-                with tf.control_dependencies(self.before.get((lane, self.schedule.device_of[s]), [])):
+                with tf.control_dependencies(self.before.get(self.at(s, lane), [])):
                     return self.cast(s, v, self.value(s, v, lane))
             self.known[s, lane, v] = self.cast(s, v, self.value(s, v, lane))
         value = self.known[s, lane, v]
         if not _keras.is_seed(variable):
             return value
         # ranks that fill the same tensor draw the same numbers
-        return _keras.nth_seed(value, m if v in self.route.drawn else self.part(m))
+        return _keras.nth_seed(value, self.all.index(m) if v in self.route.drawn else self.part(m))
 
-    def value(self, s: int, v: int, lane: int) -> tf.Tensor:
+    def value(self, s: int, v: int, lane: Coordinate) -> tf.Tensor:
         """A variable's value before the batch."""
         return self.read(s, v, lane) if self.read else read(self.engine.graph.variables[v], lane)
 
@@ -334,7 +319,7 @@ class Execution:
         dtype = self.program(s).reads.get(v) if self.parts.micro_batches > 1 else None
         return value if dtype is None else tf.cast(value, dtype)
 
-    def arrived(self, s: int, m: int) -> dict[int, tf.Tensor]:
+    def arrived(self, s: int, m: MicroBatch) -> dict[int, tf.Tensor]:
         """The cotangents of a segment's edges, summed over those that used them."""
         parts = with_logits(self.cotangents[m], self.partition.edges(s))
         return {t: tf.add_n(p) if len(p) > 1 else p[0] for t, p in parts.items()}
@@ -356,7 +341,7 @@ class Execution:
         return findings.state.get(key) if what == "state" else dict(enumerate(findings.losses)).get(key)
 
 
-RUN: dict[Kind, Callable[[Execution, Action], None]] = {
+RUN: dict[Kind, Callable[[Execution, int, MicroBatch], None]] = {
     Kind.FORWARD: Execution.forward,
     Kind.BACKWARD: Execution.backward,
 }

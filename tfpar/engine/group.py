@@ -8,15 +8,14 @@ import tensorflow as tf
 
 from tfpar.compat._tf import independent
 from tfpar.engine import added_losses, micro_batch
-from tfpar.engine.engine import tensors_of
+from tfpar.engine.engine import MicroBatch, tensors_of
 from tfpar.engine.program import Edge, with_logits
 from tfpar.engine.vjp import keep
-from tfpar.planning.schedule import Action, Kind
+from tfpar.planning.schedule import Kind
 
 
-def forward_whole(run: Any, action: Action):
+def forward_whole(run: Any, s: int, first: MicroBatch):
     """Run a segment on the parts of all replicas at once, and divide what it makes."""
-    s, _, first = action
     places = run.together(s, first)
     program = run.program(s)
     edges = {t: run.joined(t, places) for t in with_logits(run.values[first], run.partition.needs(s))}
@@ -30,13 +29,12 @@ def forward_whole(run: Any, action: Action):
     run.results[s, first] = result
 
 
-def backward_whole(run: Any, action: Action):
+def backward_whole(run: Any, s: int, first: MicroBatch):
     """Take the parts of all replicas back through a segment."""
-    s, _, first = action
     places = run.together(s, first)
     if run.head and s == run.partition.stages - 1:
         for m in places:
-            with tf.device(run.device(s, run.lane(m))):
+            with tf.device(run.device(s, m.lane)):
                 run.send(m, run.head(run, m, with_logits(run.values[m], run.route.ends)))
     arrived = [run.arrived(s, m) for m in places]
     cotangents = {
@@ -52,9 +50,9 @@ def backward_whole(run: Any, action: Action):
             run.send(m, {t: piece})
 
 
-def forward_collective(run: Any, action: Action):
+def forward_collective(run: Any, s: int, first: MicroBatch):
     """Exchange what ranks have of a tensor."""
-    collective, places, devices, inputs, (y,) = exchanged(run, action)
+    collective, places, devices, inputs, (y,) = exchanged(run, s, first)
     edges = [run.values[m][inputs[0]] if inputs else Edge(None) for m in places]
     values = collective.there([e.value for e in edges], devices, run.engine.reduce)
     masks = collective.of_mask([e.mask for e in edges], devices)
@@ -62,9 +60,9 @@ def forward_collective(run: Any, action: Action):
         run.values[m][y] = Edge(value, mask)
 
 
-def backward_collective(run: Any, action: Action):
+def backward_collective(run: Any, s: int, first: MicroBatch):
     """Exchange what ranks have of a gradient."""
-    collective, places, devices, inputs, (y,) = exchanged(run, action)
+    collective, places, devices, inputs, (y,) = exchanged(run, s, first)
     arrived = [run.cotangents[m].get(y) for m in places]
     if all(arrived) and (run.watch_inputs or run.is_learned(y)):
         summed = []
@@ -75,13 +73,12 @@ def backward_collective(run: Any, action: Action):
             run.send(m, {inputs[0]: gradient})
 
 
-def exchanged(run: Any, action: Action) -> tuple:
+def exchanged(run: Any, s: int, first: MicroBatch) -> tuple:
     """A collective, the micro-batches of the ranks, their devices, what goes in and what comes out."""
-    s, _, first = action
     (i,) = run.partition.ops(s)
     op = run.graph.ops[i]
     places = run.together(s, first)
-    return run.route.collectives[s], places, [run.device(s, run.lane(m)) for m in places], op.inputs, op.outputs
+    return run.route.collectives[s], places, [run.device(s, m.lane) for m in places], op.inputs, op.outputs
 
 
 GLOBAL_BATCH = {Kind.FORWARD: forward_whole, Kind.BACKWARD: backward_whole}

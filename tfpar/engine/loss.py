@@ -11,7 +11,7 @@ from tfpar.compat import _keras
 from tfpar.compat._tf import independent
 from tfpar.engine import micro_batch
 from tfpar.engine.added_losses import weights
-from tfpar.engine.engine import Engine, ExecutionGraph, each, tensors_of
+from tfpar.engine.engine import Engine, ExecutionGraph, MicroBatch, each, tensors_of
 from tfpar.engine.executor import Execution
 from tfpar.engine.program import Edge, Program, differentiable, restored
 from tfpar.engine.vjp import present, watched
@@ -160,7 +160,7 @@ class Head:
         plain = all(None not in s.shape[1:] and s.shape and _keras.get_keras_mask(s) is None for s in symbols)
         return self.parts == 1 or (plain and not engine.has_masks)
 
-    def __call__(self, run: Execution, m: int, outputs: dict[int, Edge]) -> dict[int, tf.Tensor]:
+    def __call__(self, run: Execution, m: MicroBatch, outputs: dict[int, Edge]) -> dict[int, tf.Tensor]:
         """The cotangents of the model's outputs for part `m`."""
         if self.parts > 1 and self.totals is None:
             masks = {}
@@ -174,7 +174,7 @@ class Head:
         self.count(run, m, values, loss)
         return cotangents
 
-    def turn(self, run: Execution, m: int, program: Program, variables: list[tf.Tensor], edges: dict[int, Edge]):
+    def turn(self, run: Execution, m: MicroBatch, program: Program, variables: list[tf.Tensor], edges: dict[int, Edge]):
         """The last stage's result for part `m`, the gradients of its variables, and the cotangents of its edges."""
         if self.parts > 1 and self.totals is None:
             symbols = self.program.engine.graph.symbols
@@ -187,9 +187,9 @@ class Head:
         self.count(run, m, values, loss)
         return result, gradients, cotangents
 
-    def count(self, run: Execution, m: int, values: list[tf.Tensor], loss: tf.Tensor):
+    def count(self, run: Execution, m: MicroBatch, values: list[tf.Tensor], loss: tf.Tensor):
         """Note the loss of a part, which all ranks find alike."""
-        if not run.rank(m):
+        if not m.lane.tensor:
             self.values_of.append(values)
             self.losses.append(loss)
 

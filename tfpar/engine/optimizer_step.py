@@ -18,6 +18,7 @@ from tfpar.compat._tf import LogicalReplica, set_container
 from tfpar.engine import batch_results
 from tfpar.engine.engine import Engine, device_of, each, layout_of, scattered, shards_of, whole
 from tfpar.engine.executor import Execution
+from tfpar.planning.mesh import FIRST, Coordinate
 from tfpar.planning.sharding import REPLICATED
 from tfpar.variables.logical import HOST, LogicalVariable
 from tfpar.variables.shard_view import ShardView
@@ -33,7 +34,7 @@ class Place(NamedTuple):
 
     device: str
     stage: int
-    lane: int
+    lane: Coordinate
     number: int
 
 
@@ -49,7 +50,6 @@ class Update:
         self.strategy, self.engine, self.model = strategy, engine, engine.model
         self.weights = list(self.model.trainable_weights)  # as they were when the model was compiled
         self.mesh, self.stages = strategy.mesh, range(engine.plan.partition.stages)
-        self.lanes = self.mesh.data * self.mesh.tensor
         self.away = strategy.offload == "optimizer"
         self.programs = {
             s: [engine.traced(partial(run, s), compiled=not self.away) for run in (self.bound, self.squared)]
@@ -68,8 +68,9 @@ class Update:
     def __call__(self, run: Execution, scale: Any):
         """Reduce the gradients of a pass and apply them."""
         reduced = self.reduced(run)
-        as_one = self.lanes == 1 and not self.engine.jit_compile and not self.away
-        as_one = as_one or all(gradient is None for lanes in reduced for gradient in lanes)  # Keras says what is wrong
+        as_one = len(self.mesh.lanes) == 1 and not self.engine.jit_compile and not self.away
+        nothing = all(gradient is None for lanes in reduced for gradient in lanes.values())
+        as_one = as_one or nothing  # Keras says what is wrong
         if as_one or not self.in_parts:
             self.apply(range(len(self.weights)), [self.whole_gradient(n, g) for n, g in enumerate(reduced)], scale)
             return
@@ -104,10 +105,7 @@ class Update:
     @cached_property
     def places(self) -> list[Place]:
         """Every device, once for each stage that it has."""
-        devices = [
-            (self.engine.plan.device(s, *divmod(lane, self.mesh.tensor)), s, lane)
-            for lane in range(self.lanes) for s in self.stages
-        ]  # fmt: skip
+        devices = [(self.engine.plan.device(s, lane), s, lane) for lane in self.mesh.lanes for s in self.stages]
         return [Place(*place, self.mesh.devices.index(place[0])) for place in devices]
 
     @property
@@ -164,11 +162,13 @@ class Update:
     def copy(self, variable: Any, place: Place) -> tf.Variable:
         """What a device has of a variable."""
         copies = _keras.stored(variable).copies if isinstance(variable, keras.Variable) else variable.copies
-        return copies[place.number if len(copies) == self.mesh.size else place.lane if len(copies) > 1 else 0]
+        if len(copies) == self.mesh.size:
+            return copies[place.number]
+        return copies[self.mesh.lanes.index(place.lane) if len(copies) > 1 else 0]
 
     # ---- gradients
 
-    def reduced(self, run: Execution) -> list[list[Any]]:
+    def reduced(self, run: Execution) -> list[dict[Coordinate, Any]]:
         """The gradient of each weight on each lane, or the shard that it updates.
 
         Those that come from one segment are added up together.
@@ -183,26 +183,27 @@ class Update:
                 if v is not None:
                     key = s, last.get(v, 0) if run.ranks == 1 else 0, v in self.engine.partial
                     buckets.setdefault(key, []).append(n)
-        ranks, lanes, gradients = self.mesh.tensor, range(self.lanes), batch_results.gradients(run)
+        mesh, gradients = self.mesh, batch_results.gradients(run)
         terms = {n: gradients.get(v, []) for n, v in enumerate(self.numbers)}
         with tf.name_scope("all-reduce/weights"):
             for (*_, is_partial), members in buckets.items():
                 copied = {n for n in members if not self.in_parts or shards_of(self.weights[n]) == REPLICATED}
                 every = [(n, term) for n in members for term in terms[n]]
-                for k in range(ranks):
-                    self.add_up([(n, term) for n, term in every if n in copied], lanes[k::ranks])
+                for rank in mesh.along("tensor", FIRST):
+                    replicas = mesh.along("data", rank)
+                    self.add_up([(n, term) for n, term in every if n in copied], replicas)
                     if not run.scatters:
-                        self.scatter([(n, term) for n, term in every if n not in copied], lanes[k::ranks])
-                for r in range(self.mesh.data if is_partial else 0):
-                    self.add_up(every, lanes[r * ranks : (r + 1) * ranks])
-        found = [[self.total(n, lane, terms[n]) for lane in lanes] for n in range(len(self.weights))]
+                        self.scatter([(n, term) for n, term in every if n not in copied], replicas)
+                for replica in mesh.along("data", FIRST) if is_partial else ():
+                    self.add_up(every, mesh.along("tensor", replica))
+        found = [{lane: self.total(n, lane, terms[n]) for lane in mesh.lanes} for n in range(len(self.weights))]
         if self.engine.plan.zero < 3:
             return found
         # other replicas read a shard until they are back; TensorFlow's optimizer may lose the edges that say so
         with tf.control_dependencies([done for last in run.last.values() for done in last]):
-            return [[each(tf.identity, g) for g in parts] for parts in found]
+            return [{lane: each(tf.identity, g) for lane, g in parts.items()} for parts in found]
 
-    def add_up(self, terms: Sequence[tuple[int, list]], lanes: Sequence[int]):
+    def add_up(self, terms: Sequence[tuple[int, dict]], lanes: Sequence[Coordinate]):
         """Replace gradients of these lanes by their sum."""
         if terms:
             devices = [device_of(self.weights[terms[0][0]], lane) for lane in lanes]
@@ -213,14 +214,14 @@ class Update:
                 for lane, total in zip(lanes, totals, strict=True):
                     term[lane] = total
 
-    def scatter(self, terms: Sequence[tuple[int, list]], lanes: Sequence[int]):
+    def scatter(self, terms: Sequence[tuple[int, dict]], lanes: Sequence[Coordinate]):
         """Replace gradients of these lanes, each by its shard of their sum."""
         for n, term in terms:
             shards = scattered(self.weights[n], [term[lane] for lane in lanes], lanes)
             for lane, shard in zip(lanes, shards, strict=True):
                 term[lane] = shard
 
-    def total(self, n: int, lane: int, terms: Sequence[list]) -> Any:
+    def total(self, n: int, lane: Coordinate, terms: Sequence[dict]) -> Any:
         """The gradient of a weight on a lane from its terms; `None` if it has none."""
         present = [term[lane] for term in terms if term[lane] is not None]
         if len(present) < 2:
@@ -228,16 +229,17 @@ class Update:
         with tf.device(device_of(self.weights[n], lane)):
             return plain(sum_of(present))
 
-    def whole_gradient(self, n: int, parts: Sequence[Any]) -> Any:
+    def whole_gradient(self, n: int, parts: dict[Coordinate, Any]) -> Any:
         """The gradient of a weight, from those of its ranks' parts, each the sum over replicas."""
         stored = _keras.stored(self.weights[n])
-        if parts[0] is None or not is_divided(self.weights[n]):
-            return parts[0]
-        return joined(parts[: self.mesh.tensor], stored.layout, stored.shape.as_list())
+        if parts[FIRST] is None or not is_divided(self.weights[n]):
+            return parts[FIRST]
+        of_ranks = [parts[rank] for rank in self.mesh.along("tensor", FIRST)]
+        return joined(of_ranks, stored.layout, stored.shape.as_list())
 
     # ---- the optimizer
 
-    def at_places(self, which: int, places: Sequence[Place], reduced: list[list[Any]], scale: Any, norms: list) -> list:
+    def at_places(self, which: int, places: Sequence[Place], reduced: list[dict], scale: Any, norms: list) -> list:
         """The results of a program on each of these devices, for its copies and gradients."""
 
         def run(number: int) -> Any:
@@ -251,7 +253,7 @@ class Update:
 
         return on_each([HOST if self.away else place.device for place in places], run)
 
-    def norms(self, places: Sequence[Place], reduced: list[list[Any]], scale: Any) -> list[tf.Tensor]:
+    def norms(self, places: Sequence[Place], reduced: list[dict], scale: Any) -> list[tf.Tensor]:
         """For each of these devices, the squared norm of every weight's gradient; 0 where there is none."""
         squares = self.at_places(1, places, reduced, scale, [None] * len(places))
         found = []
@@ -263,7 +265,7 @@ class Update:
 
     def counted(self, place: Place) -> tf.Tensor:
         """With what weight each gradient of a device counts in a norm."""
-        replica, rank = divmod(place.lane, self.mesh.tensor)
+        replica, _, rank = place.lane
         weights = [self.weights[n] for n in self.members[place.stage]]
         counts = [
             (rank == 0 or layout_of(w) != REPLICATED) and (replica == 0 or shards_of(w) != REPLICATED) for w in weights

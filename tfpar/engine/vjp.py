@@ -11,18 +11,19 @@ import tensorflow as tf
 from tfpar.comm.collectives import size
 from tfpar.comm.gradients import SharedRows, add, cast
 from tfpar.compat._tf import made_again
-from tfpar.engine.engine import device_of, scattered, shards_of, tensors_of
+from tfpar.engine.engine import MicroBatch, device_of, scattered, shards_of, tensors_of
 from tfpar.engine.program import Edge, Program, Result, differentiable, key_of, packed, tensor_of
 from tfpar.engine.remat import SplitProgram, makers
 from tfpar.graph.recording import UnusedResults
+from tfpar.planning.mesh import Coordinate
 from tfpar.planning.sharding import REPLICATED
 
 AT_ONCE = 2**26  # elements of gradients that a compiled program adds up
 
 
-def keep(run: Any, s: int, m: int, gradients: dict[int, Any]):
+def keep(run: Any, s: int, m: MicroBatch, gradients: dict[int, Any]):
     """Add gradients of variables to those of earlier micro-batches; of those that replicas divide, the shards."""
-    lanes, whole = [run.lane(n) for n in run.together(s, m)], {}
+    lanes, whole = [n.lane for n in run.together(s, m)], {}
     for v, gradient in gradients.items():
         variable = run.engine.graph.variables[v]
         if run.shares_rows(s, v, gradient):
@@ -30,18 +31,18 @@ def keep(run: Any, s: int, m: int, gradients: dict[int, Any]):
         if not run.scatters or shards_of(variable) == REPLICATED:
             whole[v] = gradient
             continue
-        key = s, m % run.parts.micro_batches, run.rank(m), v
+        key = s, m.micro_batch, m.lane.tensor, v
         waiting = run.waiting.setdefault(key, {})
         waiting.update({lanes[0]: cast(gradient, variable.dtype), **dict.fromkeys(lanes[1:])})
         if len(waiting) == run.parts.replicas:
-            every = range(run.rank(m), run.engine.lanes, run.ranks)
+            every = run.mesh.along("data", m.lane)
             for lane, part in zip(every, scattered(variable, list(waiting.values()), every), strict=True):
                 with tf.device(device_of(variable, lane)):
                     count(run, s, lane, {v: part})
     count(run, s, lanes[0], whole)
 
 
-def count(run: Any, s: int, lane: int, gradients: dict[int, Any]):
+def count(run: Any, s: int, lane: Coordinate, gradients: dict[int, Any]):
     """Add to the gradients of variables, which have the dtype of these."""
     later = {}
     for v, gradient in gradients.items():
@@ -69,7 +70,7 @@ def groups(gradients: dict[int, tf.Tensor]) -> Iterable[list[int]]:
         yield some
 
 
-def again_of(run: Any, s: int, m: int, program: Program, variables: list[tf.Tensor]) -> list[Callable | None]:
+def again_of(run: Any, s: int, m: MicroBatch, program: Program, variables: list[tf.Tensor]) -> list[Callable | None]:
     """For each variable of a program, what gives it for the backward pass, if what goes forward must not keep it.
 
     That is so for what was gathered for this program alone; and a compiled program would keep a copy of each weight for

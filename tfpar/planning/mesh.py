@@ -2,10 +2,22 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple
 
 from tfpar.errors import DeviceError
 
-AXES = ("data", "stage", "tensor")
+
+class Coordinate(NamedTuple):
+    """Where a device is in a mesh: which replica, stage and rank."""
+
+    data: int = 0
+    stage: int = 0
+    tensor: int = 0
+
+
+AXES = Coordinate._fields
+FIRST = Coordinate()
 
 
 @dataclass(frozen=True)
@@ -24,7 +36,7 @@ class Mesh:
 
     Example:
         >>> mesh = Mesh(data=2, stage=2, devices=("GPU:0", "GPU:1", "GPU:2", "GPU:3"))
-        >>> mesh.device(data=1, stage=0)
+        >>> mesh.device(Coordinate(data=1, stage=0))
         'GPU:2'
     """
 
@@ -60,9 +72,18 @@ class Mesh:
         """Whether there are devices, and all of them are GPUs."""
         return bool(self.devices) and all("GPU" in device for device in self.devices)
 
-    def device(self, data: int = 0, stage: int = 0, tensor: int = 0) -> str:
+    def device(self, at: Coordinate) -> str:
         """The name of the device at a coordinate."""
-        return self.devices[(data * self.stage + stage) * self.tensor + tensor]
+        return self.devices[(at.data * self.stage + at.stage) * self.tensor + at.tensor]
+
+    @property
+    def lanes(self) -> tuple[Coordinate, ...]:
+        """Each rank of each replica, on the first stage; the other stages of a lane differ in that alone."""
+        return tuple(Coordinate(data=r, tensor=k) for r, k in product(range(self.data), range(self.tensor)))
+
+    def along(self, axis: str, at: Coordinate) -> tuple[Coordinate, ...]:
+        """The coordinates that differ from this one along an axis only, itself among them."""
+        return tuple(at._replace(**{axis: n}) for n in range(getattr(self, axis)))
 
     def on(self, devices: Sequence[str]) -> "Mesh":
         """The same shape on these devices."""

@@ -21,7 +21,7 @@ class Partition:
         PartitionError: a stage without operations, or a tensor that would flow from a later stage to an earlier one.
 
     Example:
-        >>> from tfpar.graph import Op, OpGraph, Tensor
+        >>> from tfpar.planning.op_graph import Op, OpGraph, Tensor
         >>> chain = OpGraph((Op("a", (0,), (1,)), Op("b", (1,), (2,))), (Tensor((4,)),) * 3, (), (0,), (2,))
         >>> Partition(chain, (0, 1)).edges(0)
         (1,)
@@ -209,8 +209,8 @@ def partition(graph: OpGraph, stages: int, placement, hardware: Hardware, rows: 
     """The partition that `placement` asks for: `"auto"`, names where a stage begins, or a mapping name -> stage.
 
     Example:
-        >>> from tfpar.cost import HARDWARE
-        >>> from tfpar.graph import Op, OpGraph, Tensor
+        >>> from tfpar.planning.cost import HARDWARE
+        >>> from tfpar.planning.op_graph import Op, OpGraph, Tensor
         >>> a, b = Op("a", (0,), (1,), flops=1e9), Op("b", (1,), (2,), flops=1e9)
         >>> chain = OpGraph((a, b), (Tensor((4,)),) * 3, (), (0,), (2,))
         >>> partition(chain, 2, "auto", HARDWARE["CPU"]).stage_of

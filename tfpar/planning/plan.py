@@ -8,7 +8,7 @@ from rich.console import RenderableType
 
 from tfpar.planning import plan_report
 from tfpar.planning.cost import BACKWARD, Hardware, StageCost, op_seconds
-from tfpar.planning.mesh import Mesh
+from tfpar.planning.mesh import FIRST, Coordinate, Mesh
 from tfpar.planning.partition import Partition
 from tfpar.planning.schedule import Schedule
 from tfpar.planning.sharding import REPLICATED, Layout, Sharding, sharded
@@ -77,9 +77,9 @@ class Plan:
     weights: tuple[Weight, ...] = ()
     exchanges: tuple[Exchange, ...] = ()
 
-    def device(self, stage: int, replica: int = 0, rank: int = 0) -> str:
-        """The device of a stage."""
-        return self.mesh.device(replica, self.schedule.device_of[stage], rank)
+    def device(self, stage: int, at: Coordinate = FIRST) -> str:
+        """The device of a stage of a lane."""
+        return self.mesh.device(at._replace(stage=self.schedule.device_of[stage]))
 
     def home(self, variable: int) -> str:
         """The device of a variable, in the first replica."""
@@ -108,24 +108,24 @@ class Plan:
         """The simulated step."""
         return simulate(self.schedule, self.cost)
 
-    def bytes(self, stage: int, lane: int = 0) -> int:
+    def bytes(self, stage: int, at: Coordinate = FIRST) -> int:
         """An estimate of what a lane needs for a stage: of all columns of the table."""
         kinds = self.parameter_bytes, self.gradient_bytes, self.optimizer_bytes
-        return sum(of(stage, lane) for of in kinds) + self.activation_bytes(stage)
+        return sum(of(stage, at) for of in kinds) + self.activation_bytes(stage)
 
     def edge_bytes(self, stage: int) -> int:
         """Bytes of one sample that leave a stage."""
         return sum(self.partition.graph.tensors[t].bytes for t in self.partition.edges(stage))
 
-    def parameter_bytes(self, stage: int, lane: int = 0) -> int:
+    def parameter_bytes(self, stage: int, at: Coordinate = FIRST) -> int:
         """Bytes of the variables that a lane has of a stage."""
-        return sum(self.part(v, lane) for v in self.variables(stage))
+        return sum(self.part(v, at) for v in self.variables(stage))
 
-    def optimizer_bytes(self, stage: int, lane: int = 0) -> int:
+    def optimizer_bytes(self, stage: int, at: Coordinate = FIRST) -> int:
         """Bytes of the optimizer's slots that a lane has of a stage."""
-        return sum(self.part(v, lane, self.slot_bytes[v], 1) for v in self.variables(stage) if self.slot_bytes)
+        return sum(self.part(v, at, self.slot_bytes[v], 1) for v in self.variables(stage) if self.slot_bytes)
 
-    def gradient_bytes(self, stage: int, lane: int = 0) -> int:
+    def gradient_bytes(self, stage: int, at: Coordinate = FIRST) -> int:
         """Bytes of the gradients that a lane has of a stage.
 
         With micro-batches they are those of one beside the sums, and the weights in the dtype in which all read them.
@@ -134,24 +134,24 @@ class Plan:
         for v in self.variables(stage):
             variable = self.partition.graph.variables[v]
             if variable.trainable:
-                found += self.part(v, lane, zero=2)
+                found += self.part(v, at, zero=2)
                 if self.schedule.micro_batches > 1:
                     read = variable.read_bytes
-                    found += self.part(v, lane, read or variable.bytes, 4) + self.part(v, lane, read, 4)
+                    found += self.part(v, at, read or variable.bytes, 4) + self.part(v, at, read, 4)
         return found
 
     def variables(self, stage: int) -> list[int]:
         """The variables of a stage."""
         return [v for v in range(len(self.partition.graph.variables)) if self.partition.home(v) == stage]
 
-    def part(self, v: int, lane: int, whole: int | None = None, zero: int = 3) -> int:
+    def part(self, v: int, at: Coordinate, whole: int | None = None, zero: int = 3) -> int:
         """Of the bytes of a variable, or of its slots, those that a lane has.
 
         Args:
             zero: from which kind of ZeRO on replicas divide them; 4 for what they never divide.
         """
         variable = self.partition.graph.variables[v]
-        part = self.sharding(v, zero).shape(variable.shape, lane, self.mesh.data * self.mesh.tensor)
+        part = self.sharding(v, zero).shape(variable.shape, at, self.mesh.data)
         return (variable.bytes if whole is None else whole) * prod(part) // max(1, prod(variable.shape))
 
     def sharding(self, v: int, zero: int = 3) -> Sharding:
@@ -170,7 +170,7 @@ class Plan:
 
     def rank_bytes(self, rank: int) -> int:
         """Bytes of the variables of a rank, on all stages."""
-        return sum(self.parameter_bytes(s, rank) for s in range(self.partition.stages))
+        return sum(self.parameter_bytes(s, Coordinate(tensor=rank)) for s in range(self.partition.stages))
 
     def __rich__(self) -> RenderableType:
         return plan_report.tables(self)

@@ -8,6 +8,7 @@ from rich.box import SIMPLE
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
+from tfpar.planning.mesh import Coordinate
 from tfpar.planning.sharding import REPLICATED, Sharding, bounds
 
 if TYPE_CHECKING:
@@ -48,17 +49,17 @@ def devices(plan: "Plan") -> Table:
     seconds, rows = sum(plan.cost.forward) or 1.0, bounds(plan.rows, mesh.data)
     whole = sum(v.bytes for v in plan.partition.graph.variables) or 1
     for r, s, k in product(range(mesh.data), range(stages), range(mesh.tensor)):
-        lane, ops = r * mesh.tensor + k, plan.partition.ops(s)
-        held = plan.parameter_bytes(s, lane)
+        at, ops = Coordinate(r, s, k), plan.partition.ops(s)
+        held = plan.parameter_bytes(s, at)
         cells = [str(n) for n, count in zip((r, s, k), counts.values(), strict=True) if count > 1]
-        cells.append(plan.device(s, r, k))
+        cells.append(plan.device(s, at))
         if stages > 1:
             first = plan.partition.graph.ops[ops[0]].layer
             cells += [first, str(len(ops)), f"{plan.cost.forward[s] / seconds:.0%}"]
         cells += [str(rows[r + 1] - rows[r])] if mesh.data > 1 else []
         cells += [size(held)] + ([f"{held / whole:.0%}"] if mesh.tensor > 1 or plan.zero == 3 else [])
-        slots = size(plan.optimizer_bytes(s, lane)) if plan.slot_bytes else "?"
-        cells += [size(plan.gradient_bytes(s, lane)), slots, size(plan.activation_bytes(s))]
+        slots = size(plan.optimizer_bytes(s, at)) if plan.slot_bytes else "?"
+        cells += [size(plan.gradient_bytes(s, at)), slots, size(plan.activation_bytes(s))]
         table.add_row(*cells)
     notes = [f"predicted bubble {plan.timeline.bubble:.0%} (idle share of all devices)"] if stages > 1 else []
     if mesh.data > 1:
@@ -79,7 +80,7 @@ def weights(plan: "Plan") -> Table:
     for name in ("weight", "shape", "part", "why"):
         table.add_column(name, overflow="fold")
     for weight in plan.weights:
-        part = Sharding(weight.layout, plan.mesh.tensor).shape(weight.shape, 0, plan.mesh.tensor)
+        part = Sharding(weight.layout, plan.mesh.tensor).shape(weight.shape)
         shown = "" if weight.layout == REPLICATED else str(part)
         table.add_row(weight.path, str(weight.shape), shown, weight.why)
     return table

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from tfpar.planning.mesh import FIRST, Coordinate
+
 
 def bounds(count: Any, parts: int) -> list[Any]:
     """Where `parts` nearly equal parts of `count` begin, and where the last ends; `count` may be a tensor.
@@ -41,7 +43,7 @@ REPLICATED = Layout()
 
 @dataclass(frozen=True)
 class Sharding:
-    """What each lane of a mesh holds of a variable; lane `r * ranks + k` is rank `k` of replica `r`.
+    """What each lane of a mesh holds of a variable.
 
     Args:
         layout: how ranks divide it.
@@ -49,7 +51,7 @@ class Sharding:
         shards: how replicas divide what a rank has (ZeRO).
 
     Example:
-        >>> Sharding(Layout(0), ranks=2, shards=Layout(1)).region((4, 6), lane=3, lanes=4)
+        >>> Sharding(Layout(0), ranks=2, shards=Layout(1)).region((4, 6), Coordinate(data=1, tensor=1), replicas=2)
         ((2, 4), (3, 6))
     """
 
@@ -67,20 +69,27 @@ class Sharding:
         """Whether no lane has all of it."""
         return self.layout != REPLICATED or self.shards != REPLICATED
 
-    def region(self, shape: Sequence[int], lane: int, lanes: int) -> tuple[tuple[int, int], ...]:
+    def lanes(self, copies: int) -> list[Coordinate]:
+        """Whose each of so many copies or parts is."""
+        return [Coordinate(data=n // self.ranks, tensor=n % self.ranks) for n in range(copies)]
+
+    def number(self, at: Coordinate) -> int:
+        """Which of the copies or parts is that of a lane."""
+        return at.data * self.ranks + at.tensor
+
+    def region(self, shape: Sequence[int], at: Coordinate, replicas: int) -> tuple[tuple[int, int], ...]:
         """Where the part of a lane begins and ends, along each dim."""
-        replica, rank = divmod(lane, self.ranks)
         region = [(0, n) for n in shape]
-        for layout, part, parts in ((self.layout, rank, self.ranks), (self.shards, replica, lanes // self.ranks)):
+        for layout, part, parts in ((self.layout, at.tensor, self.ranks), (self.shards, at.data, replicas)):
             if layout.dim is not None:
                 start, stop = region[layout.dim]
                 edges = bounds(stop - start, parts)
                 region[layout.dim] = start + edges[part], start + edges[part + 1]
         return tuple(region)
 
-    def shape(self, shape: Sequence[int], lane: int, lanes: int) -> tuple[int, ...]:
+    def shape(self, shape: Sequence[int], at: Coordinate = FIRST, replicas: int = 1) -> tuple[int, ...]:
         """The shape of what a lane has."""
-        return tuple(stop - start for start, stop in self.region(shape, lane, lanes))
+        return tuple(stop - start for start, stop in self.region(shape, at, replicas))
 
 
 UNSHARDED = Sharding()
@@ -88,7 +97,7 @@ UNSHARDED = Sharding()
 
 def sharded(shape: Sequence[int], sharding: Sharding, replicas: int) -> Sharding:
     """The same, what a rank has divided between replicas too: along its longest dim, if that is long enough."""
-    part = sharding.shape(shape, 0, sharding.ranks * replicas)
+    part = sharding.of_ranks.shape(shape)
     dim = max(range(len(part)), key=lambda d: part[d], default=None)
     if replicas == 1 or dim is None or part[dim] < replicas:
         return sharding

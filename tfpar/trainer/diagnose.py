@@ -9,10 +9,11 @@ import numpy as np
 import tensorflow as tf
 
 from tfpar.engine import micro_batch
+from tfpar.engine.engine import MicroBatch
 from tfpar.engine.executor import Execution
 from tfpar.engine.program import Edge, Program, with_logits
 from tfpar.errors import Caught, StageError
-from tfpar.planning.schedule import Action, Kind
+from tfpar.planning.schedule import Kind
 from tfpar.trainer.training_step import NOT_FINITE, TrainingStep
 
 ACTION = re.compile(  # as `Execution.scope` names it
@@ -49,18 +50,17 @@ def explained(
 
 def located(run: Execution, schedule: Any, finite: bool) -> str | None:
     """The first action that fails, or with `finite` makes something that is not finite, and the layer in it."""
-    for action, emit in run.actions(schedule, Kind.FORWARD):
-        s, _, m = action
-        with tf.device(run.device(s, run.lane(m))):
+    for (s, kind, m), emit in run.actions(schedule, Kind.FORWARD):
+        with tf.device(run.device(s, m.lane)):
             try:
                 emit()
                 made = [run.values[n][t] for n in run.together(s, m) for t in run.partition.edges(s)]
                 wrong = finite and not all(is_finite(edge) for edge in made)
             except Exception as error:
-                Caught.theirs(error, run.scope(action))
+                Caught.theirs(error, run.scope(s, kind, m))
                 wrong = True
             if wrong:
-                return described(run, action, layer(run, action, finite))
+                return described(run, s, m, layer(run, s, m, finite))
     return None
 
 
@@ -69,17 +69,16 @@ def in_loss(run: Execution, head: Any) -> str | None:
     s = run.partition.stages - 1
     for m in run.firsts:
         try:
-            with tf.device(run.device(s, run.lane(m))):
+            with tf.device(run.device(s, m.lane)):
                 head.program.values(with_logits(run.values[m], run.route.ends), *head.targets[run.part(m)], None)
         except Exception as error:
-            Caught.theirs(error, f"the loss of part {m}")
-            return described(run, Action(s, Kind.FORWARD, m), "the loss")
+            Caught.theirs(error, f"the loss of part {run.part(m)}")
+            return described(run, s, m, "the loss")
     return None
 
 
-def layer(run: Execution, action: Action, finite: bool) -> str:
+def layer(run: Execution, s: int, m: MicroBatch, finite: bool) -> str:
     """The first layer of a segment that fails, or makes something that is not finite; all of them, if none does."""
-    s, _, m = action
     ops, values = run.graph.ops, dict(run.values[m])
     for i in run.partition.ops(s) if s not in run.route.collectives else ():
         program = Program(
@@ -97,13 +96,12 @@ def layer(run: Execution, action: Action, finite: bool) -> str:
     return ", ".join(run.route.names(s))
 
 
-def described(run: Execution, action: Action, name: str) -> str:
+def described(run: Execution, s: int, m: MicroBatch, name: str) -> str:
     """An action in words."""
-    s, _, m = action
-    replica, rank = divmod(run.lane(m), run.ranks)
+    replica, _, rank = m.lane
     replica, rank = replica if run.parts.replicas > 1 else None, rank if run.ranks > 1 else None
-    where = place(run.route.stages[s], m % run.parts.micro_batches, replica, rank)
-    return f"{where} on {run.device(s, run.lane(m))}, in {name}"
+    where = place(run.route.stages[s], m.micro_batch, replica, rank)
+    return f"{where} on {run.device(s, m.lane)}, in {name}"
 
 
 def place(stage: Any, micro_batch: Any, replica: Any, rank: Any) -> str:

@@ -17,6 +17,7 @@ from tfpar.engine.executor import Execution
 from tfpar.engine.loss import structured
 from tfpar.engine.program import Edge
 from tfpar.errors import ModelError
+from tfpar.planning.mesh import FIRST, Coordinate
 from tfpar.planning.schedule import Kind
 from tfpar.planning.sharding import REPLICATED
 
@@ -77,18 +78,20 @@ def forward_on_tape(
 ):
     """All parts forward, each operation recorded: every tape can go back, as often as it likes."""
     sources: dict[int, tf.Tensor] = {}
-    copies: dict[tuple[int, int], list[tf.Tensor]] = {}
+    copies: dict[tuple[int, int], dict[Coordinate, tf.Tensor]] = {}
 
-    def copied(s: int, v: int) -> list[tf.Tensor]:
+    def copied(s: int, v: int) -> dict[Coordinate, tf.Tensor]:
         variable = engine.graph.variables[v]
         if v not in sources:
             with tf.device(device_of(variable)):
-                sources[v] = tf.convert_to_tensor(copy_of(variable, 0))
-        values = on_each([device_of(variable, lane) for lane in range(engine.lanes)], lambda r: read(variable, r))
+                sources[v] = tf.convert_to_tensor(copy_of(variable))
+        lanes = engine.mesh.lanes
+        values = on_each([device_of(variable, lane) for lane in lanes], lambda n: read(variable, lanes[n]))
         # the copies are one source
-        return recorded(values, [sources[v]], lambda *found: [of_lanes(run, s, v, found)])
+        found = recorded(values, [sources[v]], lambda *found: [of_lanes(run, s, v, found)])
+        return dict(zip(lanes, found, strict=True))
 
-    def value(s: int, v: int, lane: int) -> tf.Tensor:
+    def value(s: int, v: int, lane: Coordinate) -> tf.Tensor:
         if (s, v) not in copies:
             copies[s, v] = copied(s, v)
         return copies[s, v][lane]
@@ -100,12 +103,13 @@ def forward_on_tape(
 
 def of_lanes(run: Execution, s: int, v: int, found: Sequence[Any]) -> Any:
     """A variable's gradient in a segment from those of all lanes, of which each has the part of its own outputs."""
-    variable, ranks = _keras.stored(run.engine.graph.variables[v]), run.ranks
+    variable, mesh = _keras.stored(run.engine.graph.variables[v]), run.mesh
     found = [SharedRows(g.values, g.indices, g.dense_shape) if isinstance(g, tf.IndexedSlices) else g for g in found]
     sparse = any(map(is_sparse, found))
     replicas = []
-    for r in range(0, len(found), ranks):
-        of_ranks = [g for g in found[r : r + ranks] if is_sparse(g) or not sparse]  # a tape fills gaps with zeros
+    for replica in mesh.along("data", FIRST):
+        of_replica = [g for lane, g in zip(mesh.lanes, found, strict=True) if lane.data == replica.data]
+        of_ranks = [g for g in of_replica if is_sparse(g) or not sparse]  # a tape fills gaps with zeros
         if not of_ranks:
             continue
         if getattr(variable, "layout", REPLICATED) != REPLICATED:
@@ -145,13 +149,13 @@ def forward_with_pullback(
     def backward(*cotangents: tf.Tensor | None) -> list[Any]:
         back = run.again()
         for t, cotangent in zip(outputs, cotangents[: len(outputs)], strict=True):
-            for m, (piece,) in enumerate(micro_batch.split([cotangent], parts.count)):
+            for m, (piece,) in zip(back.firsts, micro_batch.split([cotangent], parts.count), strict=True):
                 back.cotangents[m][t] = [piece]
         back.loss_cotangent = dict(zip(added, cotangents[len(outputs) :], strict=True))
         back.run(schedule, Kind.BACKWARD)
         of = batch_results.gradients(back)
         found = [
-            *(plain(batch_results.summed(back, v, 0, [part for (part,) in of.get(v, ())])) for v, _ in trainable),
+            *(plain(batch_results.summed(back, v, FIRST, [g[FIRST] for g in of.get(v, ())])) for v, _ in trainable),
             *(batch_results.input_gradient(back, t) for t in inside),
         ]
         dense = [n for n, g in enumerate(found) if isinstance(g, tf.Tensor)]

@@ -74,7 +74,7 @@ def place(strategy: Any, engine: Engine):
 def homes(strategy: Any, engine: Engine, v: int) -> tuple[Home, Home]:
     """Where a variable goes, and where an optimizer's slots for it do: in parts over replicas, as ZeRO has them."""
     mesh, stage = strategy.mesh, engine.plan.partition.home(v)
-    lanes = tuple(engine.plan.device(stage, r, k) for r in range(mesh.data) for k in range(mesh.tensor))
+    lanes = tuple(engine.plan.device(stage, lane) for lane in mesh.lanes)
     slots = (HOST,) * len(lanes) if strategy.offload else lanes
     return Home(lanes, engine.plan.sharding(v)), Home(slots, engine.plan.sharding(v, zero=1))
 

@@ -21,6 +21,7 @@ from tfpar.compat._tf import (
     unrecorded,
 )
 from tfpar.errors import ModelError, ScopeError
+from tfpar.planning.mesh import Coordinate
 from tfpar.planning.sharding import REPLICATED, UNSHARDED, Layout, Sharding
 
 HOST = "CPU:0"
@@ -100,8 +101,7 @@ class LogicalVariable(MirroredVariable):
             return bound[id(self)]
         if not tf.executing_eagerly() and not _keras.in_program():
             self._settled = True  # a function holds on to the value where it is
-        lane = number_of(replica) * self._sharding.ranks if replica and len(self._values) > 1 else 0
-        return self._values[lane]
+        return self.copy_of(Coordinate(data=number_of(replica) if replica else 0))
 
     _get_cross_replica = _get_on_device_or_primary = _get
 
@@ -163,46 +163,55 @@ class LogicalVariable(MirroredVariable):
             value = tf.ensure_shape(tf.convert_to_tensor(value), self.shape)
         return parts_of(value, self._sharding, len(self._values))
 
-    def of_lane(self, lane: int) -> tf.Tensor:
+    def copy_of(self, at: Coordinate) -> tf.Variable:
+        """The variable that holds the value, or a part of it, for a lane."""
+        return self._values[self._sharding.number(at) if len(self._values) > 1 else 0]
+
+    @property
+    def lanes(self) -> list[Coordinate]:
+        """Whose each copy or part is."""
+        return self._sharding.lanes(len(self._values))
+
+    @property
+    def replicas(self) -> int:
+        """How many have a copy or a part."""
+        return len(self._values) // self._sharding.ranks or 1
+
+    def of_lane(self, at: Coordinate) -> tf.Tensor:
         """The value, or the part of a rank, for a lane, on the current device."""
-        if len(self._values) == 1:
-            lane = 0
         if self._sharding.shards == REPLICATED:
-            return copy_on_device(self._values[lane])
-        ranks = self._sharding.ranks
-        return concat([copy_on_device(c) for c in self._values[lane % ranks :: ranks]], self._sharding.shards)
+            return copy_on_device(self.copy_of(at))
+        shards = [copy_on_device(self.copy_of(at._replace(data=r))) for r in range(self.replicas)]
+        return concat(shards, self._sharding.shards)
 
     def rank_shape(self, rank: int) -> tuple[int, ...]:
         """The shape of what a rank has, shards of replicas together."""
-        return self._sharding.of_ranks.shape(self.shape.as_list(), rank, len(self._values))
+        return self._sharding.of_ranks.shape(self.shape.as_list(), Coordinate(tensor=rank))
 
-    def shard_of(self, lane: int) -> tf.Tensor:
+    def shard_of(self, at: Coordinate) -> tf.Tensor:
         """What an optimizer updates for a lane, on the current device."""
-        copy, shape, lanes = self._values[lane if len(self._values) > 1 else 0], self.shape.as_list(), len(self._values)
+        copy, shape = self.copy_of(at), self.shape.as_list()
         with tf.device(copy.device):
             value = copy.read_value()
             if self.follow.sharding != self._sharding:
                 here, there = (
-                    sharding.region(shape, lane, lanes) for sharding in (self._sharding, self.follow.sharding)
+                    sharding.region(shape, at, self.replicas) for sharding in (self._sharding, self.follow.sharding)
                 )
                 value = cut(value, [(a - c, b - c) for (c, _), (a, b) in zip(here, there, strict=True)])
         return tf.identity(value)
 
     def write_shards(self, shards: Sequence[tf.Tensor]):
         """Assign what an optimizer made of `shard_of` each lane."""
-        for lane, copy in enumerate(self._values):
+        for at, copy, own in zip(self.lanes, self._values, shards, strict=True):
             with tf.device(copy.device):
-                value = shards[lane]
-                if self.follow.sharding != self._sharding:
-                    ranks = self._sharding.ranks
-                    value = concat(shards[lane % ranks :: ranks], self.follow.sharding.shards)
-                copy.assign(value)
+                of_rank = [s for lane, s in zip(self.lanes, shards, strict=True) if lane.tensor == at.tensor]
+                divides = self.follow.sharding != self._sharding
+                copy.assign(concat(of_rank, self.follow.sharding.shards) if divides else own)
 
     @property
     def regions(self) -> list[tuple]:
         """Where the part of each copy begins and ends, along each dim."""
-        lanes = len(self._values)
-        return [self._sharding.region(self.shape.as_list(), lane, lanes) for lane in range(lanes)]
+        return [self._sharding.region(self.shape.as_list(), at, self.replicas) for at in self.lanes]
 
     def _export_to_saved_model_graph(self, *args, **kwargs):
         if self._sharding.divides:
@@ -304,8 +313,9 @@ class Home(NamedTuple):
 
 def joined(parts: Sequence[tf.Tensor], sharding: Sharding) -> tf.Tensor:
     """The value of which lanes have these parts."""
-    ranks = [concat(parts[k :: sharding.ranks], sharding.shards) for k in range(sharding.ranks)]
-    return concat(ranks, sharding.layout)
+    lanes = sharding.lanes(len(parts))
+    of_ranks = [[p for p, at in zip(parts, lanes, strict=True) if at.tensor == k] for k in range(sharding.ranks)]
+    return concat([concat(shards, sharding.shards) for shards in of_ranks], sharding.layout)
 
 
 def concat(parts: Sequence[tf.Tensor], layout: Layout) -> tf.Tensor:
@@ -341,11 +351,11 @@ def copies_of(variable: LogicalVariable, old: tf.Variable, devices: Sequence[str
 
 
 def parts_of(value: Any, sharding: Sharding, lanes: int) -> list[Any]:
-    """What each lane has of a value."""
+    """What each of so many lanes has of a value."""
     if not sharding.divides:
         return [value] * lanes
-    value = tf.convert_to_tensor(value)
-    return [cut(value, sharding.region(value.shape.as_list(), lane, lanes)) for lane in range(lanes)]
+    value, replicas = tf.convert_to_tensor(value), lanes // sharding.ranks
+    return [cut(value, sharding.region(value.shape.as_list(), at, replicas)) for at in sharding.lanes(lanes)]
 
 
 def cut(value: Any, region: Sequence[tuple[int, int]]) -> Any:
