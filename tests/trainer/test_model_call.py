@@ -137,7 +137,7 @@ def test_random_layers_are_divided(make, name, recwarn):
     other = compiled(strategy, build=model, loss="mse", metrics=lambda: None)
     history(X, TARGETS, batch_size=8)(other)
     assert not [w for w in recwarn if "whole batch" in str(w.message)]
-    assert not strategy.explain(other).whole and np.isfinite(other.predict(X, verbose=0)).all()
+    assert not strategy.explain(other).global_batch and np.isfinite(other.predict(X, verbose=0)).all()
 
 
 def test_random_layers_that_mix_do_not_pass():

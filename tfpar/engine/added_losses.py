@@ -28,7 +28,7 @@ def weights(run: Any, result: Result, share: Any) -> dict[tuple[int, int], Any]:
 
 def weight(run: Any, i: int, k: int, share: Any) -> Any:
     """By what to multiply an added loss of a part with this share of the batch, so that the sum is the batch's."""
-    together = run.parts.replicas if run.partition.stage_of[i] in run.route.whole else 1
+    together = run.parts.replicas if run.partition.stage_of[i] in run.route.global_batch else 1
     if together == run.parts.count:
         return 1.0
     kind = run.found(i, "losses", k)

@@ -79,7 +79,7 @@ class ExecutionGraph:
     Args:
         graph, partition: the operations, and the segment of each: what is one program. A stage has one or more.
         source: the model's own operations, of which `graph` was made.
-        whole: segments that take the parts of all replicas at once.
+        global_batch: segments that take the parts of all replicas at once.
         drawn: states of random numbers from which the ranks of a replica draw differently.
         learned: the tensors that depend on weights to train, if that is known.
         loss: where ranks find the loss of a part of the outputs each, which; the targets are the last input then, and
@@ -89,7 +89,7 @@ class ExecutionGraph:
     graph: KerasGraph
     partition: Partition
     source: KerasGraph
-    whole: Set[int] = frozenset()
+    global_batch: Set[int] = frozenset()
     drawn: Set[int] = frozenset()
     learned: Set[int] | None = None
     loss: CrossEntropy | None = None
@@ -235,12 +235,12 @@ class Engine:
             graph, range(len(graph.calls)), graph.graph.outputs, self.model, training, False, True
         )  # fmt: skip
         with tf.device(HOST):
-            variables = [whole(graph.variables[v]) for v in program.variables]
+            variables = [full_value(graph.variables[v]) for v in program.variables]
             edges = program(variables, dict(zip(graph.graph.inputs, inputs, strict=False))).edges
         return [edges[t].mask for t in graph.graph.outputs]
 
 
-def whole(variable: keras.Variable) -> tf.Tensor:
+def full_value(variable: keras.Variable) -> tf.Tensor:
     """All of a variable's value, wherever its parts are."""
     return _keras.stored(variable).read_value() if layout_of(variable) != REPLICATED else read(variable)
 

@@ -96,14 +96,14 @@ class Execution:
         """The schedule's actions of these kinds, for every lane or for those that go together, and what emits each."""
         self.schedule = schedule
         for s, kind, n in schedule.order:
-            ways = COLLECTIVE if s in self.route.collectives else GLOBAL_BATCH if s in self.route.whole else RUN
+            ways = COLLECTIVE if s in self.route.collectives else GLOBAL_BATCH if s in self.route.global_batch else RUN
             for m in self.all if kind in kinds else ():
                 if m.micro_batch == n and self.together(s, m)[0] == m:
                     yield (s, kind, m), partial(ways[kind], self, s, m)
 
     def together(self, s: int, m: MicroBatch) -> list[MicroBatch]:
         """The micro-batches, of several lanes, that go through a segment together with this one; the first leads."""
-        axis = "data" if s in self.route.whole else "tensor" if s in self.route.collectives else None
+        axis = "data" if s in self.route.global_batch else "tensor" if s in self.route.collectives else None
         if axis is None:
             return [m]
         return [n for lane in self.mesh.along(axis, m.lane) if (n := m._replace(lane=lane)) in self.values]
@@ -230,7 +230,7 @@ class Execution:
 
     def count_of(self, s: int) -> int:
         """In how many parts a batch goes through a segment."""
-        return self.parts.micro_batches if s in self.route.whole else self.parts.count
+        return self.parts.micro_batches if s in self.route.global_batch else self.parts.count
 
     def shares_rows(self, s: int, v: int, gradient: Any) -> bool:
         """Whether a variable's gradient in a segment has the same rows for each part of the batch.

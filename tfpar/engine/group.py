@@ -14,7 +14,7 @@ from tfpar.engine.vjp import keep
 from tfpar.planning.schedule import Kind
 
 
-def forward_whole(run: Any, s: int, first: MicroBatch):
+def forward_global_batch(run: Any, s: int, first: MicroBatch):
     """Run a segment on the parts of all replicas at once, and divide what it makes."""
     places = run.together(s, first)
     program = run.program(s)
@@ -29,7 +29,7 @@ def forward_whole(run: Any, s: int, first: MicroBatch):
     run.results[s, first] = result
 
 
-def backward_whole(run: Any, s: int, first: MicroBatch):
+def backward_global_batch(run: Any, s: int, first: MicroBatch):
     """Take the parts of all replicas back through a segment."""
     places = run.together(s, first)
     if run.head and s == run.partition.stages - 1:
@@ -81,5 +81,5 @@ def exchanged(run: Any, s: int, first: MicroBatch) -> tuple:
     return run.route.collectives[s], places, [run.device(s, m.lane) for m in places], op.inputs, op.outputs
 
 
-GLOBAL_BATCH = {Kind.FORWARD: forward_whole, Kind.BACKWARD: backward_whole}
+GLOBAL_BATCH = {Kind.FORWARD: forward_global_batch, Kind.BACKWARD: backward_global_batch}
 COLLECTIVE = {Kind.FORWARD: forward_collective, Kind.BACKWARD: backward_collective}

@@ -16,7 +16,7 @@ from tfpar.comm.gradients import add, joined, plain, sum_of
 from tfpar.compat import _keras, _keras_parts
 from tfpar.compat._tf import LogicalReplica, set_container
 from tfpar.engine import batch_results
-from tfpar.engine.engine import Engine, device_of, each, layout_of, scattered, shards_of, whole
+from tfpar.engine.engine import Engine, device_of, each, full_value, layout_of, scattered, shards_of
 from tfpar.engine.executor import Execution
 from tfpar.planning.mesh import FIRST, Coordinate
 from tfpar.planning.sharding import REPLICATED
@@ -62,7 +62,7 @@ class Update:
         for variable in self.weights:
             if variable.regularizer is not None:
                 with tf.device(device_of(variable)):
-                    found.append(variable.regularizer(whole(variable)))
+                    found.append(variable.regularizer(full_value(variable)))
         return found
 
     def __call__(self, run: Execution, scale: Any):

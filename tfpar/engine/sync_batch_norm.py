@@ -31,8 +31,8 @@ class TakeMoments(ToldTraining):
 
 def share_moments(mean: tf.Tensor, variance: tf.Tensor, divisor: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """The statistics of the batch, once for each of its parts."""
-    whole = _moments.whole_moments(_moments.Moments(mean, variance, divisor))
-    return tuple(tf.broadcast_to(x, tf.shape(mean)) for x in whole)
+    of_batch = _moments.whole_moments(_moments.Moments(mean, variance, divisor))
+    return tuple(tf.broadcast_to(x, tf.shape(mean)) for x in of_batch)
 
 
 class NormalizeWith(ToldTraining):
@@ -47,8 +47,8 @@ class NormalizeWith(ToldTraining):
             return _keras.call_operation(layer, args, kwargs, training, self.call.explicit)
 
 
-def with_shared_statistics(graph: KerasGraph, whole: Set[str]) -> tuple[KerasGraph, frozenset[str]]:
-    """The graph with each BatchNormalization outside of `whole` in three operations, and the names of the second ones.
+def with_shared_statistics(graph: KerasGraph, global_batch: Set[str]) -> tuple[KerasGraph, frozenset[str]]:
+    """The graph with each BatchNormalization not in `global_batch` as three operations, and the names of the second ones.
 
     What a replica computes goes through XLA in one piece; so the statistics leave it, are put together, and come back.
     """
@@ -64,7 +64,7 @@ def with_shared_statistics(graph: KerasGraph, whole: Set[str]) -> tuple[KerasGra
         return len(tensors) - 1
 
     for op, call in zip(graph.graph.ops, graph.calls, strict=True):
-        if not _moments.is_batch_normalization(call.operation) or op.name in whole:
+        if not _moments.is_batch_normalization(call.operation) or op.name in global_batch:
             ops.append(op)
             calls.append(call)
             continue

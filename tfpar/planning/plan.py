@@ -58,7 +58,7 @@ class Plan:
         hardware: what the estimates assume.
         rows: samples in a full batch.
         slot_bytes: for each variable of the graph, the bytes that the optimizer keeps for it.
-        whole: operations that are run for the parts of all replicas at once.
+        global_batch: operations that are run for the parts of all replicas at once.
         segments: programs of a replica.
         zero: what replicas divide, see `MeshStrategy`.
         weights: how each variable of the graph is divided between ranks.
@@ -71,7 +71,7 @@ class Plan:
     hardware: Hardware
     rows: int
     slot_bytes: tuple[int, ...] = ()
-    whole: tuple[str, ...] = ()
+    global_batch: tuple[str, ...] = ()
     segments: int = 1
     zero: int = 0
     weights: tuple[Weight, ...] = ()

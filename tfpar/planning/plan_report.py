@@ -68,8 +68,8 @@ def devices(plan: "Plan") -> Table:
         notes.append(f"{reduced} of gradients added up over replicas, from {programs}")
     if mesh.data > 1 and plan.zero:
         notes.append(f"replicas divide {ZERO[plan.zero]} (ZeRO {plan.zero})")
-    if plan.whole:
-        notes.append(f"computed for all replicas at once: {', '.join(plan.whole)}")
+    if plan.global_batch:
+        notes.append(f"computed for all replicas at once: {', '.join(plan.global_batch)}")
     table.caption = "\n".join(notes) or None
     return table
 

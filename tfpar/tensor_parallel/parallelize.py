@@ -24,7 +24,7 @@ def divided(
     sequence: bool,
     given: Mapping[int, Layout],
     loss: CrossEntropy | None = None,
-    whole: Set[str] = frozenset(),
+    undivided: Set[str] = frozenset(),
     closed: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[RankGraph, tuple[Weight, ...]]:
     """What each rank runs of a model, and how its weights are divided.
@@ -33,7 +33,7 @@ def divided(
         sequence: whether activations may be divided along the sequence (sequence parallelism).
         given: the layouts of variables of the graph that must have a certain one.
         loss: of the model's output; ranks find it together, if each has a part of the logits.
-        whole: names of operations that every rank computes all of.
+        undivided: names of operations that every rank computes all of.
         closed: by the names of operations, why the layers in them are not divided one by one.
 
     Raises:
@@ -41,7 +41,7 @@ def divided(
     """
     sites = [rules.Site(graph, i, ranks, sequence) for i in range(len(graph.calls))]
     options = [list(rules.options(site)) for site in sites]
-    options = [o[:1] if site.op.name in whole else o for site, o in zip(sites, options, strict=True)]
+    options = [o[:1] if site.op.name in undivided else o for site, o in zip(sites, options, strict=True)]
     fit = [fitting(site, found, given) for site, found in zip(sites, options, strict=True)]
     chosen = choose(graph.graph, fit, ranks, hardware, sequence)
     local, layouts = RankGraphBuilder(graph, ranks), {}

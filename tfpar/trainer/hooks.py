@@ -49,7 +49,7 @@ class KerasHooks:
         self.compiled_as: Any = None
         self.has_targets = False
         self.checks = False  # whether a loss that is not finite is an error
-        self.whole: set[str] = set()  # operations that were found to need the whole batch
+        self.global_batch: set[str] = set()  # operations that were found to need the whole batch
         self.seen = 32  # samples of the batch for which a step was traced last
 
     def adopt(self, strategy_for_keras: Any):
@@ -178,7 +178,7 @@ class KerasHooks:
                         f"{replicas}",
                         stacklevel=user_level(),
                     )
-                self.use(prepared(self.strategy, self.model, data, rows, before, frozenset(self.whole)))
+                self.use(prepared(self.strategy, self.model, data, rows, before, frozenset(self.global_batch)))
             self.compiled_as = self.compilation()
         build_losses(self.strategy, self.engine, data)
         return self.engine
@@ -203,9 +203,9 @@ class KerasHooks:
             engine = steps.engine
             if engine and any(discovered.graph is route.graph for route in engine.routes):
                 if isinstance(discovered, NeedsWholeBatch):
-                    if discovered.name in steps.whole:
+                    if discovered.name in steps.global_batch:
                         raise ModelError(f"{discovered.name} could not be computed for the whole batch")
-                    steps.whole.add(discovered.name)
+                    steps.global_batch.add(discovered.name)
                     steps.compiled_as = None
                 else:
                     steps.use(engine.extended(discovered))

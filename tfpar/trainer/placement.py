@@ -19,15 +19,17 @@ from tfpar.trainer.planner import planned
 from tfpar.variables.logical import HOST, Home, LogicalVariable
 
 
-def prepared(strategy: Any, model: keras.Model, data: Any, rows: int, before: Plan | None, whole: Set[str]) -> Engine:
+def prepared(
+    strategy: Any, model: keras.Model, data: Any, rows: int, before: Plan | None, global_batch: Set[str]
+) -> Engine:
     """Create all that Keras would create in its first step, plan, and move every variable to its device.
 
     Args:
         strategy: as for `planned`; gives `zero` and `offload` too.
-        data, rows, before, whole: as for `planned`.
+        data, rows, before, global_batch: as for `planned`.
     """
     _keras.build(model, data)
-    engine = planned(strategy, model, data, rows, before, whole)
+    engine = planned(strategy, model, data, rows, before, global_batch)
     place(strategy, engine)
     return engine
 

@@ -35,7 +35,12 @@ SAMPLES = 3  # of the first batch, with which an opened model is checked
 
 
 def planned(
-    strategy: Any, model: keras.Model, data: Any, rows: int, before: Plan | None = None, whole: Set[str] = frozenset()
+    strategy: Any,
+    model: keras.Model,
+    data: Any,
+    rows: int,
+    before: Plan | None = None,
+    global_batch: Set[str] = frozenset(),
 ) -> Engine:
     """The engine for a model that is built; its variables stay where they are.
 
@@ -45,7 +50,7 @@ def planned(
         data: a batch, `(x, y, sample_weight)`.
         rows: its samples.
         before: the plan that the model had; its variables are there already.
-        whole: names of operations that were found to need the whole batch.
+        global_batch: names of operations that were found to need the whole batch.
     """
     mesh, schedule = strategy.mesh, strategy.schedule(strategy.parts.fit(rows).micro_batches)
     x, y, _ = _keras.unpack_x_y_sample_weight(data)
@@ -58,7 +63,7 @@ def planned(
         checked: set[str] = set()
         ways = zip(graphs, told_in_steps(model), strict=True)
         graphs = [inline_layers(graph, training, checked, closed) for graph, training in ways]
-    names = of_distinct(graphs, lambda graph: whole | batch_wide(strategy, graph))
+    names = of_distinct(graphs, lambda graph: global_batch | batch_wide(strategy, graph))
     finals = list(graphs)
     if mesh.data > 1 and strategy.batch_norm == "global":
         names[0] = names[0] | hidden_normalizations(graphs[0])
@@ -78,7 +83,7 @@ def planned(
         check_stateless(model)
         check_independence(graphs[0], training.probe)
     plan = Plan(
-        cut, mesh, schedule, hardware(strategy), rows, whole=tuple(sorted(names[0])),
+        cut, mesh, schedule, hardware(strategy), rows, global_batch=tuple(sorted(names[0])),
         segments=training.partition.stages, zero=strategy.zero,
         weights=between.pop("weights", ()), exchanges=between.pop("exchanges", ()),
     )  # fmt: skip
@@ -111,8 +116,8 @@ def between_ranks(
     def local(n: int, loss: CrossEntropy | None = None) -> tuple[RankGraph, tuple[Weight, ...]]:
         graph = graphs[n]
         asked = {v: given[id(variable)] for v, variable in enumerate(graph.variables) if id(variable) in given}
-        sequence, whole = strategy.sequence_parallel, names[n]
-        found = divided(graph, count, hardware(strategy), sequence, asked, loss, whole, closed)
+        sequence, undivided = strategy.sequence_parallel, names[n]
+        found = divided(graph, count, hardware(strategy), sequence, asked, loss, undivided, closed)
         given.update({id(v): found[0].layouts.get(n, REPLICATED) for n, v in enumerate(graph.variables)})
         return found
 
@@ -141,8 +146,8 @@ def route_of(
     alone = {i for i, call in enumerate(final.calls) if is_collective(call)}
     labels = [(op.stage, bucket, op.name in names) for op, bucket in zip(ops, buckets, strict=True)]
     cut = segmented(final.graph, labels, alone)
-    whole = frozenset(cut.stage_of[i] for i, op in enumerate(ops) if op.name in names)
-    return ExecutionGraph(final, cut, source, whole, **known)
+    global_batch = frozenset(cut.stage_of[i] for i, op in enumerate(ops) if op.name in names)
+    return ExecutionGraph(final, cut, source, global_batch, **known)
 
 
 def graphs_of(model: keras.Model, x: Any, stages: int, devices: int) -> list[KerasGraph]:
