@@ -86,8 +86,8 @@ def sparse_updates_of_divided_weights(patch):
         return part if dim else type(part)(part.values, part.indices * 0, part.dense_shape)
 
     patch.setattr(collectives, "sparse_part", unmoved)
-    of_first = lambda parts, *rest: gradients.joined(parts[:1] * len(parts), *rest)  # noqa: E731
-    patch.setattr("tfpar.engine.optimizer_step.joined", of_first)
+    of_first = lambda parts, *rest: gradients.of_parts(parts[:1] * len(parts), *rest)  # noqa: E731
+    patch.setattr("tfpar.engine.optimizer_step.of_parts", of_first)
 
 
 def clipping(patch):

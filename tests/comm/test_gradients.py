@@ -12,7 +12,7 @@ from training import check, compiled, history
 import tfpar
 from tfpar import Mesh
 from tfpar.comm import gradients
-from tfpar.comm.gradients import SharedRows, add, folded, joined, plain, sparse_part
+from tfpar.comm.gradients import SharedRows, add, folded, of_parts, plain, sparse_part
 from tfpar.graph.batch_probe import Combine, Probe
 from tfpar.graph.keras_graph import graph_from
 from tfpar.planning.sharding import REPLICATED, Layout
@@ -270,8 +270,8 @@ def test_parts_make_up_the_whole(dim, make):
     else:
         parts = [sparse_part(gradient, dim, (6, 4), *pair) for pair in pairs]
         assert all(type(part) is type(gradient) for part in parts)
-    assert np.allclose(dense(joined(list(map(plain, parts)), Layout(dim), (6, 4))), dense(gradient))
-    assert joined([gradient], REPLICATED, (6, 4)) is gradient
+    assert np.allclose(dense(of_parts(list(map(plain, parts)), Layout(dim), (6, 4))), dense(gradient))
+    assert of_parts([gradient], REPLICATED, (6, 4)) is gradient
 
 
 # ---- planted bugs

@@ -139,7 +139,8 @@ def test_following_inputs():
             )
         assert device(product) == 1 and device(told) == 3 and not nothing.op.device
         assert _tf.device_of(product) == product.op.device
-        assert _tf.largest_input_device(product.op) == product.op.device and _tf.size(small) < _tf.size(large)
+        assert _tf.largest_input_device(product.op) == product.op.device
+        assert _tf.elements_of(small) < _tf.elements_of(large)
         assert device(inner.outputs[0]) == 1
         return product, branch
 
@@ -153,7 +154,7 @@ def test_size_of_an_open_shape():
 
     @tf.function(input_signature=[tf.TensorSpec([None, 3])])
     def function(x):
-        sizes.append(_tf.size(x))
+        sizes.append(_tf.elements_of(x))
 
     function(np.zeros((2, 3), "float32"))
     assert sizes[0] > 2**60

@@ -15,8 +15,8 @@ def test_parts_are_nearly_equal_and_whole(count, parts):
     pieces = micro_batch.split(x, parts)
     sizes = [len(p["a"]) for p in pieces]
     assert max(sizes) - min(sizes) <= 1 and sum(sizes) == count
-    assert np.array_equal(micro_batch.joined([p["b"][0] for p in pieces]), x["b"][0])
-    assert micro_batch.joined([p["b"][1] for p in pieces]) is None
+    assert np.array_equal(micro_batch.concat([p["b"][0] for p in pieces]), x["b"][0])
+    assert micro_batch.concat([p["b"][1] for p in pieces]) is None
     assert np.allclose(micro_batch.shares(sizes), np.array(sizes) / count)
 
 
@@ -70,7 +70,7 @@ def test_sparse():
     x = tf.sparse.from_dense([[1, 0], [0, 2], [3, 4]])
     pieces = micro_batch.split(x, 2)
     assert [tf.sparse.to_dense(p).numpy().tolist() for p in pieces] == [[[1, 0]], [[0, 2], [3, 4]]]
-    assert np.array_equal(tf.sparse.to_dense(micro_batch.joined(pieces)), tf.sparse.to_dense(x))
+    assert np.array_equal(tf.sparse.to_dense(micro_batch.concat(pieces)), tf.sparse.to_dense(x))
     sizes = micro_batch.split_like(tf.range(5), [2, 3])
     assert [p.numpy().tolist() for p in sizes] == [[0, 1], [2, 3, 4]]
 

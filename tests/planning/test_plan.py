@@ -9,7 +9,7 @@ from zoo import ZOO, Subclassed
 
 import tfpar
 from tfpar import ModelError
-from tfpar.planning.plan_report import size
+from tfpar.planning.plan_report import in_units
 from tfpar.testing import difference
 
 FOUR = [f"CPU:{n}" for n in range(4)]
@@ -54,7 +54,7 @@ def test_gradients(policy, read):
         count = sum(map(plan.parameter_bytes, range(4))) / 4
         assert sum(map(plan.gradient_bytes, range(4))) == each * count
         parts = plan.parameter_bytes, plan.gradient_bytes, plan.optimizer_bytes, plan.activation_bytes
-        assert plan.bytes(1) == sum(of(1) for of in parts) and size(plan.gradient_bytes(1)) in str(plan)
+        assert plan.bytes(1) == sum(of(1) for of in parts) and in_units(plan.gradient_bytes(1)) in str(plan)
 
 
 def test_activations_follow_the_schedule():
@@ -102,7 +102,8 @@ def test_explain_replicas():
 
 
 def test_size():
-    assert [size(n) for n in (0, 999, 1500, 2.5e6, 3e9, 4e12)] == ["0 B", "999 B", "1.5 kB", "2.5 MB", "3 GB", "4 TB"]
+    texts = ["0 B", "999 B", "1.5 kB", "2.5 MB", "3 GB", "4 TB"]
+    assert [in_units(n) for n in (0, 999, 1500, 2.5e6, 3e9, 4e12)] == texts
 
 
 # ---- how it looks

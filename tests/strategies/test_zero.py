@@ -13,7 +13,7 @@ from tfpar import Mesh
 from tfpar.comm import collectives
 from tfpar.planning.sharding import REPLICATED, UNSHARDED, Layout, Sharding, sharded
 from tfpar.testing import assert_same
-from tfpar.variables.logical import LogicalVariable, joined, parts_of
+from tfpar.variables.logical import LogicalVariable, of_shards, parts_of
 
 X, Y = data(16)
 
@@ -161,7 +161,7 @@ def test_parts_make_up_the_whole(shape, layout, shards):
     sharding = Sharding(Layout(layout), 2, Layout(shards))
     parts = parts_of(value, sharding, 6)
     assert [tuple(p.shape) for p in parts] == [sharding.shape(shape, lane, 3) for lane in Mesh(3, 1, 2).lanes]
-    assert np.array_equal(joined(parts, sharding), value)
+    assert np.array_equal(of_shards(parts, sharding), value)
     if shards is not None:
         assert sum(p.shape.num_elements() for p in parts) == value.shape.num_elements() * (
             1 if layout is not None else 2

@@ -37,7 +37,7 @@ def all_reduce(values: Sequence[Sequence[Any]], devices: Sequence[str], ops: Any
     for n, parts in enumerate(found):
         if result[n] is None:
             at = load.index(min(load))
-            load[at] += size(parts[0])
+            load[at] += elements_of(parts[0])
             result[n] = copied(summed(parts, devices[at]), devices)
     return result
 
@@ -55,7 +55,7 @@ def reduce_scatter(parts: Sequence[Any], devices: Sequence[str], dim: int, shape
     return shards
 
 
-def size(value: Any) -> int:
+def elements_of(value: Any) -> int:
     """The number of elements, as far as it is known."""
     return (value.values if is_sparse(value) else value).shape.num_elements() or 1
 
@@ -99,30 +99,30 @@ def reduced(values: Values, devices: Sequence[str], dim: int = 0, extent: Any = 
         return batch_reduce(ops, [values])[0]
     if len(devices) == 2 or not values[0].shape.rank:
         return [summed(values, device) for device in devices]
-    return gathered(scattered(values, devices), devices)  # each adds up a part
+    return all_gather(scattered(values, devices), devices)  # each adds up a part
 
 
-def gathered(values: Values, devices: Sequence[str], dim: int = 0, extent: Any = None, ops: Any = None) -> Values:
+def all_gather(values: Values, devices: Sequence[str], dim: int = 0, extent: Any = None, ops: Any = None) -> Values:
     """All parts along `dim`, everywhere."""
     return on_each(devices, lambda _: tf.concat(list(values), dim))
 
 
-def cut(values: Values, devices: Sequence[str], dim: int = 0, extent: Any = None, ops: Any = None) -> Values:
+def own_part(values: Values, devices: Sequence[str], dim: int = 0, extent: Any = None, ops: Any = None) -> Values:
     """Of what all have, each its part."""
-    return on_each(devices, lambda r: part(values[r], dim, r, len(devices), extent))
+    return on_each(devices, lambda r: part_of_rank(values[r], dim, r, len(devices), extent))
 
 
 def scattered(values: Values, devices: Sequence[str], dim: int = 0, extent: Any = None, ops: Any = None) -> Values:
     """Of the sum, each its part."""
     if ops is not None and values[0].dtype in NCCL:
-        return cut(reduced(values, devices, ops=ops), devices, dim, extent)
+        return own_part(reduced(values, devices, ops=ops), devices, dim, extent)
     return [
-        summed([part(value, dim, r, len(devices), extent) for value in values], device)
+        summed([part_of_rank(value, dim, r, len(devices), extent) for value in values], device)
         for r, device in enumerate(devices)
     ]
 
 
-def part(value: tf.Tensor, dim: int, r: int, ranks: int, extent: Any = None) -> tf.Tensor:
+def part_of_rank(value: tf.Tensor, dim: int, r: int, ranks: int, extent: Any = None) -> tf.Tensor:
     """The part of rank `r` along `dim`, of which there are `extent` elements; placed where the value is."""
     extent = value.shape[dim] if extent is None else extent
     edges = bounds(tf.shape(value)[dim] if extent is None else extent, ranks)
@@ -140,8 +140,8 @@ def numbers(values: Values, devices: Sequence[str], dim: int = 0, extent: Any = 
 
 
 EXCHANGES: dict[str, Callable] = {
-    "identity": identity, "all-reduce": reduced, "all-gather": gathered, "slice": cut, "reduce-scatter": scattered,
-    "maximum": maximum, "rank": numbers,
+    "identity": identity, "all-reduce": reduced, "all-gather": all_gather, "slice": own_part,
+    "reduce-scatter": scattered, "maximum": maximum, "rank": numbers,
 }  # fmt: skip
 LOCAL = ("identity", "slice", "rank")  # nothing crosses between ranks
 

@@ -95,7 +95,7 @@ def sparse_part(gradient: Any, dim: int, shape: Sequence[int], start: int, stop:
     return type(gradient)(values, indices, tf.constant(dense, tf.int32))
 
 
-def joined(parts: Sequence[Any], layout: Layout, shape: Sequence[int]) -> Any:
+def of_parts(parts: Sequence[Any], layout: Layout, shape: Sequence[int]) -> Any:
     """The gradient of a weight of this shape of which ranks have these parts; sparse, if they are."""
     if layout.dim is None or len(parts) == 1:
         return parts[0]

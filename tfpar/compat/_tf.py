@@ -87,11 +87,11 @@ def largest_input_device(op: tf.Operation) -> str:
     """The device of the largest input that has one; `op`'s own where it has one."""
     if op.device:
         return op.device
-    placed = [(size(t), device) for t in op.inputs if (device := device_of(t))]
+    placed = [(elements_of(t), device) for t in op.inputs if (device := device_of(t))]
     return max(placed, key=lambda p: p[0])[1] if placed else ""
 
 
-def size(tensor: tf.Tensor) -> int:
+def elements_of(tensor: tf.Tensor) -> int:
     """The number of elements, taking an unknown one for a large one."""
     elements = tensor.shape.num_elements()
     return 1 << 62 if elements is None else elements

@@ -27,7 +27,7 @@ def outputs(run: Execution) -> dict[int, Edge]:
     for t in with_logits(run.values[run.all[0]], run.graph.outputs):
         source = run.graph.producer.get(tensor_of(t))
         with tf.device(HOST if source is None else run.device(run.partition.stage_of[source])):
-            found[t] = run.joined(t, run.firsts)
+            found[t] = run.gather(t, run.firsts)
     return found
 
 
@@ -66,7 +66,7 @@ def summed(run: Execution, v: int, lane: Coordinate, gradients: Sequence[Any]) -
 def input_gradient(run: Execution, t: int) -> tf.Tensor | None:
     """The gradient of an input of the model; `None` if nothing depends on it."""
     parts = [c[t] for c in run.cotangents.values() if t in c]
-    return micro_batch.joined([tf.add_n(p) for p in parts]) if parts else None
+    return micro_batch.concat([tf.add_n(p) for p in parts]) if parts else None
 
 
 def write_state(run: Execution):

@@ -258,12 +258,12 @@ class Execution:
         """Whether dimension 0 of a tensor, or of its logits, is the batch."""
         return self.route.graph.is_batched(tensor_of(t))
 
-    def joined(self, t: int, places: Sequence[MicroBatch]) -> Edge:
+    def gather(self, t: int, places: Sequence[MicroBatch]) -> Edge:
         """A tensor of several parts as one."""
         parts = [self.values[m][t] for m in places]
         if not self.is_batched(t):
             return parts[0]
-        return Edge(micro_batch.joined([p.value for p in parts]), micro_batch.joined([p.mask for p in parts]))
+        return Edge(micro_batch.concat([p.value for p in parts]), micro_batch.concat([p.mask for p in parts]))
 
     def divided(self, s: int, t: int, value: Any, places: Sequence[MicroBatch]) -> list[Any]:
         """A tensor of several parts together as those of each, which have as many rows as what came in."""

@@ -18,7 +18,7 @@ def forward_global_batch(run: Any, s: int, first: MicroBatch):
     """Run a segment on the parts of all replicas at once, and divide what it makes."""
     places = run.together(s, first)
     program = run.program(s)
-    edges = {t: run.joined(t, places) for t in with_logits(run.values[first], run.partition.needs(s))}
+    edges = {t: run.gather(t, places) for t in with_logits(run.values[first], run.partition.needs(s))}
     variables = [run.variable(s, first, v) for v in program.variables]
     result = run.ran(s, first, program, variables, edges)
     for t, (value, mask) in result.edges.items():
@@ -38,7 +38,7 @@ def backward_global_batch(run: Any, s: int, first: MicroBatch):
                 run.send(m, run.head(run, m, with_logits(run.values[m], run.route.ends)))
     arrived = [run.arrived(s, m) for m in places]
     cotangents = {
-        t: micro_batch.joined([a[t] for a in arrived]) if run.is_batched(t) else tf.add_n([a[t] for a in arrived])
+        t: micro_batch.concat([a[t] for a in arrived]) if run.is_batched(t) else tf.add_n([a[t] for a in arrived])
         for t in arrived[0]
     }
     variables, edges = run.pullbacks.pop((s, first))(cotangents, added_losses.cotangents(run, s, first))

@@ -49,7 +49,7 @@ def whole_inputs(run: Execution) -> list[Edge]:
     """The model's flat inputs for the whole batch."""
     parts = zip(*run.inputs, strict=True)
     return [
-        Edge(micro_batch.joined([e.value for e in edges]), micro_batch.joined([e.mask for e in edges]))
+        Edge(micro_batch.concat([e.value for e in edges]), micro_batch.concat([e.mask for e in edges]))
         for edges in parts
     ]
 

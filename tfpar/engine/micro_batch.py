@@ -45,7 +45,7 @@ class Batch:
     @property
     def whole(self) -> Any:
         """All samples."""
-        return tree.map_structure(lambda *values: joined(list(values)), *self.pieces)
+        return tree.map_structure(lambda *values: concat(list(values)), *self.pieces)
 
     def parts(self, count: int) -> list[Any]:
         """The samples in so many parts."""
@@ -55,7 +55,7 @@ class Batch:
 def tensor(value: Any) -> Any:
     """A leaf of a batch as a tensor; ragged and sparse ones stay what they are, those of replicas are put together."""
     if isinstance(value, tf.distribute.DistributedValues):
-        return joined(list(value.values))
+        return concat(list(value.values))
     return value if value is None or isinstance(value, tf.__internal__.CompositeTensor) else tf.convert_to_tensor(value)
 
 
@@ -129,7 +129,7 @@ def split_like(value: tf.Tensor, sizes: list[Any]) -> list[tf.Tensor]:
     return tf.split(value, tf.stack(sizes) if any(isinstance(n, tf.Tensor) for n in sizes) else sizes, num=len(sizes))
 
 
-def joined(values: list[Any]) -> Any:
+def concat(values: list[Any]) -> Any:
     """The rows of the parts, in order; `None` for parts that are `None`."""
     if len(values) == 1 or values[0] is None:
         return values[0]

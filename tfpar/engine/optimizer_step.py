@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from tfpar.comm.collectives import all_reduce, on_each
 from tfpar.comm.collectives import reduced as summed
-from tfpar.comm.gradients import add, joined, plain, sum_of
+from tfpar.comm.gradients import add, of_parts, plain, sum_of
 from tfpar.compat import _keras, _keras_parts
 from tfpar.compat._tf import LogicalReplica, set_container
 from tfpar.engine import batch_results
@@ -235,7 +235,7 @@ class Update:
         if parts[FIRST] is None or not is_divided(self.weights[n]):
             return parts[FIRST]
         of_ranks = [parts[rank] for rank in self.mesh.along("tensor", FIRST)]
-        return joined(of_ranks, stored.layout, stored.shape.as_list())
+        return of_parts(of_ranks, stored.layout, stored.shape.as_list())
 
     # ---- the optimizer
 

@@ -88,7 +88,7 @@ class SplitProgram:
             inputs = [x.name for x in inputs_of(op) if x.name in sizes]
             if inputs or (op.type == "Placeholder" and op.outputs[0].name not in free):
                 named.update({x.name: x for x in op.outputs})
-                sizes.update({x.name: size(x) for x in op.outputs})
+                sizes.update({x.name: row_bytes(x) for x in op.outputs})
                 if op.type in CHEAP:
                     ways += [(x, y.name) for x in inputs for y in op.outputs]
                 else:
@@ -167,6 +167,6 @@ def same(x: tf.Tensor) -> tf.Tensor:
     return x
 
 
-def size(x: tf.Tensor) -> int:
+def row_bytes(x: tf.Tensor) -> int:
     """Bytes, for each row if that many are not known."""
     return prod(n or 1 for n in x.shape.as_list()) * x.dtype.size if x.shape.rank is not None else x.dtype.size

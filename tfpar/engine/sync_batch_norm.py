@@ -48,7 +48,7 @@ class NormalizeWith(ToldTraining):
 
 
 def with_shared_statistics(graph: KerasGraph, global_batch: Set[str]) -> tuple[KerasGraph, frozenset[str]]:
-    """The graph with each BatchNormalization not in `global_batch` as three operations, and the names of the second ones.
+    """The graph with each BatchNormalization outside of `global_batch` in three operations, and which share statistics.
 
     What a replica computes goes through XLA in one piece; so the statistics leave it, are put together, and come back.
     """

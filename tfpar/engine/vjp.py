@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfpar.comm.collectives import size
+from tfpar.comm.collectives import elements_of
 from tfpar.comm.gradients import SharedRows, add, cast
 from tfpar.compat._tf import made_again
 from tfpar.engine.engine import MicroBatch, device_of, scattered, shards_of, tensors_of
@@ -61,10 +61,10 @@ def groups(gradients: dict[int, tf.Tensor]) -> Iterable[list[int]]:
     """The variables of these gradients, so many together that their sums, there twice for a moment, are not many."""
     some, most = [], 0
     for v, gradient in gradients.items():
-        most += size(gradient)
+        most += elements_of(gradient)
         if some and most > AT_ONCE:
             yield some
-            some, most = [], size(gradient)
+            some, most = [], elements_of(gradient)
         some.append(v)
     if some:
         yield some

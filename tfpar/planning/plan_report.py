@@ -57,13 +57,13 @@ def devices(plan: "Plan") -> Table:
             first = plan.partition.graph.ops[ops[0]].layer
             cells += [first, str(len(ops)), f"{plan.cost.forward[s] / seconds:.0%}"]
         cells += [str(rows[r + 1] - rows[r])] if mesh.data > 1 else []
-        cells += [size(held)] + ([f"{held / whole:.0%}"] if mesh.tensor > 1 or plan.zero == 3 else [])
-        slots = size(plan.optimizer_bytes(s, at)) if plan.slot_bytes else "?"
-        cells += [size(plan.gradient_bytes(s, at)), slots, size(plan.activation_bytes(s))]
+        cells += [in_units(held)] + ([f"{held / whole:.0%}"] if mesh.tensor > 1 or plan.zero == 3 else [])
+        slots = in_units(plan.optimizer_bytes(s, at)) if plan.slot_bytes else "?"
+        cells += [in_units(plan.gradient_bytes(s, at)), slots, in_units(plan.activation_bytes(s))]
         table.add_row(*cells)
     notes = [f"predicted bubble {plan.timeline.bubble:.0%} (idle share of all devices)"] if stages > 1 else []
     if mesh.data > 1:
-        reduced = size(sum(v.bytes for v in plan.partition.graph.variables if v.trainable))
+        reduced = in_units(sum(v.bytes for v in plan.partition.graph.variables if v.trainable))
         programs = f"{plan.segments} program{'s' if plan.segments > 1 else ''}"
         notes.append(f"{reduced} of gradients added up over replicas, from {programs}")
     if mesh.data > 1 and plan.zero:
@@ -96,11 +96,11 @@ def exchanges(plan: "Plan") -> Table:
     for kind, backward in dict.fromkeys((e.kind, e.backward) for e in plan.exchanges):
         found = [e for e in plan.exchanges if (e.kind, e.backward) == (kind, backward)]
         total = sum(e.bytes * (plan.rows if e.batched else 1) for e in found)
-        table.add_row(kind, "backward" if backward else "forward", str(len(found)), size(total))
+        table.add_row(kind, "backward" if backward else "forward", str(len(found)), in_units(total))
     return table
 
 
-def size(count: float) -> str:
+def in_units(count: float) -> str:
     """Bytes in the unit that suits: `1.5 MB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:

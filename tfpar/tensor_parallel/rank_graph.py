@@ -132,7 +132,7 @@ class RankGraphBuilder:
             return self.exchange(x, "all-reduce", "identity", REPLICATED)
         return self.exchange(x, "reduce-scatter", "all-gather", layout)
 
-    def gathered(self, x: int, split: bool = False) -> int:
+    def all_gather(self, x: int, split: bool = False) -> int:
         """All of a tensor that is divided.
 
         Args:
@@ -156,8 +156,8 @@ class RankGraphBuilder:
             shared = split and have == REPLICATED and x in self.learned
             return self.exchange(x, "identity", "all-reduce", REPLICATED) if shared else x
         if layout == REPLICATED:
-            return self.gathered(x, split)
-        return self.exchange(x if have == REPLICATED else self.gathered(x), "slice", "all-gather", layout)
+            return self.all_gather(x, split)
+        return self.exchange(x if have == REPLICATED else self.all_gather(x), "slice", "all-gather", layout)
 
     def follow(self, i: int, option: Option):
         """Add an operation of the source in the way that was chosen for it."""

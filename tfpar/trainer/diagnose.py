@@ -100,11 +100,11 @@ def described(run: Execution, s: int, m: MicroBatch, name: str) -> str:
     """An action in words."""
     replica, _, rank = m.lane
     replica, rank = replica if run.parts.replicas > 1 else None, rank if run.ranks > 1 else None
-    where = place(run.route.stages[s], m.micro_batch, replica, rank)
+    where = in_words(run.route.stages[s], m.micro_batch, replica, rank)
     return f"{where} on {run.device(s, m.lane)}, in {name}"
 
 
-def place(stage: Any, micro_batch: Any, replica: Any, rank: Any) -> str:
+def in_words(stage: Any, micro_batch: Any, replica: Any, rank: Any) -> str:
     """Where an action belongs, in words; `None` for what there is one of."""
     places = {"stage": stage, "micro-batch": micro_batch, "replica": replica, "rank": rank}
     return ", ".join(f"{name} {number}" for name, number in places.items() if number is not None)
@@ -136,7 +136,7 @@ def at_node(error: tf.errors.OpError, engine: Any, training: bool) -> str:
     node, device = re.search(r"{{node (.*?)}}", error.message), re.search(r"device:((?:GPU|CPU):\d+)", error.message)
     on = f" on {device[1]}" if device else ""
     if node and (action := ACTION.match(node[1])):
-        where = place(action["stage"], action["mb"], action["replica"], action["rank"])
+        where = in_words(action["stage"], action["mb"], action["replica"], action["rank"])
         names = engine.route(training).names(int(action["segment"] or action["stage"]))
         return f"{where}{on}, {action['kind'].replace('_', ' and ')} in {', '.join(names)}"
     unknown, cut = "the backward pass or the update", engine.plan.partition

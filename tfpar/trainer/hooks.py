@@ -23,7 +23,7 @@ from tfpar.graph.recording import Discovered, HasMask, NeedsWholeBatch, UnusedRe
 from tfpar.planning.progress import announced
 from tfpar.trainer import saving
 from tfpar.trainer.model_call import call
-from tfpar.trainer.placement import build_losses, place, prepared
+from tfpar.trainer.placement import build_losses, place_variables, prepared
 from tfpar.trainer.step_function import StepFunction
 from tfpar.trainer.training_step import TrainingStep, stop_if_not_finite
 
@@ -139,7 +139,7 @@ class KerasHooks:
 
             def predict(batches: list[Any]) -> Any:
                 outputs = [traced(data) for data in batches]
-                return tree.map_structure(lambda *parts: micro_batch.joined(list(parts)), *outputs)
+                return tree.map_structure(lambda *parts: micro_batch.concat(list(parts)), *outputs)
 
             self.model.predict_function = predict
         return self.model.predict_function
@@ -210,7 +210,7 @@ class KerasHooks:
                 else:
                     steps.use(engine.extended(discovered))
                     with self.strategy.planning():
-                        place(self.strategy, steps.engine)
+                        place_variables(self.strategy, steps.engine)
 
     def compilation(self) -> tuple:
         """What changes when the model is compiled anew."""

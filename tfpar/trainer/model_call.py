@@ -8,7 +8,7 @@ import tensorflow as tf
 from keras import tree
 
 from tfpar.comm.collectives import on_each
-from tfpar.comm.gradients import SharedRows, folded, is_sparse, joined, plain, sum_of
+from tfpar.comm.gradients import SharedRows, folded, is_sparse, of_parts, plain, sum_of
 from tfpar.compat import _keras, _keras_calls
 from tfpar.compat._tf import record_gradient, recorded, tape_watches, unrecorded
 from tfpar.engine import batch_results, micro_batch
@@ -113,7 +113,7 @@ def of_lanes(run: Execution, s: int, v: int, found: Sequence[Any]) -> Any:
         if not of_ranks:
             continue
         if getattr(variable, "layout", REPLICATED) != REPLICATED:
-            replicas.append(joined(list(map(plain, of_ranks)), variable.layout, variable.shape.as_list()))
+            replicas.append(of_parts(list(map(plain, of_ranks)), variable.layout, variable.shape.as_list()))
         else:  # all look up the same rows, unless each has a part of the samples' dims
             replicas.append(plain(sum_of(map(plain, of_ranks) if v in run.engine.partial else of_ranks)))
     if sparse and run.shares_rows(s, v, replicas[0]):

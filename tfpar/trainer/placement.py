@@ -30,7 +30,7 @@ def prepared(
     """
     _keras.build(model, data)
     engine = planned(strategy, model, data, rows, before, global_batch)
-    place(strategy, engine)
+    place_variables(strategy, engine)
     return engine
 
 
@@ -51,7 +51,7 @@ def uninterrupted() -> Iterator[None]:
 
 
 @uninterrupted()
-def place(strategy: Any, engine: Engine):
+def place_variables(strategy: Any, engine: Engine):
     """Move the model's variables, its metrics' and its optimizer's, creating the latter where they belong."""
     model, plan = engine.model, engine.plan
     for v, variable in enumerate(engine.graph.variables):

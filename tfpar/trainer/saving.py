@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from tfpar.compat import _keras, _keras_calls, _keras_parts
 from tfpar.errors import Caught, FileError, brief
-from tfpar.variables.logical import HOST, LogicalVariable, gathered
+from tfpar.variables.logical import HOST, LogicalVariable, as_host_variables
 
 
 def save(model: keras.Model, filepath: Any, overwrite: bool = True, zipped: bool | None = None, **options: Any):
@@ -57,7 +57,7 @@ def variables_of(model: keras.Model) -> list[keras.Variable]:
 def export(model: keras.Model, filepath: Any, *args: Any, **options: Any):
     """`keras.Model.export`, of a model that holds whole weights, in host memory: it serves on one device."""
     variables = [_keras.stored(v) for v in model.variables]
-    with _keras_calls.own_calls(), gathered([v for v in variables if isinstance(v, LogicalVariable)]):
+    with _keras_calls.own_calls(), as_host_variables([v for v in variables if isinstance(v, LogicalVariable)]):
         type(model).export(model, filepath, *args, **options)
 
 

@@ -115,7 +115,7 @@ class LogicalVariable(MirroredVariable):
         self._copy()
         first = self._values[0].read_value()
         with tf.device(HOST) if tf.executing_eagerly() else contextlib.nullcontext():
-            whole = unrecorded(lambda: tf.identity(joined([v.read_value() for v in self._values], self._sharding)))
+            whole = unrecorded(lambda: tf.identity(of_shards([v.read_value() for v in self._values], self._sharding)))
         # to a tape, the first part stands for the variable: its gradient is that of the whole
         return record_gradient([whole], [first], lambda gradient: [gradient])[0]
 
@@ -197,7 +197,7 @@ class LogicalVariable(MirroredVariable):
                 here, there = (
                     sharding.region(shape, at, self.replicas) for sharding in (self._sharding, self.follow.sharding)
                 )
-                value = cut(value, [(a - c, b - c) for (c, _), (a, b) in zip(here, there, strict=True)])
+                value = region_of(value, [(a - c, b - c) for (c, _), (a, b) in zip(here, there, strict=True)])
         return tf.identity(value)
 
     def write_shards(self, shards: Sequence[tf.Tensor]):
@@ -273,7 +273,7 @@ class LogicalVariable(MirroredVariable):
 
 
 @contextlib.contextmanager
-def gathered(variables: Sequence[LogicalVariable]) -> Iterator[None]:
+def as_host_variables(variables: Sequence[LogicalVariable]) -> Iterator[None]:
     """Inside, these are ordinary variables with all of their value in host memory, for those that look closely."""
     before = [(v._values, v._sharding, v._settled) for v in variables]
     try:
@@ -311,7 +311,7 @@ class Home(NamedTuple):
         return self if alike else Home(self.devices, UNSHARDED)
 
 
-def joined(parts: Sequence[tf.Tensor], sharding: Sharding) -> tf.Tensor:
+def of_shards(parts: Sequence[tf.Tensor], sharding: Sharding) -> tf.Tensor:
     """The value of which lanes have these parts."""
     lanes = sharding.lanes(len(parts))
     of_ranks = [[p for p, at in zip(parts, lanes, strict=True) if at.tensor == k] for k in range(sharding.ranks)]
@@ -355,10 +355,10 @@ def parts_of(value: Any, sharding: Sharding, lanes: int) -> list[Any]:
     if not sharding.divides:
         return [value] * lanes
     value, replicas = tf.convert_to_tensor(value), lanes // sharding.ranks
-    return [cut(value, sharding.region(value.shape.as_list(), at, replicas)) for at in sharding.lanes(lanes)]
+    return [region_of(value, sharding.region(value.shape.as_list(), at, replicas)) for at in sharding.lanes(lanes)]
 
 
-def cut(value: Any, region: Sequence[tuple[int, int]]) -> Any:
+def region_of(value: Any, region: Sequence[tuple[int, int]]) -> Any:
     """A part of a tensor."""
     return value[tuple(slice(start, stop) for start, stop in region)]
 
@@ -368,7 +368,7 @@ def sparse_part(value: tf.IndexedSlices, region: Sequence[tuple[int, int]]) -> t
     (start, stop), *inside = region
     here = tf.where((value.indices >= start) & (value.indices < stop))[:, 0]
     rows = tf.gather(value.indices, here) - tf.cast(start, value.indices.dtype)
-    values = cut(tf.gather(value.values, here), [(0, None), *inside])
+    values = region_of(tf.gather(value.values, here), [(0, None), *inside])
     return tf.IndexedSlices(values, rows, tf.constant([stop - start for start, stop in region]))
 
 

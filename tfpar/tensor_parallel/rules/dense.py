@@ -81,7 +81,7 @@ def activated_after(site: Site, channels: int = -1):
         x = local.run(without, Ref(inputs[0]), like=site.op.outputs, layouts=[part])
         if site.layer.activation is keras.activations.softmax:
             local.logits[site.op.outputs[0]] = x
-        x = local.gathered(x)
+        x = local.all_gather(x)
         local.split = False
         return local.run(End(site.layer, bias=False), Ref(x), like=site.op.outputs, layouts=[REPLICATED])
 

@@ -56,7 +56,7 @@ def by_parts(site: Site):
         found = local.make(
             Statistics(layer), Ref(inputs[0]), shape=(*shape[:-1], 3, site.ranks), dtype=dtype, layout=part
         )
-        whole = local.gathered(found, split=True)
+        whole = local.all_gather(found, split=True)
         normalize = NormalizePart(layer)
         return local.run(normalize, Ref(inputs[0]), Ref(whole), like=site.op.outputs, layouts=[site.last()])
 
