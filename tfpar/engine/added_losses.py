@@ -2,7 +2,7 @@
 
 # s: segment, m: micro-batch of a lane, i: operation, k: its k-th added loss
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
@@ -10,8 +10,11 @@ from tfpar.engine.engine import MicroBatch
 from tfpar.engine.program import Result
 from tfpar.graph.batch_probe import Combine
 
+if TYPE_CHECKING:
+    from tfpar.engine.executor import Execution
 
-def cotangents(run: Any, s: int, m: MicroBatch) -> dict[tuple[int, int], tf.Tensor]:
+
+def cotangents(run: "Execution", s: int, m: MicroBatch) -> dict[tuple[int, int], tf.Tensor]:
     """The gradient of each loss that a segment added for a part."""
     result = run.results[s, m]
     of_batch, found = run.loss_cotangent, {}
@@ -21,12 +24,12 @@ def cotangents(run: Any, s: int, m: MicroBatch) -> dict[tuple[int, int], tf.Tens
     return found
 
 
-def weights(run: Any, result: Result, share: Any) -> dict[tuple[int, int], Any]:
+def weights(run: "Execution", result: Result, share: Any) -> dict[tuple[int, int], Any]:
     """The weight of each loss that a segment added for a part with this share of the batch."""
     return {(i, k): weight(run, i, k, share) for i, losses in result.losses.items() for k in range(len(losses))}
 
 
-def weight(run: Any, i: int, k: int, share: Any) -> Any:
+def weight(run: "Execution", i: int, k: int, share: Any) -> Any:
     """By what to multiply an added loss of a part with this share of the batch, so that the sum is the batch's."""
     together = run.parts.replicas if run.partition.stage_of[i] in run.route.global_batch else 1
     if together == run.parts.count:

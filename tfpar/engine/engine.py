@@ -12,6 +12,7 @@ from tfpar.comm.collectives import Collective, reduce_scatter
 from tfpar.compat import _keras
 from tfpar.compat._tf import independent
 from tfpar.engine import micro_batch
+from tfpar.engine.description import Description
 from tfpar.engine.program import Edge, Function, Program
 from tfpar.graph.batch_probe import Combine, Probe
 from tfpar.graph.keras_graph import KerasGraph
@@ -221,7 +222,7 @@ class Engine:
         """Adds gradients of a micro-batch to those before, in the dtype of those."""
         return self.traced(lambda known, found: [k + tf.cast(f, k.dtype) for k, f in zip(known, found, strict=True)])
 
-    def schedule(self, strategy: Any, parts: micro_batch.Parts, route: ExecutionGraph) -> Schedule:
+    def schedule(self, strategy: Description, parts: micro_batch.Parts, route: ExecutionGraph) -> Schedule:
         """The order of the actions of each lane."""
         return in_segments(strategy.schedule(parts.micro_batches), route.stages)
 

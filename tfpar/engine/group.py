@@ -2,7 +2,7 @@
 
 # s: segment, m: micro-batch of a lane, t: tensor of the graph, v: variable
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import tensorflow as tf
 
@@ -13,8 +13,11 @@ from tfpar.engine.program import Edge, with_logits
 from tfpar.engine.vjp import keep
 from tfpar.planning.schedule import Kind
 
+if TYPE_CHECKING:
+    from tfpar.engine.executor import Execution
 
-def forward_global_batch(run: Any, s: int, first: MicroBatch):
+
+def forward_global_batch(run: "Execution", s: int, first: MicroBatch):
     """Run a segment on the parts of all replicas at once, and divide what it makes."""
     places = run.together(s, first)
     program = run.program(s)
@@ -29,7 +32,7 @@ def forward_global_batch(run: Any, s: int, first: MicroBatch):
     run.results[s, first] = result
 
 
-def backward_global_batch(run: Any, s: int, first: MicroBatch):
+def backward_global_batch(run: "Execution", s: int, first: MicroBatch):
     """Take the parts of all replicas back through a segment."""
     places = run.together(s, first)
     if run.head and s == run.partition.stages - 1:
@@ -50,7 +53,7 @@ def backward_global_batch(run: Any, s: int, first: MicroBatch):
             run.send(m, {t: piece})
 
 
-def forward_collective(run: Any, s: int, first: MicroBatch):
+def forward_collective(run: "Execution", s: int, first: MicroBatch):
     """Exchange what ranks have of a tensor."""
     collective, places, devices, inputs, (y,) = exchanged(run, s, first)
     edges = [run.values[m][inputs[0]] if inputs else Edge(None) for m in places]
@@ -60,7 +63,7 @@ def forward_collective(run: Any, s: int, first: MicroBatch):
         run.values[m][y] = Edge(value, mask)
 
 
-def backward_collective(run: Any, s: int, first: MicroBatch):
+def backward_collective(run: "Execution", s: int, first: MicroBatch):
     """Exchange what ranks have of a gradient."""
     collective, places, devices, inputs, (y,) = exchanged(run, s, first)
     arrived = [run.cotangents[m].get(y) for m in places]
@@ -73,7 +76,7 @@ def backward_collective(run: Any, s: int, first: MicroBatch):
             run.send(m, {inputs[0]: gradient})
 
 
-def exchanged(run: Any, s: int, first: MicroBatch) -> tuple:
+def exchanged(run: "Execution", s: int, first: MicroBatch) -> tuple:
     """A collective, the micro-batches of the ranks, their devices, what goes in and what comes out."""
     (i,) = run.partition.ops(s)
     op = run.graph.ops[i]

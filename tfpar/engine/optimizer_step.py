@@ -16,6 +16,7 @@ from tfpar.comm.gradients import add, of_parts, plain, sum_of
 from tfpar.compat import _keras, _keras_parts
 from tfpar.compat._tf import LogicalReplica, set_container
 from tfpar.engine import batch_results
+from tfpar.engine.description import Description
 from tfpar.engine.engine import Engine, device_of, each, full_value, layout_of, scattered, shards_of
 from tfpar.engine.executor import Execution
 from tfpar.planning.mesh import FIRST, Coordinate
@@ -46,7 +47,7 @@ class Update:
         engine: of the model.
     """
 
-    def __init__(self, strategy: Any, engine: Engine):
+    def __init__(self, strategy: Description, engine: Engine):
         self.strategy, self.engine, self.model = strategy, engine, engine.model
         self.weights = list(self.model.trainable_weights)  # as they were when the model was compiled
         self.mesh, self.stages = strategy.mesh, range(engine.plan.partition.stages)

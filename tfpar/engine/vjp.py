@@ -4,7 +4,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
@@ -18,10 +18,13 @@ from tfpar.graph.recording import UnusedResults
 from tfpar.planning.mesh import Coordinate
 from tfpar.planning.sharding import REPLICATED
 
+if TYPE_CHECKING:
+    from tfpar.engine.executor import Execution
+
 AT_ONCE = 2**26  # elements of gradients that a compiled program adds up
 
 
-def keep(run: Any, s: int, m: MicroBatch, gradients: dict[int, Any]):
+def keep(run: "Execution", s: int, m: MicroBatch, gradients: dict[int, Any]):
     """Add gradients of variables to those of earlier micro-batches; of those that replicas divide, the shards."""
     lanes, whole = [n.lane for n in run.together(s, m)], {}
     for v, gradient in gradients.items():
@@ -42,7 +45,7 @@ def keep(run: Any, s: int, m: MicroBatch, gradients: dict[int, Any]):
     count(run, s, lanes[0], whole)
 
 
-def count(run: Any, s: int, lane: Coordinate, gradients: dict[int, Any]):
+def count(run: "Execution", s: int, lane: Coordinate, gradients: dict[int, Any]):
     """Add to the gradients of variables, which have the dtype of these."""
     later = {}
     for v, gradient in gradients.items():
@@ -70,7 +73,9 @@ def groups(gradients: dict[int, tf.Tensor]) -> Iterable[list[int]]:
         yield some
 
 
-def again_of(run: Any, s: int, m: MicroBatch, program: Program, variables: list[tf.Tensor]) -> list[Callable | None]:
+def again_of(
+    run: "Execution", s: int, m: MicroBatch, program: Program, variables: list[tf.Tensor]
+) -> list[Callable | None]:
     """For each variable of a program, what gives it for the backward pass, if what goes forward must not keep it.
 
     That is so for what was gathered for this program alone; and a compiled program would keep a copy of each weight for
@@ -89,7 +94,7 @@ def again_of(run: Any, s: int, m: MicroBatch, program: Program, variables: list[
 
 
 def vjp(
-    run: Any, program: Program, variables: list[tf.Tensor], edges: dict[int, Edge], again: list[Callable | None]
+    run: "Execution", program: Program, variables: list[tf.Tensor], edges: dict[int, Edge], again: list[Callable | None]
 ) -> tuple[Result, Callable]:
     """A program's result, and a function from its cotangents to those of its variables and edges.
 
@@ -136,7 +141,7 @@ def halves_of(
 
 
 def taped(
-    run: Any,
+    run: "Execution",
     program: Program,
     variables: list[tf.Tensor],
     edges: dict[int, Edge],
@@ -168,7 +173,9 @@ def taped(
     return result, pullback
 
 
-def lacks_cotangents(run: Any, result: Result, cotangents: Iterable[int], added: Iterable[tuple[int, int]]) -> bool:
+def lacks_cotangents(
+    run: "Execution", result: Result, cotangents: Iterable[int], added: Iterable[tuple[int, int]]
+) -> bool:
     """Whether some of a program's results have no cotangent; a tensor and its logits are made of the same."""
     ends = {tensor_of(t) for t in result.edges if differentiable(run.graph, t)}
     losses = {(i, k) for i, found in result.losses.items() for k in range(len(found))}
@@ -199,7 +206,7 @@ def reached(
 
 
 def watched(
-    run: Any, program: Program, variables: list[tf.Tensor], edges: dict[int, Edge]
+    run: "Execution", program: Program, variables: list[tf.Tensor], edges: dict[int, Edge]
 ) -> tuple[dict[int, tf.Tensor], dict[int, tf.Tensor]]:
     """The variables and the edges of a program of which gradients are wanted."""
     return {v: x for v, x in zip(program.variables, variables, strict=True) if v in run.engine.trainable}, {

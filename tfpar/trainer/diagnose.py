@@ -3,7 +3,7 @@
 # s: segment of a stage, m: micro-batch of a lane, i: operation
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
@@ -16,6 +16,9 @@ from tfpar.errors import Caught, StageError
 from tfpar.planning.schedule import Kind
 from tfpar.trainer.training_step import NOT_FINITE, TrainingStep
 
+if TYPE_CHECKING:
+    from tfpar.trainer.hooks import KerasHooks
+
 ACTION = re.compile(  # as `Execution.scope` names it
     r"(?:replica(?P<replica>\d+)/)?(?:rank(?P<rank>\d+)/)?stage(?P<stage>\d+)/(?:segment(?P<segment>\d+)/)?mb(?P<mb>\d+)/"
     r"(?P<kind>\w+)"
@@ -23,7 +26,7 @@ ACTION = re.compile(  # as `Execution.scope` names it
 
 
 def explained(
-    error: tf.errors.OpError, steps: Any, data: micro_batch.Batch, parts: micro_batch.Parts, training: bool
+    error: tf.errors.OpError, steps: "KerasHooks", data: micro_batch.Batch, parts: micro_batch.Parts, training: bool
 ) -> Exception:
     """The error of a step as one that says where it happened, as far as that can be found out.
 
@@ -116,7 +119,7 @@ def is_finite(edge: Edge) -> bool:
     return not getattr(value, "dtype", tf.int32).is_floating or bool(tf.reduce_all(tf.math.is_finite(value)))
 
 
-def of_weights(steps: Any) -> str | None:
+def of_weights(steps: "KerasHooks") -> str | None:
     """The first weight that was not finite before the step."""
     for variable in steps.model.weights:
         value = variable.numpy()

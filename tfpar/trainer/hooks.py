@@ -15,6 +15,7 @@ from tfpar.compat import _keras, _keras_calls, _keras_parts
 from tfpar.compat._keras_run import is_one_of_several
 from tfpar.compat._tf import following_inputs, in_xla
 from tfpar.engine import micro_batch
+from tfpar.engine.description import Description
 from tfpar.engine.engine import Engine
 from tfpar.engine.loss import LossProgram
 from tfpar.engine.optimizer_step import Update
@@ -43,7 +44,7 @@ class KerasHooks:
         model: the Keras model that was constructed in its scope.
     """
 
-    def __init__(self, strategy: Any, model: keras.Model):
+    def __init__(self, strategy: Description, model: keras.Model):
         self.strategy, self.model = strategy, model
         self.engine: Engine | None = None
         self.compiled_as: Any = None

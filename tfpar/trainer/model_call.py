@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 from keras import tree
@@ -21,9 +21,12 @@ from tfpar.planning.mesh import FIRST, Coordinate
 from tfpar.planning.schedule import Kind
 from tfpar.planning.sharding import REPLICATED
 
+if TYPE_CHECKING:
+    from tfpar.trainer.hooks import KerasHooks
+
 
 def call(
-    steps: Any,
+    steps: "KerasHooks",
     parts: micro_batch.Parts,
     likely: int,
     losses: list[tf.Tensor],

@@ -11,6 +11,7 @@ import tensorflow as tf
 from keras import tree
 
 from tfpar.compat import _keras, _keras_parts
+from tfpar.engine.description import Description
 from tfpar.engine.engine import Engine
 from tfpar.errors import ScopeError
 from tfpar.planning.plan import Plan
@@ -20,7 +21,7 @@ from tfpar.variables.logical import HOST, Home, LogicalVariable
 
 
 def prepared(
-    strategy: Any, model: keras.Model, data: Any, rows: int, before: Plan | None, global_batch: Set[str]
+    strategy: Description, model: keras.Model, data: Any, rows: int, before: Plan | None, global_batch: Set[str]
 ) -> Engine:
     """Create all that Keras would create in its first step, plan, and move every variable to its device.
 
@@ -51,7 +52,7 @@ def uninterrupted() -> Iterator[None]:
 
 
 @uninterrupted()
-def place_variables(strategy: Any, engine: Engine):
+def place_variables(strategy: Description, engine: Engine):
     """Move the model's variables, its metrics' and its optimizer's, creating the latter where they belong."""
     model, plan = engine.model, engine.plan
     for v, variable in enumerate(engine.graph.variables):
@@ -73,7 +74,7 @@ def place_variables(strategy: Any, engine: Engine):
                         move(variable, home)
 
 
-def homes(strategy: Any, engine: Engine, v: int) -> tuple[Home, Home]:
+def homes(strategy: Description, engine: Engine, v: int) -> tuple[Home, Home]:
     """Where a variable goes, and where an optimizer's slots for it do: in parts over replicas, as ZeRO has them."""
     mesh, stage = strategy.mesh, engine.plan.partition.home(v)
     lanes = tuple(engine.plan.device(stage, lane) for lane in mesh.lanes)
@@ -81,7 +82,7 @@ def homes(strategy: Any, engine: Engine, v: int) -> tuple[Home, Home]:
     return Home(lanes, engine.plan.sharding(v)), Home(slots, engine.plan.sharding(v, zero=1))
 
 
-def build_losses(strategy: Any, engine: Engine, data: Any):
+def build_losses(strategy: Description, engine: Engine, data: Any):
     """Create the variables of compiled losses and metrics on the last stage, outside of any function."""
     model, plan = engine.model, engine.plan
     if not model.compiled or _keras.is_compiled_built(model):
@@ -93,7 +94,7 @@ def build_losses(strategy: Any, engine: Engine, data: Any):
             _keras.build(model, data, tree.map_structure(lambda t: engine.graph.symbols[t], engine.graph.outputs))
 
 
-def replicate(strategy: Any, variable: keras.Variable, weight: keras.Variable | None):
+def replicate(strategy: Description, variable: keras.Variable, weight: keras.Variable | None):
     """Take over a variable of an optimizer, a slot of a weight or not, that does not belong here or there yet."""
     stored, of = _keras.stored(variable), None if weight is None else _keras.stored(weight)
     if isinstance(stored, LogicalVariable):
@@ -114,7 +115,7 @@ def move(variable: keras.Variable, home: Home, follow: Home | None = None):
         _keras.stored(variable).place(*home, follow)
 
 
-def check_scope(strategy: Any, variable: keras.Variable):
+def check_scope(strategy: Description, variable: keras.Variable):
     """Refuse a variable that was created elsewhere: it would stay there.
 
     Raises:

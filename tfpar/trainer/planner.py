@@ -11,6 +11,7 @@ from keras import tree
 
 from tfpar.compat import _keras, _keras_calls, _moments
 from tfpar.engine import micro_batch
+from tfpar.engine.description import Description
 from tfpar.engine.engine import Engine, ExecutionGraph, layout_of
 from tfpar.engine.sync_batch_norm import with_shared_statistics
 from tfpar.errors import ModelError, user_level
@@ -35,7 +36,7 @@ SAMPLES = 3  # of the first batch, with which an opened model is checked
 
 
 def planned(
-    strategy: Any,
+    strategy: Description,
     model: keras.Model,
     data: Any,
     rows: int,
@@ -101,7 +102,7 @@ def of_distinct(graphs: Sequence[Any], make: Callable[[Any], Any]) -> list[Any]:
 
 
 def between_ranks(
-    strategy: Any,
+    strategy: Description,
     graphs: Sequence[KerasGraph],
     names: Sequence[Set[str]],
     closed: Mapping[str, str],
@@ -135,7 +136,7 @@ def between_ranks(
 
 
 def route_of(
-    strategy: Any, final: KerasGraph | RankGraph, source: KerasGraph, names: Set[str], rows: int
+    strategy: Description, final: KerasGraph | RankGraph, source: KerasGraph, names: Set[str], rows: int
 ) -> ExecutionGraph:
     """The way through what was made of a graph, in segments: of a stage, of a bucket, alone where lanes meet."""
     known = {}
@@ -188,7 +189,7 @@ def told_in_steps(model: keras.Model) -> tuple[bool | None, bool | None]:
     return (True, False) if tells else (None, None)
 
 
-def cut_of(strategy: Any, graph: KerasGraph, schedule: Schedule, rows: int, before: Plan | None) -> Partition:
+def cut_of(strategy: Description, graph: KerasGraph, schedule: Schedule, rows: int, before: Plan | None) -> Partition:
     """The cut into stages; a model that had a plan keeps its cut, its variables are already there."""
     if before is not None and [op.name for op in before.partition.graph.ops] == [op.name for op in graph.graph.ops]:
         return Partition(graph.graph, before.partition.stage_of)
@@ -198,7 +199,7 @@ def cut_of(strategy: Any, graph: KerasGraph, schedule: Schedule, rows: int, befo
     return partition(graph.graph, schedule.stages, strategy.placement, hardware(strategy), micro_rows)
 
 
-def batch_wide(strategy: Any, graph: KerasGraph) -> set[str]:
+def batch_wide(strategy: Description, graph: KerasGraph) -> set[str]:
     """Operations that mix the samples of a batch, or keep something for each: replicas run them together."""
     if strategy.mesh.data == 1 or strategy.parts.micro_batches > 1:
         return set()
@@ -232,7 +233,7 @@ def warn_of(names: Set[str]):
         )
 
 
-def hardware(strategy: Any) -> Hardware:
+def hardware(strategy: Description) -> Hardware:
     """What the estimates of cost assume."""
     return HARDWARE["GPU" if strategy.mesh.on_gpus else "CPU"]
 

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 from keras import tree
@@ -11,6 +11,9 @@ from tfpar.compat import _keras
 from tfpar.engine import micro_batch
 from tfpar.graph.recording import Discovered
 from tfpar.trainer.diagnose import explained
+
+if TYPE_CHECKING:
+    from tfpar.trainer.hooks import KerasHooks
 
 TRACING = threading.RLock()  # layers, losses and models are changed for a moment while they are traced
 
@@ -24,7 +27,9 @@ class StepFunction:
         lazy: whether the step's own code decides which models it calls: then nothing is planned before it does.
     """
 
-    def __init__(self, steps: Any, step: Callable[[micro_batch.Batch, micro_batch.Parts], Any], lazy: bool = False):
+    def __init__(
+        self, steps: "KerasHooks", step: Callable[[micro_batch.Batch, micro_batch.Parts], Any], lazy: bool = False
+    ):
         self.steps, self.step, self.lazy = steps, step, lazy
         self.functions: dict[Any, list[tuple[list[tf.TensorSpec], Callable]]] = {}
         self.known: dict[Any, Callable] = {}  # for plain batches that came before, what to call

@@ -2,7 +2,7 @@
 
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
@@ -14,6 +14,9 @@ from tfpar.engine.loss import Head, separable, structured
 from tfpar.engine.program import Edge
 from tfpar.errors import user_level
 from tfpar.planning.schedule import Kind
+
+if TYPE_CHECKING:
+    from tfpar.trainer.hooks import KerasHooks
 
 NOT_FINITE = "the loss is not finite"
 
@@ -28,7 +31,7 @@ class TrainingStep:
         parts: how it is divided.
     """
 
-    hooks: Any
+    hooks: "KerasHooks"
     data: micro_batch.Batch
     parts: micro_batch.Parts
 
