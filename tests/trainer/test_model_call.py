@@ -270,6 +270,7 @@ def test_ctrl_c_while_variables_move(name, at, monkeypatch):
     """The model can be trained afterwards, as if nothing had been."""
     one, other = compiled(None, "adam"), compiled(DIVIDED[name](), "adam")
     original, moved = LogicalVariable.place, []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores Ctrl-C
 
     def place(self, *args):
         moved.append(self)
@@ -278,8 +279,11 @@ def test_ctrl_c_while_variables_move(name, at, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(LogicalVariable, "place", place)
-    with pytest.raises(KeyboardInterrupt):
-        history(X, Y, batch_size=8)(other)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            history(X, Y, batch_size=8)(other)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert len(moved) > at
     for model in (one, other):
         history(X, Y, batch_size=8)(model)
