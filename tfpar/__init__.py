@@ -15,13 +15,13 @@ from tfpar.errors import (
     TfparError,
 )
 from tfpar.planning.cost import Hardware, StageCost
-from tfpar.planning.mesh import Mesh
+from tfpar.planning.mesh import Coordinate, Mesh
 from tfpar.planning.schedule import Action, Kind, Schedule, gpipe, one_f_one_b
 from tfpar.planning.timeline import Timeline, simulate
 
 __version__ = "0.7.0"
 __all__ = [
-    "Action", "BackupAndRestore", "BatchError", "CheckNumerics", "DataParallelStrategy", "DeviceError", "FileError",
+    "Action", "BackupAndRestore", "BatchError", "CheckNumerics", "Coordinate", "DataParallelStrategy", "DeviceError", "FileError",
     "Hardware", "Kind", "LayerPlacementStrategy", "LayoutError", "Mesh", "MeshStrategy", "ModelError", "PartitionError",
     "PipelineStrategy", "Schedule", "ScheduleError", "ScopeError", "StageCost", "StageError", "TensorParallelStrategy",
     "TfparError", "Timeline", "gpipe", "one_f_one_b", "simulate",

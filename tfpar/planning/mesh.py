@@ -9,7 +9,17 @@ from tfpar.errors import DeviceError
 
 
 class Coordinate(NamedTuple):
-    """Where a device is in a mesh: which replica, stage and rank."""
+    """Where a device is in a mesh.
+
+    Args:
+        data: which replica of the model, from 0.
+        stage: which of its consecutive parts.
+        tensor: which piece of a layer.
+
+    Example:
+        >>> Coordinate(stage=1)
+        Coordinate(data=0, stage=1, tensor=0)
+    """
 
     data: int = 0
     stage: int = 0
