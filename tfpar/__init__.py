@@ -21,10 +21,10 @@ from tfpar.planning.timeline import Timeline, simulate
 
 __version__ = "0.7.0"
 __all__ = [
-    "Action", "BackupAndRestore", "BatchError", "CheckNumerics", "Coordinate", "DataParallelStrategy", "DeviceError", "FileError",
-    "Hardware", "Kind", "LayerPlacementStrategy", "LayoutError", "Mesh", "MeshStrategy", "ModelError", "PartitionError",
-    "PipelineStrategy", "Schedule", "ScheduleError", "ScopeError", "StageCost", "StageError", "TensorParallelStrategy",
-    "TfparError", "Timeline", "gpipe", "one_f_one_b", "simulate",
+    "Action", "BackupAndRestore", "BatchError", "CheckNumerics", "Coordinate", "DataParallelStrategy",
+    "DeviceError", "FileError", "Hardware", "Kind", "LayerPlacementStrategy", "LayoutError", "Mesh", "MeshStrategy",
+    "ModelError", "PartitionError", "PipelineStrategy", "Schedule", "ScheduleError", "ScopeError", "StageCost",
+    "StageError", "TensorParallelStrategy", "TfparError", "Timeline", "gpipe", "one_f_one_b", "simulate",
 ]  # fmt: skip
 
 
