@@ -26,7 +26,7 @@ TESTED_THROUGH = {  # for modules without a test file of their own, the test tha
     "strategies/test_data_parallel": "distribute group sync_batch_norm",
     "strategies/test_mesh_strategy": "collectives mesh",
     "planning/test_sharding": "layout_search",
-    "strategies/test_zero": "shard_view",
+    "strategies/test_zero": "gradient_reduction shard_view",
     "tensor_parallel/test_rules": "attention convolution dense elementwise embedding normalization pooling reshaping",
     "tensor_parallel/test_tensor_parallel": "inline_layers loss_parallel parallelize rank_graph",
     "test_bad_input": "devices",

@@ -69,7 +69,7 @@ def test_rounding_that_one_device_amplifies_is_skipped():
 
 def gradient_sums(patch):
     patch.setattr(
-        "tfpar.engine.optimizer_step.all_reduce", lambda values, devices, ops: [list(parts) for parts in values]
+        "tfpar.engine.gradient_reduction.all_reduce", lambda values, devices, ops: [list(parts) for parts in values]
     )
 
 

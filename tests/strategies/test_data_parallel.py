@@ -652,7 +652,7 @@ def own_gradients(patch):
     def kept(values, devices, ops=None):
         return [[v[r % len(v)] for r in range(len(devices))] for v in values]
 
-    patch.setattr("tfpar.engine.optimizer_step.all_reduce", kept)
+    patch.setattr("tfpar.engine.gradient_reduction.all_reduce", kept)
 
 
 def equal_shares(patch):

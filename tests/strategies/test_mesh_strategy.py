@@ -176,7 +176,7 @@ def test_compiled_with_xla():
 
 def no_sum_over_replicas(patch):
     patch.setattr(
-        "tfpar.engine.optimizer_step.all_reduce", lambda values, devices, ops: [list(parts) for parts in values]
+        "tfpar.engine.gradient_reduction.all_reduce", lambda values, devices, ops: [list(parts) for parts in values]
     )
 
 

@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from tfpar.comm.collectives import all_reduce, on_each
+from tfpar.comm.collectives import on_each
 from tfpar.comm.collectives import reduced as summed
-from tfpar.comm.gradients import add, of_parts, plain, sum_of
+from tfpar.comm.gradients import add, of_parts
 from tfpar.compat import _keras, _keras_parts
 from tfpar.compat._tf import LogicalReplica, set_container
-from tfpar.engine import batch_results
 from tfpar.engine.description import Description
-from tfpar.engine.engine import Engine, device_of, each, full_value, layout_of, scattered, shards_of
+from tfpar.engine.engine import Engine, device_of, each, full_value, layout_of, shards_of
 from tfpar.engine.executor import Execution
+from tfpar.engine.gradient_reduction import GradientReduction
 from tfpar.planning.mesh import FIRST, Coordinate
 from tfpar.planning.sharding import REPLICATED
 from tfpar.variables.logical import HOST, LogicalVariable
@@ -68,7 +68,7 @@ class Update:
 
     def __call__(self, run: Execution, scale: Any):
         """Reduce the gradients of a pass and apply them."""
-        reduced = self.reduced(run)
+        reduced = self.reduction.reduce(run, self.in_parts)
         as_one = len(self.mesh.lanes) == 1 and not self.engine.jit_compile and not self.away
         nothing = all(gradient is None for lanes in reduced for gradient in lanes.values())
         as_one = as_one or nothing  # Keras says what is wrong
@@ -89,6 +89,11 @@ class Update:
         for place in self.places:
             for variable in self.common if place not in busy else ():  # steps are counted everywhere
                 self.copy(variable, place).assign(self.copy(variable, busy[0]).read_value())
+
+    @cached_property
+    def reduction(self) -> GradientReduction:
+        """Adds up gradients of lanes."""
+        return GradientReduction(self.engine, self.weights, self.numbers, self.members, self.strategy.cross_device_ops)
 
     # ---- what is where
 
@@ -166,69 +171,6 @@ class Update:
         if len(copies) == self.mesh.size:
             return copies[place.number]
         return copies[self.mesh.lanes.index(place.lane) if len(copies) > 1 else 0]
-
-    # ---- gradients
-
-    def reduced(self, run: Execution) -> list[dict[Coordinate, Any]]:
-        """The gradient of each weight on each lane, or the shard that it updates.
-
-        Those that come from one segment are added up together.
-        """
-        last: dict[int, int] = {}  # of each variable, the segment that is the last to go backward
-        for s, _, v in run.gradients:
-            last[v] = min(s, last.get(v, s))
-        buckets: dict[tuple, list[int]] = {}
-        for s, members in self.members.items():
-            for n in members:
-                v = self.numbers[n]
-                if v is not None:
-                    key = s, last.get(v, 0) if run.ranks == 1 else 0, v in self.engine.partial
-                    buckets.setdefault(key, []).append(n)
-        mesh, gradients = self.mesh, batch_results.gradients(run)
-        terms = {n: gradients.get(v, []) for n, v in enumerate(self.numbers)}
-        with tf.name_scope("all-reduce/weights"):
-            for (*_, is_partial), members in buckets.items():
-                copied = {n for n in members if not self.in_parts or shards_of(self.weights[n]) == REPLICATED}
-                every = [(n, term) for n in members for term in terms[n]]
-                for rank in mesh.along("tensor", FIRST):
-                    replicas = mesh.along("data", rank)
-                    self.add_up([(n, term) for n, term in every if n in copied], replicas)
-                    if not run.scatters:
-                        self.scatter([(n, term) for n, term in every if n not in copied], replicas)
-                for replica in mesh.along("data", FIRST) if is_partial else ():
-                    self.add_up(every, mesh.along("tensor", replica))
-        found = [{lane: self.total(n, lane, terms[n]) for lane in mesh.lanes} for n in range(len(self.weights))]
-        if self.engine.plan.zero < 3:
-            return found
-        # other replicas read a shard until they are back; TensorFlow's optimizer may lose the edges that say so
-        with tf.control_dependencies([done for last in run.last.values() for done in last]):
-            return [{lane: each(tf.identity, g) for lane, g in parts.items()} for parts in found]
-
-    def add_up(self, terms: Sequence[tuple[int, dict]], lanes: Sequence[Coordinate]):
-        """Replace gradients of these lanes by their sum."""
-        if terms:
-            devices = [device_of(self.weights[terms[0][0]], lane) for lane in lanes]
-            values = [[term[lane] for lane in lanes] for _, term in terms]
-            for (_, term), totals in zip(
-                terms, all_reduce(values, devices, self.strategy.cross_device_ops), strict=True
-            ):
-                for lane, total in zip(lanes, totals, strict=True):
-                    term[lane] = total
-
-    def scatter(self, terms: Sequence[tuple[int, dict]], lanes: Sequence[Coordinate]):
-        """Replace gradients of these lanes, each by its shard of their sum."""
-        for n, term in terms:
-            shards = scattered(self.weights[n], [term[lane] for lane in lanes], lanes)
-            for lane, shard in zip(lanes, shards, strict=True):
-                term[lane] = shard
-
-    def total(self, n: int, lane: Coordinate, terms: Sequence[dict]) -> Any:
-        """The gradient of a weight on a lane from its terms; `None` if it has none."""
-        present = [term[lane] for term in terms if term[lane] is not None]
-        if len(present) < 2:
-            return plain(present[0]) if present else None
-        with tf.device(device_of(self.weights[n], lane)):
-            return plain(sum_of(present))
 
     def whole_gradient(self, n: int, parts: dict[Coordinate, Any]) -> Any:
         """The gradient of a weight, from those of its ranks' parts, each the sum over replicas."""
