@@ -56,6 +56,11 @@ class LogicalVariable(MirroredVariable):
         return self._key
 
     @property
+    def common_name(self) -> str:
+        """The name, without the number of an output."""
+        return self._common_name
+
+    @property
     def copies(self) -> tuple:
         """The variables that hold the value or a part of it, by lane."""
         return self._values
@@ -290,7 +295,9 @@ def on_host(variable: LogicalVariable) -> tf.Variable:
     """A new variable in host memory with all of the value of another."""
     old = variable.copies[0]
     with tf.init_scope(), tf.device(HOST):
-        new = ResourceVariable(variable.read_value(), trainable=old.trainable, name=variable.name, dtype=old.dtype)
+        new = ResourceVariable(
+            variable.read_value(), trainable=old.trainable, name=variable.common_name, dtype=old.dtype
+        )
     set_container(new, variable)
     return new
 
@@ -343,7 +350,7 @@ def copies_of(variable: LogicalVariable, old: tf.Variable, devices: Sequence[str
         parts = parts_of(value, sharding, len(devices))
     found = []
     for number, (device, part) in enumerate(zip(devices, parts, strict=True)):
-        name = f"{variable.name}/rank_{number}" if number else variable.name
+        name = f"{variable.common_name}/rank_{number}" if number else variable.common_name
         with tf.device(device):
             found.append(ResourceVariable(part, trainable=old.trainable, name=name, dtype=old.dtype))
         set_container(found[-1], variable)
