@@ -54,6 +54,15 @@ def mostly(values, kept):
     return [pytest.param(*value, marks=[] if is_kept else pytest.mark.every) for value, is_kept in marked]
 
 
+def deep():
+    """Layers that ranks divide, and normalizations between them."""
+    x = h = layers.Input((6,))
+    for _ in range(3):
+        h = layers.Dense(8, activation="tanh")(h)
+        h = layers.LayerNormalization()(h)
+    return keras.Model(x, layers.Dense(3, activation="softmax")(h))
+
+
 def data(rows=ROWS):
     rng = np.random.default_rng(0)
     floatx = keras.config.floatx()

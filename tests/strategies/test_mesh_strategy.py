@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from training import OPTIMIZERS, Spy, check, compiled, data, history, mostly
+from training import OPTIMIZERS, Spy, check, compiled, data, deep, history, mostly
 
 import tfpar
 from tfpar import Mesh
@@ -21,14 +21,6 @@ from tfpar.trainer.step_function import StepFunction
 
 X, Y = data(16)
 CUBE = Mesh(data=2, stage=2, tensor=2)
-
-
-def deep():
-    x = h = layers.Input((6,))
-    for _ in range(3):
-        h = layers.Dense(8, activation="tanh")(h)
-        h = layers.LayerNormalization()(h)
-    return keras.Model(x, layers.Dense(3, activation="softmax")(h))
 
 
 def graph(model):

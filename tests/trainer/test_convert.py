@@ -11,8 +11,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from test_mesh_strategy import deep
-from training import compiled, data, history, mostly
+from training import compiled, data, deep, history, mostly
 
 import tfpar
 from tfpar import Mesh

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from test_mesh_strategy import deep
-from training import compiled, data, history
+from training import compiled, data, deep, history
 
 import tfpar
 from tfpar import Mesh
