@@ -54,6 +54,19 @@ def mostly(values, kept):
     return [pytest.param(*value, marks=[] if is_kept else pytest.mark.every) for value, is_kept in marked]
 
 
+class Own(keras.Model):
+    """A training step of its own, which computes what Keras' does."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            predicted = self(x, training=True)
+            loss = self.compute_loss(x, y, predicted)
+        weights = self.trainable_weights
+        self.optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
+        return self.compute_metrics(x, y, predicted)
+
+
 def deep():
     """Layers that ranks divide, and normalizations between them."""
     x = h = layers.Input((6,))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers, ops
-from training import check, compiled, history
+from training import Own, check, compiled, history
 
 import tfpar
 from tfpar import Mesh
@@ -104,17 +104,6 @@ def twice():
     h = layers.Dense(D, activation="tanh")(layers.Dense(D, activation="tanh")(h))
     h = layers.Dense(D)(h + table(ops.convert_to_tensor(ids // 2)))
     return keras.Model(x, layers.Dense(3, activation="softmax")(h))
-
-
-class Own(keras.Model):
-    def train_step(self, data):
-        x, y = data
-        with tf.GradientTape() as tape:
-            predicted = self(x, training=True)
-            loss = self.compute_loss(x, y, predicted)
-        weights = self.trainable_weights
-        self.optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
-        return self.compute_metrics(x, y, predicted)
 
 
 def own(build):

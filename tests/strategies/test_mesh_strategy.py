@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from training import OPTIMIZERS, Spy, check, compiled, data, deep, history, mostly
+from training import OPTIMIZERS, Own, Spy, check, compiled, data, deep, history, mostly
 
 import tfpar
 from tfpar import Mesh
@@ -138,16 +138,6 @@ def test_optimizers_over_stages_and_replicas(name):
 
 
 def test_own_train_step():
-    class Own(keras.Model):
-        def train_step(self, data):
-            x, y = data
-            with tf.GradientTape() as tape:
-                predicted = self(x, training=True)
-                loss = self.compute_loss(x, y, predicted)
-            weights = self.trainable_weights
-            self.optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
-            return self.compute_metrics(x, y, predicted)
-
     def build():
         plain = deep()
         return Own(plain.inputs, plain.outputs)

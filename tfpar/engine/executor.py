@@ -65,7 +65,7 @@ class Execution:
         self.mesh = self.engine.mesh
         self.ranks = self.mesh.tensor
         of_lane = range(self.parts.micro_batches)
-        self.all = [MicroBatch(lane, n) for lane in self.mesh.lanes[: self.lanes] for n in of_lane]
+        self.all = [MicroBatch(lane, n) for lane in self.lanes for n in of_lane]
         self.values: dict[MicroBatch, dict[int, Edge]] = {
             m: dict(zip(self.graph.inputs, self.inputs[self.part(m)], strict=True)) for m in self.all
         }
@@ -97,8 +97,9 @@ class Execution:
         self.schedule = schedule
         for s, kind, n in schedule.order:
             ways = COLLECTIVE if s in self.route.collectives else GLOBAL_BATCH if s in self.route.global_batch else RUN
-            for m in self.all if kind in kinds else ():
-                if m.micro_batch == n and self.together(s, m)[0] == m:
+            for lane in self.lanes if kind in kinds else ():
+                m = MicroBatch(lane, n)
+                if self.together(s, m)[0] == m:
                     yield (s, kind, m), partial(ways[kind], self, s, m)
 
     def together(self, s: int, m: MicroBatch) -> list[MicroBatch]:
@@ -114,9 +115,9 @@ class Execution:
         return tf.add_n(parts) if len(parts) > 1 else parts[0]
 
     @property
-    def lanes(self) -> int:
-        """How many run the same programs side by side."""
-        return self.parts.replicas * self.ranks
+    def lanes(self) -> tuple[Coordinate, ...]:
+        """Those that run the same programs side by side; replicas without a part of the batch do not."""
+        return self.mesh.lanes[: self.parts.replicas * self.ranks]
 
     def at(self, s: int, lane: Coordinate = FIRST) -> Coordinate:
         """Where a segment of a lane runs."""

@@ -207,11 +207,14 @@ class LogicalVariable(MirroredVariable):
 
     def write_shards(self, shards: Sequence[tf.Tensor]):
         """Assign what an optimizer made of `shard_of` each lane."""
-        for at, copy, own in zip(self.lanes, self._values, shards, strict=True):
+        of_lane = dict(zip(self.lanes, shards, strict=True))
+        for at, copy in zip(self.lanes, self._values, strict=True):
             with tf.device(copy.device):
-                of_rank = [s for lane, s in zip(self.lanes, shards, strict=True) if lane.tensor == at.tensor]
-                divides = self.follow.sharding != self._sharding
-                copy.assign(concat(of_rank, self.follow.sharding.shards) if divides else own)
+                value = of_lane[at]
+                if self.follow.sharding != self._sharding:
+                    of_rank = [shard for lane, shard in of_lane.items() if lane.tensor == at.tensor]
+                    value = concat(of_rank, self.follow.sharding.shards)
+                copy.assign(value)
 
     @property
     def regions(self) -> list[tuple]:
