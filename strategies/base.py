@@ -1,4 +1,4 @@
-"""What all strategies share: they extend MirroredStrategy, and describe; the engine does the work."""
+"""What all strategies share: they extend `tf.distribute.MirroredStrategy`; the engine does the work."""
 
 import contextlib
 import warnings
@@ -30,23 +30,17 @@ Placement = str | Sequence[str] | Mapping[str, int]
 
 
 class Strategy(MirroredStrategy):
-    """The base of tfpar's strategies.
+    """The base class of tfpar's strategies; make a `MeshStrategy` or one of the others.
 
     Args:
-        mesh: the shape of the work, and its devices; all GPUs, else all logical CPUs, if it names none.
-        micro_batches: into how many parts each replica divides its share of a batch.
-        schedule: `"1f1b"`, `"gpipe"`, or a function `(stages, micro_batches) -> Schedule`.
-        placement: which layers go together, see `tfpar.planning.partition.partition`.
-        batch_norm: `"global"`: replicas normalise with the statistics of the whole batch; `"local"`: with their own.
-        buckets: into how many segments the model is cut for exchanges between replicas.
-        cross_device_ops: how tensors of several replicas are added up; see `tfpar.comm.collectives`.
-        layout: how weights are divided between ranks, see `TensorParallelStrategy`.
-        sequence_parallel: whether ranks divide activations along the sequence between layers that they divide.
-        zero, offload: what replicas divide, and what waits in host memory, see `MeshStrategy`.
+        mesh: with the name of a device for each coordinate.
+        micro_batches, schedule, placement, batch_norm, buckets, cross_device_ops, layout, sequence_parallel, zero,
+            offload: as for `MeshStrategy`.
 
     Raises:
-        DeviceError: a device that does not exist, or one that repeats.
-        ScheduleError: a schedule that is not known.
+        IndexError: a mesh that names no devices.
+        ScheduleError: `micro_batches` is no whole number of at least 1, or `schedule` is not known.
+        ModelError: an unknown `batch_norm`, `zero` or `offload`, or `buckets` that is no whole number of at least 1.
     """
 
     def __init__(
@@ -96,7 +90,7 @@ class Strategy(MirroredStrategy):
 
     @property
     def micro_batches(self) -> int:
-        """Into how many parts a replica divides its share of a batch."""
+        """How many micro-batches a replica makes of its part of a batch; one for each sample, if it has fewer."""
         return self.parts.micro_batches
 
     @contextlib.contextmanager
@@ -104,7 +98,8 @@ class Strategy(MirroredStrategy):
         """Models and variables created inside belong to this strategy.
 
         Raises:
-            ScopeError: in the scope of another strategy.
+            ScopeError: in the scope of another strategy; and from `compile` and `fit` inside, for a model of another
+                strategy or of none.
         """
         around = tf.distribute.get_strategy()
         if tf.distribute.has_strategy() and around.extended is not self.extended:
@@ -118,16 +113,21 @@ class Strategy(MirroredStrategy):
 
     @contextlib.contextmanager
     def planning(self) -> Iterator[None]:
-        """The scope, entered from anywhere: also while a step is being traced."""
+        """The scope, entered from anywhere, also while a step is being traced; for tfpar itself."""
         in_replica = tf.distribute.has_strategy() and not tf.distribute.in_cross_replica_context()
         with tf.init_scope(), outside_replica(self) if in_replica else self.scope():
             yield
 
     def run(self, fn: Callable, args: tuple = (), kwargs: dict | None = None, options: Any = None) -> Any:
-        """Run `fn` once for each replica, as `tf.distribute.Strategy.run`, with what Keras keeps for this thread.
+        """Run `fn` once for each replica, as `tf.distribute.Strategy.run` does; once, if there is one replica.
+
+        In `fn` optimizers add up the gradients of all replicas, BatchNormalization uses the statistics of all unless
+        `batch_norm="local"`, and each replica draws its own random numbers. Keras' settings of this thread, such as its
+        dtype policy, hold there unless `fn` is a `tf.function` itself.
 
         Raises:
-            ModelError: replicas without whole copies of variables: with ZeRO, offload, stages or ranks.
+            ModelError: several replicas, of which not each has a copy of every variable: with ZeRO, offload, stages or
+                ranks.
         """
         if not self.extended.is_one and not self.extended.has_copies:
             raise ModelError(
@@ -143,10 +143,11 @@ class Strategy(MirroredStrategy):
         KerasHooks(self, model).adopt(ForKeras(self))
 
     def schedule(self, micro_batches: int) -> Schedule:
-        """The schedule for so many micro-batches.
+        """The order of actions on the devices along `stage`, for so many micro-batches.
 
         Raises:
-            ScheduleError: a schedule function that returns something else.
+            ScheduleError: a schedule function returns no `Schedule` of forward and backward actions with so many
+                devices and micro-batches.
         """
         schedule = self._schedule(self.mesh.stage, micro_batches)
         fits = isinstance(schedule, Schedule) and schedule.trains and len(schedule.devices) == self.mesh.stage
@@ -159,30 +160,37 @@ class Strategy(MirroredStrategy):
         return schedule
 
     def explain(self, model: Any, batch_size: int | None = None) -> Plan:
-        """What goes where, for `print`: stages, devices, bytes, and the predicted bubble.
+        """The plan of a model, for `print`: what is on each device, in how many bytes, and the predicted bubble.
 
         Args:
             model: one that was constructed in this strategy's scope.
-            batch_size: samples of a batch; those of the first batch the model saw, or 32.
+            batch_size: samples of a batch, over all replicas; if not given, those of the first batch since the model
+                was compiled, or 32 if there was none.
 
         Raises:
             ScopeError: a model of another strategy, or of none.
+            ModelError: a subclassed model that has seen no data, one that is never called itself while models in it
+                are, or one that cannot be divided.
+            PartitionError, LayoutError, ScheduleError: a `placement`, `layout` or `schedule` that does not fit it.
         """
         return explained(self._steps(model), batch_size)
 
     def convert(self, model: Any, other: "Strategy") -> Any:
-        """Move a live model of this strategy, its optimizer and metrics, to another one: to train on one mesh, say, and
-        predict on another. A callback, a checkpoint or a loop that holds the model or its variables goes on with them.
+        """Move a live model of this strategy, its optimizers and metrics, to another strategy.
+
+        So it can train on one mesh, say, and predict on another. A callback, a checkpoint or a loop that has the model
+        or its variables goes on with them; a `tf.function` of yours that was traced with it must be traced again.
 
         Args:
             model: one that was constructed in this strategy's scope; it is changed.
-            other: where to; `MeshStrategy(Mesh())` for one device.
+            other: a strategy of tfpar; `MeshStrategy(Mesh())` for one device.
 
         Returns:
-            The model.
+            The same model, which is now of the other strategy.
 
         Raises:
-            ScopeError: a model of another strategy, or of none.
+            ScopeError: a model of another strategy, or of none; or another model, which has been used and stays behind,
+                shares variables with it.
         """
         self._steps(model)
         convert(model, other)
@@ -199,10 +207,10 @@ class Strategy(MirroredStrategy):
 
 
 class ForKeras(Strategy):
-    """A strategy as Keras' `fit` sees it: it gets batches whole, and the step divides them.
+    """A strategy as Keras' `fit` sees it: it hands on undivided batches, and the step divides them.
 
     Args:
-        strategy: what it is in all else.
+        strategy: the one that it is otherwise.
     """
 
     def __init__(self, strategy: Strategy):
@@ -213,6 +221,6 @@ class ForKeras(Strategy):
         return self.extended.strategy.scope()
 
     def experimental_distribute_dataset(self, dataset: Any, options: Any = None) -> Any:
-        """The dataset as it is, or on its way to replicas on GPUs."""
+        """The dataset as it is; for replicas on GPUs, one that sends them their parts ahead of time."""
         feeds = self.mesh.stage == 1 and self.mesh.on_gpus and can_be_fed(dataset)
         return Feed(dataset, self.extended.replicas) if feeds else dataset

@@ -10,14 +10,23 @@ from tfpar.strategies.base import Strategy
 class DataParallelStrategy(Strategy):
     """Gives each device a copy of the model and its part of each batch; the numbers are those of one device.
 
+    Only random numbers, as in Dropout, differ: each replica draws its own.
+
     Args:
         devices: names such as `"GPU:1"`, or how many; all GPUs, else all logical CPUs, if not given.
-        batch_norm: `"global"`: BatchNormalization uses the statistics of the whole batch, as one device would;
-            `"local"`: each replica those of its own part, which saves two small exchanges for each layer.
-        buckets: into how many parts the gradients are divided, each reduced as soon as it is there.
-        cross_device_ops: how gradients are added up, as for `tf.distribute.MirroredStrategy`; NCCL on physical GPUs,
-            else copies, if not given.
+        batch_norm: `"global"`: BatchNormalization uses the mean and variance of the whole batch, as one device would,
+            put together from those of its parts (Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm
+            for Computing Sample Variances", 1979); `"local"`: each replica uses those of its own part, which saves two
+            small exchanges for each layer.
+        buckets: into how many segments the model is cut; the gradients of each are reduced as soon as they are there.
+            If not given, 1, or 8 with `zero` 2 or 3.
+        cross_device_ops: how gradients are added up, as for `tf.distribute.MirroredStrategy`; if not given, by NCCL
+            where each device is a GPU of its own, else by copies.
         zero, offload: what replicas divide in place of each having all of it, see `MeshStrategy`.
+
+    Raises:
+        DeviceError: a device that does not exist, is of another host or repeats; no devices, or more than there are.
+        ModelError: an unknown `batch_norm`, `zero` or `offload`, or `buckets` that is no whole number of at least 1.
 
     Example:
         >>> strategy = tfpar.DataParallelStrategy()  # doctest: +SKIP

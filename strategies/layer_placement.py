@@ -13,7 +13,15 @@ class LayerPlacementStrategy(Strategy):
 
     Args:
         devices: names such as `"GPU:1"`, or how many; all GPUs, else all logical CPUs, if not given.
-        placement: `"auto"`, a list of layer names where a new stage begins, or a mapping layer name -> stage.
+        placement: the layers of each stage. `"auto"`: consecutive ones, so that the slowest stage is as fast as
+            possible; a list of layer names, at each of which a new stage begins; or a mapping layer name -> stage from
+            0, in which a layer that is not named goes to the latest stage of its inputs.
+
+    Raises:
+        DeviceError: a device that does not exist, is of another host or repeats; no devices, or more than there are.
+        PartitionError: when the model is first used, fewer layers than devices, or a placement that does not fit it.
+        ModelError: when it is first used, a subclassed model whose `call` cannot be followed, as it is more than Keras
+            layers and `keras.ops`.
 
     Example:
         >>> strategy = tfpar.LayerPlacementStrategy(placement=["block_6"])  # doctest: +SKIP

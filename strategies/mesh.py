@@ -1,4 +1,4 @@
-"""Replicas of stages of divided layers."""
+"""Data, pipeline and tensor parallelism at once."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,30 +15,37 @@ from tfpar.strategies.base import Placement, Strategy
 class MeshStrategy(Strategy):
     """Divides the batch, the layers and the weights of each layer at once: data x stage x tensor parallelism.
 
-    The other strategies are meshes of one axis. Ranks of `tensor`, which exchange most, are neighbouring devices, then
-    those of `stage`, then those of `data`.
+    The other strategies are meshes of one axis.
 
     Args:
         mesh: the size of each axis; its devices are the first GPUs, else logical CPUs, if it names none.
-        micro_batches: into how many parts each replica divides its share of a batch, which follow one another through
-            its stages.
-        schedule: `"1f1b"` (little memory), `"gpipe"`, or a function `(stages, micro_batches) -> Schedule`.
-        placement: `"auto"`, a list of layer names where a new stage begins, or a mapping layer name -> stage.
-        layout: how ranks divide weights, see `TensorParallelStrategy`.
-        sequence_parallel: whether what lies between divided layers is divided along the sequence.
+        micro_batches: into how many micro-batches each replica divides its part of a batch; one for each sample, if
+            there are fewer. They follow one another through its stages.
+        schedule: `"1f1b"` (less memory), `"gpipe"`, or a function `(devices, micro_batches) -> Schedule`, where
+            `devices` is the size of the axis `stage`.
+        placement: the layers of each stage, see `LayerPlacementStrategy`.
+        layout, sequence_parallel: how ranks divide weights and activations, see `TensorParallelStrategy`.
         zero: what replicas divide between them, in place of each having all of it: 1 the optimizer's slots, 2 gradients
             too, 3 weights too, which are gathered for each segment of the model just before it runs (Rajbhandari et
-            al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models").
-        offload: `"optimizer"` keeps slots in host memory, where they are updated (Ren et al., "ZeRO-Offload"); replicas
-            divide them then.
-        batch_norm: `"global"`: replicas normalise with the statistics of all; `"local"`: with their own.
-        buckets: into how many segments the model is cut for exchanges with other replicas: gradients are reduced as
-            soon as those of a segment are there, weights are gathered segment by segment. 1, with `zero` from 2 on 8,
-            if not given.
-        cross_device_ops: how tensors are added up, as for `tf.distribute.MirroredStrategy`.
+            al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", section 5). With one replica
+            it divides nothing, and a warning says so.
+        offload: `"optimizer"` keeps slots in host memory, where they are updated (Ren et al., "ZeRO-Offload:
+            Democratizing Billion-Scale Model Training"); several replicas divide them, as with `zero=1`.
+        batch_norm: `"global"`: replicas normalise with the statistics of all; `"local"`: with their own. See
+            `DataParallelStrategy`.
+        buckets: into how many segments the model is cut for exchanges between replicas: the gradients of a segment are
+            reduced as soon as they are there, its weights gathered before it runs. If not given, 1, or 8 with `zero` 2
+            or 3.
+        cross_device_ops: how tensors of replicas and ranks are added up, as for `tf.distribute.MirroredStrategy`; if
+            not given, by NCCL if there are several replicas and each device is a GPU of its own, else by copies.
 
     Raises:
-        DeviceError: fewer devices than the mesh has places.
+        DeviceError: `mesh` is no `Mesh`, has a device that does not exist, is of another host or repeats, or is larger
+            than there are devices.
+        TypeError: an unknown argument.
+        ScheduleError, PartitionError, LayoutError: as for `PipelineStrategy` and `TensorParallelStrategy`.
+        ModelError: an unknown `batch_norm`, `zero` or `offload`, or `buckets` that is no whole number of at least 1;
+            when the model is first used, as for `PipelineStrategy`.
 
     Example:
         >>> strategy = tfpar.MeshStrategy(tfpar.Mesh(data=2, stage=2, tensor=2), micro_batches=8)  # doctest: +SKIP

@@ -33,7 +33,7 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str):
-    """The strategies load TensorFlow, on first use."""
+    """Strategies and callbacks are imported on first use, and TensorFlow with them."""
     if name in __all__:
         return getattr(importlib.import_module("tfpar.strategies"), name)
     raise AttributeError(f"module 'tfpar' has no attribute {name!r}")

@@ -7,43 +7,62 @@ import traceback
 
 
 class TfparError(ValueError):
-    """The base of tfpar's errors; a `ValueError`, so code that catches Keras' own errors catches these."""
+    """The base class of tfpar's errors; a `ValueError`, so code that catches those of Keras catches these."""
 
 
 class DeviceError(TfparError):
-    """Devices that do not exist, repeat, or do not fill the mesh."""
+    """Devices that do not exist, repeat, or are not as many as the mesh has coordinates.
+
+    Raised by `Mesh`, by the constructors of strategies, and by `tfpar.testing.logical_cpus` after TensorFlow's start.
+    """
 
 
 class PartitionError(TfparError):
-    """A model that cannot be cut into the stages asked for."""
+    """A model that cannot be cut into the stages asked for: too few layers, or a `placement` that does not fit it.
+
+    Raised when the model is first used or explained.
+    """
 
 
 class ScheduleError(TfparError):
-    """A schedule that breaks a dependency; the message shows the whole schedule."""
+    """A schedule that no strategy knows, that is not complete, that deadlocks, or that is not of the sizes asked for.
+
+    Also `micro_batches` below 1. Where there is a schedule, the message shows it.
+    """
 
 
 class ModelError(TfparError):
-    """A model that cannot be split as asked without changing its numbers."""
+    """A model that cannot be divided as asked without changing its numbers, or an unknown value of an option."""
 
 
 class ScopeError(TfparError):
-    """A variable that was created outside of the strategy's scope."""
+    """A model or a variable that was created in another scope than the strategy's, or a scope within another's."""
 
 
 class LayoutError(TfparError):
-    """Weights that cannot be divided between ranks as asked."""
+    """A `layout` that is no mapping, does not fit the weights, or divides them as no rule can.
+
+    Raised when the model is first used or explained.
+    """
 
 
 class BatchError(TfparError):
-    """A batch that cannot be divided: empty, or with parts of unequal length."""
+    """A batch that cannot be divided: empty, or with arrays of unequal length or without a batch dimension."""
 
 
 class FileError(TfparError, OSError):
-    """A file that cannot be read into a model; the model stays as it is."""
+    """A file that `model.load_weights` cannot read, or that is of another model; the model stays as it is.
+
+    Also an `OSError`.
+    """
 
 
 class StageError(TfparError):
-    """A step that failed on a device; the message names the stage, the micro-batch and the layer."""
+    """A step of `fit`, `evaluate` or `predict` that failed on a device, or a loss that `CheckNumerics` refused.
+
+    The message names the stage, the micro-batch and the layer, as far as they can be found; TensorFlow's error is the
+    `__cause__`. With `run_eagerly=True`, and in a loop of your own, TensorFlow's error comes as it is.
+    """
 
 
 class Caught:

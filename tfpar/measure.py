@@ -16,20 +16,28 @@ from tfpar.trainer.training_step import TrainingStep
 
 
 def measured(model: keras.Model, *batch: Any, repeat: int = 1) -> Timeline:
-    """Train on one batch, and tell when each action ran: the fastest of `repeat` steps, after one to warm up.
+    """Train on one batch, and return when each action ran: the fastest of `repeat` steps, after one to warm up.
+
+    These steps change weights. Forward and backward of the last stage, which may be one program in `fit`, are two here.
 
     The clock is the host's. On a GPU an action counts as done when it has been enqueued: use TensorBoard's profiler
     there, in which actions have names such as `stage0/mb3/backward`.
 
     Args:
         model: compiled, constructed in the scope of a strategy.
-        batch: `x, y` or `x, y, sample_weight`.
+        batch: `x, y` or `x, y, sample_weight`, each with samples along dim 0.
+        repeat: how many steps are measured, at least 1.
 
     Returns:
-        Spans in seconds, the same type as `tfpar.simulate` returns.
+        A `Timeline` in seconds, the type that `tfpar.simulate` returns. A span's `device` is an index into the devices
+        of the mesh. Micro-batches are counted over all replicas, in the order of the batch. Where stages are cut into
+        segments, `stage` is the number of the segment. What devices run together, such as an all-reduce, has no span.
 
     Raises:
-        ModelError: a model that no strategy schedules.
+        ModelError: a model that is of no strategy or not compiled, or whose `train_step`, `compute_loss` or loss needs
+            the whole batch at once.
+        BatchError: an empty batch, or arrays of unequal length.
+        StageError: a step that fails on a device.
 
     Example:
         >>> timeline = measured(model, x, y)  # doctest: +SKIP
@@ -47,10 +55,11 @@ def measured(model: keras.Model, *batch: Any, repeat: int = 1) -> Timeline:
 def clocked_step(
     steps: KerasHooks, places: dict[str, tuple[int, Action]], data: Batch, parts: Parts
 ) -> dict[str, tuple[tf.Tensor, tf.Tensor]]:
-    """A scheduled step that returns the times of its actions.
+    """A scheduled step that returns when each action starts and stops, by its name.
 
     Args:
-        places: is given, for each action, the number of its device and the action with the number of its part.
+        places: is given, by name, the number of each action's device, and the action with its micro-batch counted over
+            all replicas.
     """
     step = TrainingStep(steps, data, parts)
     if not step.is_scheduled():

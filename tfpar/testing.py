@@ -14,9 +14,10 @@ from tfpar.trainer.step_function import StepFunction
 
 
 def logical_cpus(count: int, threads: int | None = None):
-    """Make `count` logical devices of the CPU, before TensorFlow starts.
+    """Make `count` logical devices of the CPU, which share its cores, before TensorFlow starts.
 
     Args:
+        count: how many; they are `"CPU:0"`, `"CPU:1"` and so on.
         threads: how many operations run at once, each on one core; TensorFlow's choice if not given.
 
     Raises:
@@ -40,9 +41,10 @@ def logical_cpus(count: int, threads: int | None = None):
 
 
 def difference(one: Any, other: Any) -> float:
-    """The largest difference of any number in two arrays, relative to the largest magnitude in the first.
+    """The largest difference of any number in two arrays, relative to the largest finite magnitude in the first.
 
-    Infinite for arrays of different shapes, and where one has a NaN or an infinity that the other has not.
+    Absolute if that is zero; infinite for arrays of different shapes, and where one has a NaN or an infinity that the
+    other has not.
 
     Example:
         >>> difference([100.0, 1.0], [100.0, 2.0])
@@ -56,7 +58,12 @@ def difference(one: Any, other: Any) -> float:
 
 
 def distance(one: Any, other: Any) -> float:
-    """The largest difference of any number in two arrays; infinite as for `difference`."""
+    """The largest absolute difference of any number in two arrays; infinite as for `difference`.
+
+    Example:
+        >>> distance([100.0, 1.0], [100.0, 2.0])
+        1.0
+    """
     one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
     if one.shape != other.shape:
         return float("inf")
@@ -67,16 +74,24 @@ def distance(one: Any, other: Any) -> float:
 
 
 def named_values(model: Any) -> dict[str, np.ndarray]:
-    """Every weight, state and optimizer slot of a model, in the order of creation."""
+    """Every weight, state and optimizer variable of a model in float64, by number and path: `"0 dense/kernel"`."""
     variables = [*model.variables, *(model.optimizer.variables if getattr(model, "optimizer", None) else [])]
     return {f"{i} {v.path}": np.asarray(v.numpy(), np.float64) for i, v in enumerate(variables)}
 
 
 def assert_same(one: Any, other: Any, rtol: float, atol: float = 0.0):
-    """Check that two models hold the same numbers: each variable on its own, relative to its largest magnitude.
+    """Check that two models have the same numbers: each weight, state and optimizer variable on its own, in order.
+
+    Args:
+        rtol: how much a variable may differ, relative to its largest magnitude in the first model.
+        atol: absolute differences up to this are ignored.
 
     Raises:
-        AssertionError: names each variable that differs, and by how much.
+        AssertionError: names each variable that differs by more than both, and by how much; or says that one model has
+            more variables than the other.
+
+    Example:
+        >>> assert_same(on_one_device, under_a_strategy, rtol=1e-5)  # doctest: +SKIP
     """
     a, b = named_values(one), named_values(other)
     assert len(a) == len(b), f"{len(a)} variables against {len(b)}"
@@ -85,7 +100,7 @@ def assert_same(one: Any, other: Any, rtol: float, atol: float = 0.0):
 
 
 def different(names: Sequence[str], one: Sequence[Any], other: Sequence[Any], rtol: float, atol: float) -> list[str]:
-    """The names of the arrays that differ, each with its difference, or the two shapes."""
+    """The names of the arrays that differ by more than `rtol` and `atol`, each with its difference, or both shapes."""
     return [
         f"{name}: {difference(a, b):.2g}" if np.shape(a) == np.shape(b) else f"{name}: {np.shape(a)}, not {np.shape(b)}"
         for name, a, b in zip(names, one, other, strict=True)
@@ -97,13 +112,16 @@ KINDS = "|".join(kind for kind in EXCHANGES if kind not in LOCAL)
 
 
 def traced_exchanges(model: Any, *batch: Any) -> list[tuple[str, str]]:
-    """The collectives between ranks in the TensorFlow graph of a training step, each as its kind and where it is.
+    """The collectives between ranks in the TensorFlow graph of a training step, which is traced and does not run.
 
-    A collective counts if it has operations on every device.
+    A collective counts if it has operations on every device of the mesh, so that there must be one stage.
 
     Args:
         model: compiled, constructed in the scope of a `TensorParallelStrategy`.
         batch: `x, y` or `x, y, sample_weight`.
+
+    Returns:
+        For each collective its kind, such as `"all-reduce"`, and its scope, which begins with the operation; sorted.
 
     Example:
         >>> assert traced_exchanges(model, x, y) == planned_exchanges(strategy.explain(model))  # doctest: +SKIP
@@ -120,5 +138,11 @@ def traced_exchanges(model: Any, *batch: Any) -> list[tuple[str, str]]:
 
 
 def planned_exchanges(plan: Any) -> list[tuple[str, str]]:
-    """The collectives between ranks that a plan announces, in the same form."""
+    """The collectives between ranks that a plan announces, in the form of `traced_exchanges`.
+
+    Those of the loss are in it once the model has been traced or trained with targets.
+
+    Args:
+        plan: what `strategy.explain` returns.
+    """
     return sorted((e.kind, e.scope) for e in plan.exchanges)

@@ -10,7 +10,12 @@ BACKWARD = 2.0  # a backward pass multiplies twice for each product of the forwa
 
 @dataclass(frozen=True)
 class Hardware:
-    """The speed of one device: its arithmetic, its memory, its link to the next device (all per second).
+    """The speed of one device.
+
+    Args:
+        flops: floating-point operations per second.
+        bytes: bytes per second that go through its memory.
+        link_bytes: bytes per second that go to the next device.
 
     Example:
         >>> Hardware(flops=1e12, bytes=1e11, link_bytes=1e10).seconds(flops=1e12, bytes=1e11)
@@ -22,7 +27,7 @@ class Hardware:
     link_bytes: float
 
     def seconds(self, flops: float, bytes: float) -> float:
-        """Time of an operation that computes `flops` and moves `bytes` through memory."""
+        """Seconds of `flops` floating-point operations, plus those of moving `bytes` through memory."""
         return flops / self.flops + bytes / self.bytes
 
 
@@ -42,8 +47,8 @@ class StageCost:
     """Seconds that each stage takes for one micro-batch.
 
     Args:
-        forward, backward: one number per stage.
-        transfer: seconds from each stage to the next, one number for all.
+        forward, backward: seconds of a forward and of a backward pass, one number per stage.
+        transfer: seconds that a tensor takes from a stage to the next, or its gradient to the one before.
 
     Example:
         >>> StageCost.even(stages=2).seconds(Action(0, Kind.BACKWARD, 0))
@@ -56,13 +61,21 @@ class StageCost:
 
     @classmethod
     def even(cls, stages: int, forward: float = 1.0, backward: float = BACKWARD) -> "StageCost":
-        """Stages of equal cost."""
+        """Stages that all take the same time.
+
+        Args:
+            forward, backward: seconds; `backward` does not follow from `forward`.
+        """
         return cls((forward,) * stages, (backward,) * stages)
 
     def seconds(self, action: Action) -> float:
-        """The duration of an action."""
+        """Seconds that an action takes.
+
+        Raises:
+            IndexError: a stage for which there is no number.
+        """
         return (self.forward if action.kind is Kind.FORWARD else self.backward)[action.stage]
 
     def between(self, source: Action, target: Action) -> float:
-        """How long the result of `source` travels to `target`."""
+        """Seconds that the result of `source` takes to the stage of `target`: `transfer` for each stage on the way."""
         return self.transfer * abs(source.stage - target.stage)

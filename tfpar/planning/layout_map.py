@@ -15,16 +15,20 @@ AXIS = "tensor"
 def layouts_of(
     asked: Any, variables: Sequence[Variable], layers: Sequence[Sequence[int]], ranks: int
 ) -> dict[int, Layout] | None:
-    """The layout that each of these variables is to have; `None` for `"auto"`.
+    """The layout that each of these variables is to have, by index; `None` for `"auto"`.
 
-    What is not mentioned is replicated, unless it belongs to a layer of which something is mentioned.
+    A variable that no key matches is replicated, unless one matches another variable of its layer: then its layout is
+    left to the search.
 
     Args:
-        layers: which variables are those of one layer.
-        asked: `"auto"`, a `LayoutMap`, or a mapping from regular expressions over paths to a tuple of axes.
+        asked: `"auto"`, a `keras.distribution.LayoutMap`, or a mapping. A key is a path or a regular expression over
+            paths; a value has an entry for each dim, the axis that divides it or `None`.
+        layers: for each layer, the indices of its variables.
+        ranks: how many divide variables between them.
 
     Raises:
-        LayoutError: a rule that matches nothing, or that does not fit what it matches; two that contradict each other.
+        LayoutError: no mapping, a device mesh of another shape, a key that matches nothing, a value that does not fit
+            what its key matches, or two keys that contradict each other.
     """
     if isinstance(asked, str) and asked == "auto":
         return None
@@ -54,7 +58,7 @@ def axis_of(asked: Any, ranks: int) -> str:
     """The name of the axis that divides weights.
 
     Raises:
-        LayoutError: no mapping, or a device mesh of another shape than the strategy's.
+        LayoutError: no mapping, or a device mesh that has not `ranks` devices along one axis and one along the others.
     """
     if not hasattr(asked, "items"):
         raise LayoutError(
@@ -78,13 +82,15 @@ def axis_of(asked: Any, ranks: int) -> str:
 def layout_by(
     key: str, axes: Sequence[str | None], variable: Variable, axis: str, known: Sequence[str], ranks: int
 ) -> Layout:
-    """The layout that a rule gives to a weight.
+    """The layout that a key and its value give to a variable.
 
     Args:
-        axis: the name of the one that divides weights, among all that are `known`.
+        axes: an entry for each dim.
+        axis: the name of the axis that divides variables, one of those that are `known`.
 
     Raises:
-        LayoutError: it does not fit.
+        LayoutError: not an entry for each dim, an unknown axis, several divided dims, or one whose size is no multiple
+            of `ranks`.
     """
     if len(axes) != len(variable.shape):
         raise LayoutError(

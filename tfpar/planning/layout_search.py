@@ -23,11 +23,11 @@ class Option:
     """One way in which ranks can run an operation.
 
     Args:
-        name: the field's word for it, `column-parallel`.
-        inputs, outputs: the layout that each tensor must have, and gets.
-        weights: the layouts of variables that are divided; the others are replicated.
+        name: the field's word for it, such as `column-parallel`.
+        inputs, outputs: the layout that each input must have, and that each output gets.
+        weights: by index, the layouts of the variables that are divided; the others are replicated.
         split: whether ranks compute different parts, so that gradients of replicated inputs and weights are partial.
-        moved: bytes of one sample that cross between ranks within the operation, forward and backward.
+        moved: bytes of one sample that each rank sends within the operation, forward and backward.
         build: adds what each rank runs to a `RankGraphBuilder`; if not given, the operation on what the rank has.
     """
 
@@ -41,7 +41,7 @@ class Option:
 
 
 def replicated(graph: OpGraph, i: int) -> Option:
-    """The way that is always there: every rank computes all of it."""
+    """The option that there is for every operation: each rank computes all of it."""
     op = graph.ops[i]
     return Option("replicated", (REPLICATED,) * len(op.inputs), (REPLICATED,) * len(op.outputs), split=False)
 
@@ -58,14 +58,18 @@ class Way(NamedTuple):
 def choose(
     graph: OpGraph, options: Sequence[Sequence[Option]], ranks: int, hardware: Hardware, sequence: bool = False
 ) -> list[Option]:
-    """The cheapest option of each operation, all together, by dynamic programming along the model.
+    """An option for each operation, so that the model costs the least, by dynamic programming along it.
 
     A state is the layout of each tensor that is still needed, and of each weight that several operations use; of more
     than `BEAM` states the cheapest are kept. Costs are seconds of computing and of moving data between ranks; a matrix
     that is not divided costs far more, because to divide weights is what tensor parallelism is for.
 
     Args:
-        sequence: whether a replicated tensor may be cut along dim 1.
+        options: for each operation.
+        sequence: whether a replicated tensor may be divided along dim 1, the sequence.
+
+    Raises:
+        LayoutError: operations that share a weight have no option that divides it alike.
     """
     users = [sum(v in op.variables for op in graph.ops) for v in range(len(graph.variables))]
     last = {t: max(users_of, default=-1) for t, users_of in graph.consumers.items()}
@@ -107,13 +111,13 @@ def choose(
 
 
 def use(option: Option, v: int) -> tuple:
-    """How an operation uses a weight: all that share it must do alike, for its gradients to be of one kind."""
+    """How an operation uses a weight: all that share it must use it alike, for its gradients to be of one kind."""
     layout = option.weights.get(v, REPLICATED)
     return layout, option.split, option.outputs if option.split and layout == REPLICATED else ()
 
 
 def work(graph: OpGraph, i: int, option: Option, ranks: int, hardware: Hardware) -> float:
-    """The cost of an operation on its own."""
+    """The cost of an option for operation `i` in seconds, without changes of the layout of its inputs."""
     op = graph.ops[i]
     bytes_of_all = sum(graph.tensors[t].bytes for t in {*op.inputs, *op.outputs})
     touched = bytes_of_all * (1.0 if op.flops else FUSED)
@@ -125,7 +129,7 @@ def work(graph: OpGraph, i: int, option: Option, ranks: int, hardware: Hardware)
 
 
 def moved(graph: OpGraph, t: int, have: Layout, want: Layout, split: bool, ranks: int, sequence: bool) -> float:
-    """Bytes of one sample of a tensor that its change of layout moves, forward and backward.
+    """Bytes of one sample of tensor `t` that each rank sends for its change of layout, forward and backward.
 
     Args:
         split: whether the operation that wants it computes a part on each rank.

@@ -9,12 +9,12 @@ from tfpar.errors import DeviceError
 
 
 class Coordinate(NamedTuple):
-    """Where a device is in a mesh.
+    """Where a device is in a mesh: three numbers, each from 0.
 
     Args:
-        data: which replica of the model, from 0.
-        stage: which of its consecutive parts.
-        tensor: which piece of a layer.
+        data: the replica of the model.
+        stage: the stage, one of the model's consecutive parts.
+        tensor: the rank, which has a shard of each divided weight.
 
     Example:
         >>> Coordinate(stage=1)
@@ -32,17 +32,21 @@ FIRST = Coordinate()
 
 @dataclass(frozen=True)
 class Mesh:
-    """Devices arranged as `devices[data, stage, tensor]`.
+    """Devices in a grid `devices[data, stage, tensor]`.
 
-    `data` counts replicas of the model, `stage` its consecutive parts, `tensor` the pieces of a layer. Neighbours
-    along `tensor` are the closest devices, then those along `stage`, then those along `data`.
+    Ranks exchange most and are neighbours in the list of devices, then stages, then replicas (Narayanan et al.,
+    "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM", section 3).
 
     Args:
-        data, stage, tensor: the size of each axis, at least 1.
-        devices: one name per coordinate, in that order; empty for a mesh that only has a shape.
+        data: how many replicas of the model there are; each trains on its part of a batch.
+        stage: how many stages, consecutive parts, the model is cut into.
+        tensor: how many ranks divide the weights of each layer.
+        devices: one name per coordinate, `tensor` counting fastest and `data` slowest; empty for a mesh that only has
+            a shape.
 
     Raises:
-        DeviceError: a size below 1, a device that repeats, or not as many devices as coordinates.
+        DeviceError: a size that is no whole number of at least 1, a device that repeats, or not as many devices as
+            coordinates.
 
     Example:
         >>> mesh = Mesh(data=2, stage=2, devices=("GPU:0", "GPU:1", "GPU:2", "GPU:3"))
@@ -74,29 +78,41 @@ class Mesh:
 
     @property
     def size(self) -> int:
-        """How many devices the mesh has."""
+        """The number of coordinates: data x stage x tensor."""
         return self.data * self.stage * self.tensor
 
     @property
     def on_gpus(self) -> bool:
-        """Whether there are devices, and all of them are GPUs."""
+        """Whether the mesh names devices, all of them GPUs."""
         return bool(self.devices) and all("GPU" in device for device in self.devices)
 
     def device(self, at: Coordinate) -> str:
-        """The name of the device at a coordinate."""
+        """The name of the device at a coordinate of this mesh.
+
+        Raises:
+            IndexError: the mesh names no devices.
+        """
         return self.devices[(at.data * self.stage + at.stage) * self.tensor + at.tensor]
 
     @property
     def lanes(self) -> tuple[Coordinate, ...]:
-        """Each rank of each replica, on the first stage; the other stages of a lane differ in that alone."""
+        """The coordinate of each lane on stage 0: a lane is a rank of a replica, on all its stages."""
         return tuple(Coordinate(data=r, tensor=k) for r, k in product(range(self.data), range(self.tensor)))
 
     def along(self, axis: str, at: Coordinate) -> tuple[Coordinate, ...]:
-        """The coordinates that differ from this one along an axis only, itself among them."""
+        """The coordinates that differ from `at` along an axis only, `at` itself among them.
+
+        Args:
+            axis: `"data"`, `"stage"` or `"tensor"`.
+        """
         return tuple(at._replace(**{axis: n}) for n in range(getattr(self, axis)))
 
     def on(self, devices: Sequence[str]) -> "Mesh":
-        """The same shape on these devices."""
+        """A mesh of the same shape on these devices.
+
+        Raises:
+            DeviceError: as the constructor.
+        """
         return Mesh(*self.shape, devices=tuple(devices))
 
     def __str__(self) -> str:

@@ -9,10 +9,11 @@ from math import inf
 def smallest_cut(
     sizes: Mapping[Hashable, float], edges: Iterable[tuple[Hashable, Hashable]], first: Iterable, last: Iterable
 ) -> set:
-    """The nodes, of the smallest size together, through which every way from `first` to `last` goes.
+    """The nodes, whose sizes have the smallest sum, through which every path from `first` to `last` goes.
 
     Of cuts of the same size it is the one nearest to `last`. By augmenting paths, the shortest first (Edmonds and Karp,
-    1972); a node is an edge from its way in to its way out.
+    "Theoretical Improvements in Algorithmic Efficiency for Network Flow Problems", 1972); a node is an edge from its
+    entry to its exit.
 
     Args:
         sizes: of each node; `inf` for one that cannot be in the cut.

@@ -9,7 +9,13 @@ from tfpar.errors import ModelError
 
 @dataclass(frozen=True)
 class Tensor:
-    """A value between operations, for one sample: `shape` without the batch, which is dimension 0."""
+    """A value between operations.
+
+    Args:
+        shape: of one sample, without the batch, which is dim 0.
+        itemsize: bytes of an element.
+        differentiable: whether it can have a gradient.
+    """
 
     shape: tuple[int, ...]
     itemsize: int = 4
@@ -17,7 +23,7 @@ class Tensor:
 
     @property
     def bytes(self) -> int:
-        """Bytes of one sample."""
+        """Bytes of one sample of the tensor."""
         size = self.itemsize
         for dim in self.shape:
             size *= dim
@@ -29,7 +35,9 @@ class Variable:
     """A weight or a piece of state.
 
     Args:
-        read_bytes: of the copy in another dtype that layers read, if they do.
+        path: as Keras gives it.
+        bytes, shape: of all of it.
+        read_bytes: bytes of it in the dtype in which layers read it, if that is another one; else 0.
     """
 
     path: str
@@ -48,7 +56,7 @@ class Op:
         inputs, outputs: indices into `OpGraph.tensors`.
         variables: indices into `OpGraph.variables`.
         flops: floating-point operations of the forward pass of one sample.
-        stage: where it runs, once the model is cut.
+        stage: where it runs; 0 until the model is cut into stages.
     """
 
     name: str
@@ -72,6 +80,10 @@ class Op:
 @dataclass(frozen=True)
 class OpGraph:
     """A model's operations in an order in which they can run.
+
+    Args:
+        inputs, outputs: of the model, as indices into `tensors`.
+        producer: no argument: for each tensor that an operation makes, the index of the operation.
 
     Raises:
         ModelError: an operation uses a tensor before it exists.
@@ -100,7 +112,7 @@ class OpGraph:
 
     @cached_property
     def consumers(self) -> dict[int, tuple[int, ...]]:
-        """For each tensor, the operations that use it."""
+        """For each tensor, the indices of the operations that use it."""
         found: dict[int, list[int]] = {t: [] for t in range(len(self.tensors))}
         for index, op in enumerate(self.ops):
             for t in dict.fromkeys(op.inputs):

@@ -17,8 +17,12 @@ from tfpar.planning.op_graph import OpGraph
 class Partition:
     """The stage of each operation of a graph.
 
+    Args:
+        graph: the model's operations.
+        stage_of: for each operation, the number of its stage.
+
     Raises:
-        PartitionError: a stage without operations, or a tensor that would flow from a later stage to an earlier one.
+        PartitionError: a stage without operations, or a tensor that would go from a later stage to an earlier one.
 
     Example:
         >>> from tfpar.planning.op_graph import Op, OpGraph, Tensor
@@ -49,15 +53,15 @@ class Partition:
 
     @property
     def stages(self) -> int:
-        """How many stages."""
+        """The number of stages."""
         return 1 + max(self.stage_of)
 
     def ops(self, stage: int) -> tuple[int, ...]:
-        """The operations of a stage, in order."""
+        """The operations of a stage, in order, as indices into the graph's."""
         return tuple(i for i, s in enumerate(self.stage_of) if s == stage)
 
     def edges(self, stage: int) -> tuple[int, ...]:
-        """The tensors that a stage makes for later stages or as outputs of the model."""
+        """The tensors that a stage makes for later stages or as outputs of the model, as indices into the graph's."""
         return tuple(
             t
             for i in self.ops(stage)
@@ -66,17 +70,17 @@ class Partition:
         )
 
     def needs(self, stage: int) -> tuple[int, ...]:
-        """The tensors that a stage uses and does not make."""
+        """The tensors that a stage uses and does not make, as indices into the graph's."""
         made = {t for i in self.ops(stage) for t in self.graph.ops[i].outputs}
         return tuple(dict.fromkeys(t for i in self.ops(stage) for t in self.graph.ops[i].inputs if t not in made))
 
     def home(self, variable: int) -> int:
-        """The stage that owns a variable: the first one that uses it; stage 0 for one that no operation uses."""
+        """The stage that has a variable: the first one that uses it; stage 0 for one that no operation uses."""
         return next((s for op, s in zip(self.graph.ops, self.stage_of, strict=True) if variable in op.variables), 0)
 
 
 def segmented(graph: OpGraph, labels: Sequence[Any], alone: Set[int] = frozenset()) -> Partition:
-    """Neighbours with the same label together, each operation of `alone` by itself."""
+    """The graph in segments: neighbours with the same label are in one, each operation of `alone` in one of its own."""
     segment_of: list[int] = []
     for i, label in enumerate(labels):
         begins = i and (label != labels[i - 1] or i in alone or i - 1 in alone)
@@ -85,12 +89,13 @@ def segmented(graph: OpGraph, labels: Sequence[Any], alone: Set[int] = frozenset
 
 
 def balanced(graph: OpGraph, stages: int, hardware: Hardware, rows: int = 1) -> Partition:
-    """The cut into consecutive runs of operations whose slowest stage is fastest.
+    """The partition into consecutive operations whose slowest stage is fastest.
 
-    A stage costs the time of its operations, forward and backward, and of receiving what crosses into it. Exact, by
-    dynamic programming over the graph's order; among equally fast cuts, the one that sends the least.
+    The time of a stage is that of its operations, forward and backward, and of receiving its inputs from other stages.
+    Exact, by dynamic programming over the graph's order; among equally fast partitions, the one that sends the least.
 
     Args:
+        hardware: the speed of each device.
         rows: samples in a micro-batch.
 
     Raises:
@@ -131,7 +136,7 @@ def balanced(graph: OpGraph, stages: int, hardware: Hardware, rows: int = 1) -> 
 
 
 def live_bytes(graph: OpGraph) -> Iterator[int]:
-    """For each position, the bytes of one sample that cross from the operations before it to those from it on."""
+    """For each operation, the bytes of one sample that those before it make for it and for later ones."""
     last = {t: max(ops) for t, ops in graph.consumers.items() if ops}
     crossing: set[int] = set()
     for i, op in enumerate(graph.ops):
@@ -206,7 +211,16 @@ def first(graph: OpGraph, name: str) -> int:
 
 
 def partition(graph: OpGraph, stages: int, placement, hardware: Hardware, rows: int = 1) -> Partition:
-    """The partition that `placement` asks for: `"auto"`, names where a stage begins, or a mapping name -> stage.
+    """The partition that `placement` asks for.
+
+    Args:
+        placement: `"auto"` for `balanced`, names of layers where a stage begins for `beginning_at`, or a mapping layer
+            name -> stage for `assigned`.
+        hardware: the speed of each device.
+        rows: samples in a micro-batch.
+
+    Raises:
+        PartitionError: another kind of placement, or one that does not fit the graph and the number of stages.
 
     Example:
         >>> from tfpar.planning.cost import HARDWARE

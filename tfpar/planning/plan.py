@@ -1,4 +1,4 @@
-"""What goes where: the result of planning."""
+"""What is on each device, and when it runs: the result of planning."""
 
 from dataclasses import dataclass
 from math import prod
@@ -18,7 +18,14 @@ HTML = '<pre style="line-height: normal; font-family: monospace">{code}</pre>'
 
 
 class Weight(NamedTuple):
-    """How a weight is divided between the ranks of a tensor axis, and why."""
+    """How ranks divide a variable of the model, and why.
+
+    Args:
+        path: as Keras gives it.
+        shape, bytes: of all of it, in all shards.
+        layout: the dim along which ranks divide it, if they do.
+        why: a phrase for people.
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -28,13 +35,13 @@ class Weight(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """What crosses between ranks once in a step.
+    """A collective between ranks, which runs once for each micro-batch, or for weights once in a step.
 
     Args:
-        kind: "all-reduce", "all-gather" or "reduce-scatter".
-        where: the operation that it belongs to.
-        backward: whether in the backward pass.
-        bytes: of one sample of the whole tensor; of all of it, for gradients of weights.
+        kind: "all-reduce", "all-gather", "reduce-scatter", or "maximum", an all-reduce of the largest value.
+        where: the operation that it belongs to; "weights" for the gradients of replicated weights.
+        backward: whether it is in the backward pass.
+        bytes: of one sample of the undivided tensor; for gradients of weights, of all of them.
         scope: its name in TensorFlow's graph and in profiles, after the kind.
         batched: whether `bytes` are those of one sample.
     """
@@ -49,20 +56,28 @@ class Exchange(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Plan:
-    """A partition on a mesh, run by a schedule. `print(plan)`, or a notebook's cell that ends in it, explains it.
+    """What is on each device, and in which order it runs; `strategy.explain` makes it, `print(plan)` shows it.
+
+    Bytes and seconds are estimates, from the sizes of tensors.
 
     Args:
         partition: the stage of each operation.
         mesh: the devices.
-        schedule: for a full batch.
-        hardware: what the estimates assume.
-        rows: samples in a full batch.
-        slot_bytes: for each variable of the graph, the bytes that the optimizer keeps for it.
-        global_batch: operations that are run for the parts of all replicas at once.
-        segments: programs of a replica.
+        schedule: the order of the actions on the devices of a lane, for a full batch.
+        hardware: the speed of a device that the estimates of seconds assume.
+        rows: samples in a full batch, over all replicas.
+        slot_bytes: for each variable of the graph, the bytes of the optimizer's slots for it, undivided; empty if they
+            are not known.
+        global_batch: names of the operations that run once for all replicas.
+        segments: into how many segments the forward pass of training is cut.
         zero: what replicas divide, see `MeshStrategy`.
-        weights: how each variable of the graph is divided between ranks.
-        exchanges: what crosses between ranks in a training step.
+        weights: how ranks divide each variable of the graph; empty without ranks.
+        exchanges: the collectives between ranks in a training step; empty without ranks.
+
+    Example:
+        >>> plan = strategy.explain(model, batch_size=64)  # doctest: +SKIP
+        >>> [plan.parameter_bytes(s) for s in range(plan.partition.stages)]  # doctest: +SKIP
+        [2000, 2000]
     """
 
     partition: Partition
@@ -78,11 +93,11 @@ class Plan:
     exchanges: tuple[Exchange, ...] = ()
 
     def device(self, stage: int, at: Coordinate = FIRST) -> str:
-        """The device of a stage of a lane."""
+        """The name of the device of a stage, in the lane of `at`: its replica and rank."""
         return self.mesh.device(at._replace(stage=self.schedule.device_of[stage]))
 
     def home(self, variable: int) -> str:
-        """The device of a variable, in the first replica."""
+        """The name of the device of a variable, given by its index in the graph, in the first replica and rank."""
         return self.device(self.partition.home(variable))
 
     @property
@@ -92,7 +107,10 @@ class Plan:
 
     @property
     def cost(self) -> StageCost:
-        """Estimated seconds of each stage for one micro-batch."""
+        """Estimated seconds of each stage for the largest micro-batch.
+
+        Of all work of a stage, however many ranks divide it; without collectives.
+        """
         graph = self.partition.graph
         forward = tuple(
             sum(op_seconds(graph, graph.ops[i], self.micro_rows, self.hardware) for i in self.partition.ops(s))
@@ -105,30 +123,34 @@ class Plan:
 
     @property
     def timeline(self) -> Timeline:
-        """The simulated step."""
+        """The simulated training step of one lane: `simulate` of the schedule and `cost`."""
         return simulate(self.schedule, self.cost)
 
     def bytes(self, stage: int, at: Coordinate = FIRST) -> int:
-        """An estimate of what a lane needs for a stage: of all columns of the table."""
+        """Bytes that the device of a stage needs in a lane: parameters, gradients, slots and activations.
+
+        What XLA or TensorFlow need within a program is not in it.
+        """
         kinds = self.parameter_bytes, self.gradient_bytes, self.optimizer_bytes
         return sum(of(stage, at) for of in kinds) + self.activation_bytes(stage)
 
     def edge_bytes(self, stage: int) -> int:
-        """Bytes of one sample that leave a stage."""
+        """Bytes of the activations of one sample that a stage makes for later ones or as outputs of the model."""
         return sum(self.partition.graph.tensors[t].bytes for t in self.partition.edges(stage))
 
     def parameter_bytes(self, stage: int, at: Coordinate = FIRST) -> int:
-        """Bytes of the variables that a lane has of a stage."""
+        """Bytes of the variables of a stage that a lane has: of its copies and shards."""
         return sum(self.part(v, at) for v in self.variables(stage))
 
     def optimizer_bytes(self, stage: int, at: Coordinate = FIRST) -> int:
-        """Bytes of the optimizer's slots that a lane has of a stage."""
+        """Bytes of the optimizer's slots for a stage's variables that a lane has; 0 if they are not known."""
         return sum(self.part(v, at, self.slot_bytes[v], 1) for v in self.variables(stage) if self.slot_bytes)
 
     def gradient_bytes(self, stage: int, at: Coordinate = FIRST) -> int:
-        """Bytes of the gradients that a lane has of a stage.
+        """Bytes of the gradients of a stage that a lane has.
 
-        With micro-batches they are those of one beside the sums, and the weights in the dtype in which all read them.
+        With micro-batches: of their sums, of the gradients of one micro-batch, and in mixed precision of the weights in
+        the dtype in which layers read them.
         """
         found = 0
         for v in self.variables(stage):
@@ -141,21 +163,23 @@ class Plan:
         return found
 
     def variables(self, stage: int) -> list[int]:
-        """The variables of a stage."""
+        """The variables of a stage, as indices into the graph's; the first stage that uses one has it."""
         return [v for v in range(len(self.partition.graph.variables)) if self.partition.home(v) == stage]
 
     def part(self, v: int, at: Coordinate, whole: int | None = None, zero: int = 3) -> int:
-        """Of the bytes of a variable, or of its slots, those that a lane has.
+        """Of the bytes of a variable, or of its slots or gradient, those that a lane has.
 
         Args:
-            zero: from which kind of ZeRO on replicas divide them; 4 for what they never divide.
+            v: the variable's index in the graph.
+            whole: the bytes of all of it; the variable's own, if not given.
+            zero: from which kind of ZeRO on replicas divide it; 4 for what they never divide.
         """
         variable = self.partition.graph.variables[v]
         part = self.sharding(v, zero).shape(variable.shape, at, self.mesh.data)
         return (variable.bytes if whole is None else whole) * prod(part) // max(1, prod(variable.shape))
 
     def sharding(self, v: int, zero: int = 3) -> Sharding:
-        """How lanes divide a variable, or its slots; `zero` as for `part`."""
+        """How lanes divide a variable, or its slots or gradient; `v` and `zero` as for `part`."""
         variable = self.partition.graph.variables[v]
         layout = self.weights[v].layout if v < len(self.weights) else REPLICATED
         sharding = Sharding(layout, self.mesh.tensor)
@@ -163,13 +187,16 @@ class Plan:
         return sharded(variable.shape, sharding, self.mesh.data) if divides else sharding
 
     def activation_bytes(self, stage: int) -> int:
-        """Bytes of what a stage's operations make, for as many micro-batches as the schedule holds at once."""
+        """Bytes of what a stage's operations make, for as many micro-batches as the schedule holds at once.
+
+        Of undivided tensors, however many ranks divide them.
+        """
         graph = self.partition.graph
         made = sum(graph.tensors[t].bytes for i in self.partition.ops(stage) for t in graph.ops[i].outputs)
         return made * self.micro_rows * self.schedule.in_flight(stage)
 
     def rank_bytes(self, rank: int) -> int:
-        """Bytes of the variables of a rank, on all stages."""
+        """Bytes of the variables that a rank of the first replica has, on all stages."""
         return sum(self.parameter_bytes(s, Coordinate(tensor=rank)) for s in range(self.partition.stages))
 
     def __rich__(self) -> RenderableType:

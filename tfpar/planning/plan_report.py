@@ -18,12 +18,12 @@ ZERO = {1: "slots of the optimizer", 2: "slots and gradients", 3: "weights, slot
 
 
 def tables(plan: "Plan") -> RenderableType:
-    """All of them."""
+    """All tables of a plan."""
     return Group(devices(plan), *([weights(plan), exchanges(plan)] if plan.mesh.tensor > 1 else []))
 
 
 def printed(plan: "Plan") -> Console:
-    """A console that has printed them, and the timeline if each stage has one device."""
+    """A console that has printed the tables, and the timeline if there is one lane."""
     console = Console(width=120, record=True, file=io.StringIO(), force_jupyter=False)
     console.print(plan, *([plan.timeline] if plan.mesh.stage == plan.mesh.size else []))
     return console

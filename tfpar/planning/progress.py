@@ -1,4 +1,4 @@
-"""A line for what takes long."""
+"""A line on standard error for what takes long."""
 
 import contextlib
 import sys
@@ -10,7 +10,7 @@ PATIENCE = 2.0  # seconds
 
 @contextlib.contextmanager
 def announced(what: str) -> Iterator[None]:
-    """Inside, what takes longer than two seconds is told, once, on standard error."""
+    """Inside, `what` is printed on standard error, once, if this takes longer than two seconds."""
     timer = threading.Timer(PATIENCE, lambda: print(f"tfpar: {what} ...", file=sys.stderr, flush=True))
     timer.daemon = True
     timer.start()

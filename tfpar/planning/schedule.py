@@ -1,4 +1,4 @@
-"""Pipeline schedules as data: for each device an ordered line of actions.
+"""Pipeline schedules as data: for each device the actions that it runs, in order.
 
 `0F2` is stage 0, forward, micro-batch 2. The simulator and the engine execute the same object.
 """
@@ -15,14 +15,23 @@ from tfpar.errors import ScheduleError
 
 
 class Kind(enum.Enum):
-    """What an action computes."""
+    """Whether an action is the forward or the backward pass of a stage."""
 
     FORWARD = "F"
     BACKWARD = "B"
 
 
 class Action(NamedTuple):
-    """Run one micro-batch through one stage; written `0F2`."""
+    """The forward or backward pass of one micro-batch through one stage.
+
+    Args:
+        stage, micro_batch: numbers from 0.
+        kind: forward or backward.
+
+    Example:
+        >>> print(Action(stage=0, kind=Kind.FORWARD, micro_batch=2))
+        0F2
+    """
 
     stage: int
     kind: Kind
@@ -34,12 +43,18 @@ class Action(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """What each device does, in order: `devices[d]` is the work of device `d`.
+    """The order in which each device runs its actions.
 
-    A device may hold several stages. A schedule without backward actions is one for inference.
+    A device may have several stages, as in the interleaved schedule of Narayanan et al., "Efficient Large-Scale
+    Language Model Training on GPU Clusters Using Megatron-LM", section 2.2.2. A schedule without backward actions is
+    one for inference.
+
+    Args:
+        devices: for each device, its actions in order.
 
     Raises:
-        ScheduleError: an action is missing or doubled, a stage is on two devices, or the lines wait for each other.
+        ScheduleError: there are no actions, one is missing or there twice, a stage is on two devices, or there is a
+            deadlock, as devices wait for each other.
 
     Example:
         >>> print(one_f_one_b(stages=2, micro_batches=3))
@@ -69,28 +84,28 @@ class Schedule:
 
     @cached_property
     def trains(self) -> bool:
-        """Whether there are backward actions."""
+        """Whether there are backward actions: whether the schedule is one for training."""
         return any(a.kind is Kind.BACKWARD for line in self.devices for a in line)
 
     @cached_property
     def stages(self) -> int:
-        """How many stages."""
+        """The number of stages."""
         return 1 + max(a.stage for line in self.devices for a in line)
 
     @cached_property
     def micro_batches(self) -> int:
-        """How many micro-batches."""
+        """The number of micro-batches."""
         return 1 + max(a.micro_batch for line in self.devices for a in line)
 
     @cached_property
     def device_of(self) -> tuple[int, ...]:
-        """The device of each stage."""
+        """For each stage, the index of its device in `devices`."""
         places = {a.stage: d for d, line in enumerate(self.devices) for a in line}
         return tuple(places[s] for s in range(self.stages))
 
     @cached_property
     def order(self) -> tuple[Action, ...]:
-        """One order of all actions that respects every device's order and every dependency."""
+        """All actions, in an order that keeps that of each device and has each action after those that it needs."""
         todo = [list(reversed(line)) for line in self.devices]
         done: dict[Action, None] = {}
         while any(todo):
@@ -106,7 +121,7 @@ class Schedule:
         return tuple(done)
 
     def in_flight(self, stage: int) -> int:
-        """The most micro-batches of a stage that are forward but not yet backward: what its memory must hold."""
+        """The most micro-batches whose activations a stage holds at once, from forward to backward; 1 for inference."""
         alive = most = 0
         for action in self.devices[self.device_of[stage]]:
             if action.stage == stage:
@@ -119,7 +134,14 @@ class Schedule:
 
 
 def needs(action: Action, stages: int) -> list[Action]:
-    """The actions that must finish before `action` may start."""
+    """The actions that must finish before `action` may start.
+
+    Forward needs the forward of the stage before; backward needs the stage's own forward and the backward of the stage
+    after.
+
+    Args:
+        stages: the number of stages in the schedule.
+    """
     s, kind, m = action
     if kind is Kind.FORWARD:
         return [Action(s - 1, kind, m)] if s else []
@@ -128,9 +150,13 @@ def needs(action: Action, stages: int) -> list[Action]:
 
 
 def gpipe(stages: int, micro_batches: int) -> Schedule:
-    """All forwards, then all backwards in reverse (fill-drain): every micro-batch's activations are held.
+    """All micro-batches forward, then all backward: each stage holds the activations of all of them.
 
-    Huang et al., "GPipe: Efficient Training of Giant Neural Networks using Pipeline Parallelism".
+    The bubble of even stages is (stages - 1) / (micro_batches + stages - 1): Huang et al., "GPipe: Efficient Training
+    of Giant Neural Networks using Pipeline Parallelism", sections 2.2 and 2.3.
+
+    Raises:
+        ScheduleError: no stages or no micro-batches.
 
     Example:
         >>> print(gpipe(2, 2))
@@ -143,9 +169,13 @@ def gpipe(stages: int, micro_batches: int) -> Schedule:
 
 
 def one_f_one_b(stages: int, micro_batches: int) -> Schedule:
-    """Fill the pipe, then alternate one forward with one backward: stage `s` holds at most `stages - s` micro-batches.
+    """Fill the pipeline, then alternate one forward with one backward (1F1B).
 
-    Narayanan et al., "Memory-Efficient Pipeline-Parallel DNN Training" (PipeDream-Flush).
+    Stage `s` holds the activations of at most `stages - s` micro-batches; the bubble is that of `gpipe`. This is
+    PipeDream-Flush: Narayanan et al., "Memory-Efficient Pipeline-Parallel DNN Training", section 3.2.
+
+    Raises:
+        ScheduleError: no stages or no micro-batches.
 
     Example:
         >>> one_f_one_b(4, 16).in_flight(stage=1)
@@ -166,7 +196,7 @@ def one_f_one_b(stages: int, micro_batches: int) -> Schedule:
 
 
 def in_segments(schedule: Schedule, stage_of: Sequence[int]) -> Schedule:
-    """The same work with stages in segments: an action becomes those of its stage's segments, backward in reverse.
+    """The schedule of segments: an action becomes those of its stage's segments, in reverse if it is backward.
 
     Args:
         stage_of: the stage of each segment.
@@ -187,7 +217,7 @@ def only(kind: Kind, schedule: Schedule) -> tuple[tuple[Action, ...], ...]:
 
 
 def forward_only(schedule: Schedule) -> Schedule:
-    """The same devices and micro-batches, for inference.
+    """The forward actions of a schedule, for inference.
 
     Example:
         >>> print(forward_only(one_f_one_b(2, 2)))

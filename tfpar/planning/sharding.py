@@ -10,7 +10,7 @@ from tfpar.planning.mesh import FIRST, Coordinate
 
 
 def bounds(count: Any, parts: int) -> list[Any]:
-    """Where `parts` nearly equal parts of `count` begin, and where the last ends; `count` may be a tensor.
+    """Where `parts` nearly equal parts of `count` elements begin, and where the last ends; `count` may be a tensor.
 
     Example:
         >>> bounds(10, 4)
@@ -25,7 +25,10 @@ def part_of(value: Any, dim: int, start: Any, stop: Any) -> Any:
 
 
 class Layout(NamedTuple):
-    """Whether every rank has all of a tensor, or a part along one dim.
+    """Whether every rank has all of a tensor (it is replicated), or a part along one dim.
+
+    Args:
+        dim: the dim along which ranks divide it, from 0; `None` for a replicated tensor.
 
     Example:
         >>> str(Layout(1)), str(Layout())
@@ -43,11 +46,11 @@ REPLICATED = Layout()
 
 @dataclass(frozen=True)
 class Sharding:
-    """What each lane of a mesh holds of a variable.
+    """What each lane of a mesh has of a variable.
 
     Args:
         layout: how ranks divide it.
-        ranks: how many they are.
+        ranks: how many ranks there are.
         shards: how replicas divide what a rank has (ZeRO).
 
     Example:
@@ -61,7 +64,7 @@ class Sharding:
 
     @property
     def of_ranks(self) -> "Sharding":
-        """What each rank has of it, the shards of its replicas together."""
+        """The same for ranks alone: what a rank has in all its replicas."""
         return replace(self, shards=REPLICATED)
 
     @property
@@ -70,15 +73,15 @@ class Sharding:
         return self.layout != REPLICATED or self.shards != REPLICATED
 
     def lanes(self, copies: int) -> list[Coordinate]:
-        """Whose each of so many copies or parts is."""
+        """The lane of each of so many copies or shards."""
         return [Coordinate(data=n // self.ranks, tensor=n % self.ranks) for n in range(copies)]
 
     def number(self, at: Coordinate) -> int:
-        """Which of the copies or parts is that of a lane."""
+        """The index of a lane's copy or shard."""
         return at.data * self.ranks + at.tensor
 
     def region(self, shape: Sequence[int], at: Coordinate, replicas: int) -> tuple[tuple[int, int], ...]:
-        """Where the part of a lane begins and ends, along each dim."""
+        """Where the shard of a lane begins and ends in a variable of this shape: `(start, stop)` for each dim."""
         region = [(0, n) for n in shape]
         for layout, part, parts in ((self.layout, at.tensor, self.ranks), (self.shards, at.data, replicas)):
             if layout.dim is not None:
@@ -88,7 +91,7 @@ class Sharding:
         return tuple(region)
 
     def shape(self, shape: Sequence[int], at: Coordinate = FIRST, replicas: int = 1) -> tuple[int, ...]:
-        """The shape of what a lane has."""
+        """The shape of the shard of a lane, for a variable of this shape."""
         return tuple(stop - start for start, stop in self.region(shape, at, replicas))
 
 
@@ -96,7 +99,7 @@ UNSHARDED = Sharding()
 
 
 def sharded(shape: Sequence[int], sharding: Sharding, replicas: int) -> Sharding:
-    """The same, what a rank has divided between replicas too: along its longest dim, if that is long enough."""
+    """The same, with what a rank has divided between replicas along its longest dim, if each gets an element."""
     part = sharding.of_ranks.shape(shape)
     dim = max(range(len(part)), key=lambda d: part[d], default=None)
     if replicas == 1 or dim is None or part[dim] < replicas:

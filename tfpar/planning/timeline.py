@@ -15,7 +15,13 @@ STYLE = {**dict.fromkeys(FORWARD_DIGITS, "cyan"), **dict.fromkeys(BACKWARD_DIGIT
 
 
 class Span(NamedTuple):
-    """One action on one device, in seconds from the start of the step."""
+    """One action on one device.
+
+    Args:
+        device: its number.
+        action: what ran.
+        start, stop: seconds from the start of the step.
+    """
 
     device: int
     action: Action
@@ -25,7 +31,10 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """The spans of one step.
+    """When each action of one step ran on each device; `print(timeline.draw())` shows it.
+
+    Args:
+        spans: one for each action.
 
     Example:
         >>> first, second = Action(0, Kind.FORWARD, 0), Action(1, Kind.FORWARD, 0)
@@ -38,7 +47,7 @@ class Timeline:
 
     @property
     def devices(self) -> int:
-        """How many devices took part."""
+        """The number of devices, those without an action before the last one included."""
         return 1 + max(s.device for s in self.spans)
 
     @property
@@ -47,16 +56,28 @@ class Timeline:
         return max(s.stop for s in self.spans) - min(s.start for s in self.spans)
 
     def busy(self, device: int) -> float:
-        """Seconds in which a device ran an action; overlapping actions count once."""
+        """Seconds in which a device ran actions; where they overlap, they count once."""
         return sum(stop - start for start, stop in merged((s.start, s.stop) for s in self.spans if s.device == device))
 
     @property
     def bubble(self) -> float:
-        """The share of all devices' time in which they were idle."""
+        """The share of all devices' time, from the first start to the last stop, in which they were idle: 0 to 1."""
         return 1 - sum(self.busy(d) for d in range(self.devices)) / (self.devices * self.makespan)
 
     def draw(self, width: int = 80) -> str:
-        """A picture, one line a device: `0` is the forward of micro-batch 0, `⁰` its backward, `·` is idle."""
+        """A picture, one line per device: `0` is the forward pass of micro-batch 0, `⁰` its backward pass, `·` idle.
+
+        Of a micro-batch's number the last digit is shown.
+
+        Args:
+            width: of the time axis, in characters; three more stand before it.
+
+        Example:
+            >>> from tfpar import one_f_one_b
+            >>> print(simulate(one_f_one_b(2, 2), StageCost.even(2)).draw(width=9))
+             0 01··⁰⁰·¹¹
+             1 ·0⁰⁰1¹¹··
+        """
         first = min(s.start for s in self.spans)
         scale = width / self.makespan
         lines = [[IDLE] * width for _ in range(self.devices)]
@@ -85,10 +106,16 @@ def merged(intervals: Iterable[tuple[float, float]]) -> list[tuple[float, float]
 
 
 def simulate(schedule: Schedule, cost: StageCost) -> Timeline:
-    """When each action of `schedule` starts and stops if every action takes what `cost` says.
+    """When each action of `schedule` starts and stops if it takes as long as `cost` says.
 
     A device runs one action at a time, in its order; an action starts when the device is free and what it needs has
     arrived. Transfers overlap with computation.
+
+    Args:
+        cost: seconds of each stage of the schedule, and of transfers.
+
+    Raises:
+        IndexError: `cost` has fewer stages than the schedule.
 
     Example:
         >>> from tfpar import gpipe

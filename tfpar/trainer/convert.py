@@ -19,8 +19,11 @@ def convert(model: keras.Model, other: Any):
 
     Variables go through host memory, one by one, and wait there until the model is used.
 
+    Args:
+        other: a strategy of tfpar.
+
     Raises:
-        ScopeError: another model that has been used shares variables with this one.
+        ScopeError: another model, which has been used and stays behind, shares variables with this one.
     """
     check_alone(model)
     for steps in family(model):
@@ -34,7 +37,11 @@ def convert(model: keras.Model, other: Any):
 
 
 def check_alone(model: keras.Model):
-    """Refuse to take variables away from the functions of a model that stays behind."""
+    """Refuse to take variables away from the functions of a model that stays behind.
+
+    Raises:
+        ScopeError: there is such a model; the message names it.
+    """
     ours, moved = family(model), {id(v) for v in variables_of(model)}
     if user_of(moved, ours):
         gc.collect()  # one that is gone does not count

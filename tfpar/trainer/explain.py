@@ -15,10 +15,11 @@ def explained(hooks: KerasHooks, batch_size: int | None = None) -> Plan:
 
     Args:
         hooks: the model's.
-        batch_size: samples of a batch; those of the first batch the model saw, or 32.
+        batch_size: samples of a batch; if not given, those that the engine was made for, or 32 if there is none.
 
     Raises:
-        ModelError: a model whose layers are not known before it is used.
+        ModelError: a subclassed model that has seen no data, or one that is not called itself while models in it are.
+        PartitionError, LayoutError, ScheduleError, ModelError: the model cannot be divided as its strategy says.
     """
     model, strategy = hooks.model, hooks.strategy
     rows = batch_size or (hooks.engine.plan.rows if hooks.engine else 32)

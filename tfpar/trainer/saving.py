@@ -1,4 +1,4 @@
-"""Files of a model under a strategy: written all or not at all, read all or not at all, exported for one device."""
+"""Files of a model under a strategy: written and read to the end or not at all, exported for one device."""
 
 import contextlib
 import os
@@ -48,14 +48,14 @@ def load_weights(model: keras.Model, filepath: Any, skip_mismatch: bool = False,
 
 
 def variables_of(model: keras.Model) -> list[keras.Variable]:
-    """All that belongs to a model: its own, and those of its optimizers and metrics."""
+    """The variables of a model, of its metrics and of its optimizers, each once."""
     found = [*model.variables, *(model.metrics_variables if model.compiled else [])]
     found += [v for optimizer in _keras_parts.optimizers_of(model) for v in optimizer.variables]
     return list({id(v): v for v in found}.values())
 
 
 def export(model: keras.Model, filepath: Any, *args: Any, **options: Any):
-    """`keras.Model.export`, of a model that holds whole weights, in host memory: it serves on one device."""
+    """`keras.Model.export`, with all of each weight in host memory while it writes: it serves on one device."""
     variables = [_keras.stored(v) for v in model.variables]
     with _keras_calls.own_calls(), as_host_variables([v for v in variables if isinstance(v, LogicalVariable)]):
         type(model).export(model, filepath, *args, **options)
@@ -63,7 +63,13 @@ def export(model: keras.Model, filepath: Any, *args: Any, **options: Any):
 
 @contextlib.contextmanager
 def replacing(filepath: Any, is_file: bool = True) -> Iterator[Any]:
-    """A path to write to, which takes the place of `filepath` at the end."""
+    """A path to write to; the file there takes the place of `filepath` at the end.
+
+    `filepath` itself, if it is no local `.keras` or `.h5` file.
+
+    Args:
+        is_file: whether one file is written, and may replace another.
+    """
     if not is_file or not isinstance(filepath, str | os.PathLike) or "://" in str(filepath):
         yield filepath
         return

@@ -32,11 +32,19 @@ BUILT_IN = (
 class Site:
     """An operation in its model, as a rule sees it.
 
+    Shapes are those of undivided tensors, with the batch as dim 0 and `None` for an unknown size; tensors are indices
+    into the graph's.
+
     Args:
         graph: the model.
-        index: of the operation.
+        index: of the operation in the graph.
         ranks: how many divide it between them.
         sequence: whether tensors may be divided along dim 1 (sequence parallelism).
+
+    Example:
+        >>> def columns(site):  # a rule for a layer that makes its outputs from columns of its kernel
+        ...     if site.divides(site.outputs[0][-1]):
+        ...         yield site.option("column-parallel", outputs=[site.last()], weights=[(site.layer.kernel, 1)])
     """
 
     graph: KerasGraph
@@ -46,7 +54,7 @@ class Site:
 
     @property
     def op(self) -> Any:
-        """The operation as plain data."""
+        """The operation as plain data, a `tfpar.planning.op_graph.Op`."""
         return self.graph.graph.ops[self.index]
 
     @property
@@ -56,11 +64,11 @@ class Site:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments by name, those of `call` in order; tensors are `Ref`s."""
+        """The arguments of the call by name; a tensor is a `tfpar.graph.keras_graph.Ref`."""
         return self.graph.calls[self.index].named_arguments
 
     def shape(self, tensor: int) -> tuple:
-        """The shape of a tensor, batch and all."""
+        """The shape of a tensor."""
         return tuple(self.graph.symbols[tensor].shape)
 
     @property
@@ -74,20 +82,26 @@ class Site:
         return [self.shape(t) for t in self.op.outputs]
 
     def last(self, output: int = 0) -> Layout:
-        """Divided along the last dim of an output."""
+        """The layout that divides an output, given by its position, along its last dim."""
         return Layout(len(self.outputs[output]) - 1)
 
     def divides(self, size: int | None) -> bool:
-        """Whether each rank gets something of so many elements."""
+        """Whether each rank gets at least one of `size` elements; not of an unknown number."""
         return size is not None and size >= self.ranks
 
     def sequences(self) -> list[Layout]:
-        """How what ranks add up may be left: on all of them, or divided along the sequence."""
+        """The layouts in which a sum over ranks can be left: replicated, or divided along the sequence.
+
+        The first is an all-reduce, the second a reduce-scatter.
+        """
         shape = self.outputs[0]
         return [REPLICATED, *([Layout(1)] if self.sequence and len(shape) > 2 and self.divides(shape[1]) else [])]
 
     def bytes(self, tensor: int) -> float:
-        """Bytes of one sample that each rank sends when ranks add up, or gather, a tensor like this one."""
+        """Bytes that each rank sends for one sample in an all-gather or a reduce-scatter of a tensor.
+
+        An all-reduce is both.
+        """
         return self.graph.graph.tensors[tensor].bytes * (self.ranks - 1) / self.ranks
 
     def option(
@@ -99,13 +113,19 @@ class Site:
         moved: float = 0.0,
         build: Callable | None = None,
     ) -> Option:
-        """A way to run the operation; what is not given is replicated.
+        """A way in which ranks can run the operation, each a part of it; what is not given is replicated.
 
         Args:
+            name: the field's word for it, as `explain` shows it.
             inputs, outputs: a layout for each.
             weights: Keras variables, and the dim along which each is divided; `None` in the place of one is ignored.
-            moved: bytes of one sample that cross between ranks within.
-            build: `(local, inputs) -> outputs`, see `tfpar.tensor_parallel.rank_graph.RankGraphBuilder`.
+            moved: bytes of one sample that each rank sends within the operation, forward and backward.
+            build: `(local, inputs) -> outputs` adds what each rank runs to `local`, see
+                `tfpar.tensor_parallel.rank_graph.RankGraphBuilder`; if not given, the operation runs on what each rank
+                has.
+
+        Raises:
+            KeyError: one of `weights` is no variable of the model.
         """
         places = self.graph.places
         layouts = {places[id(v)]: Layout(d % len(v.shape)) for v, d in weights if v is not None}
@@ -122,6 +142,14 @@ class Site:
 def rule(*kinds: type | str) -> Callable[[Rule], Rule]:
     """Register a rule for these layers, or for `keras.ops` operations by the name of their class.
 
+    It takes the place of a rule that there was for them.
+
+    Args:
+        kinds: classes of layers, or names such as `"Identity"`.
+
+    Returns:
+        A decorator for a function from a `Site` to its options, beside that of computing all of it on every rank.
+
     Example:
         >>> @rule("Identity")
         ... def identity(site):
@@ -137,7 +165,11 @@ def rule(*kinds: type | str) -> Callable[[Rule], Rule]:
 
 
 def rule_of(operation: Any) -> Rule | None:
-    """The rule for an operation: that of its class, or of the one of which it inherits all that it does."""
+    """The rule for a layer or an operation of `keras.ops`; `None` if there is none.
+
+    A layer has the rule of its class, or of a base class of which it overrides nothing; none if it is quantized or
+    rematerialised, regularises its activity, or overrides `__call__`.
+    """
     if not isinstance(operation, keras.layers.Layer):
         ours = type(operation).__module__.startswith(("keras.src.ops", "keras.ops"))
         return RULES.get(type(operation).__name__) if ours else None
@@ -151,7 +183,7 @@ def rule_of(operation: Any) -> Rule | None:
 
 
 def options(site: Site) -> Iterator[Option]:
-    """The ways to run an operation; the first is to compute all of it on every rank."""
+    """The options for an operation; the first is to compute all of it on every rank."""
     yield replicated(site.graph.graph, site.index)
     found = rule_of(site.layer)
     if found is not None:
