@@ -18,14 +18,15 @@ FILES = sorted(f for d in ("tfpar", "strategies") for f in (ROOT / d).rglob("*.p
 EACH = pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
 TESTED_THROUGH = {  # for modules without a test file of their own, the test that runs them
     "compat/test_keras": "_keras_calls _keras_run _moments recording",
-    "engine/test_engine": "added_losses batch_results executor layer_placement loss optimizer_step pipeline program",
+    "engine/test_engine": "added_losses batch_results combination device_order executor layer_placement loss pipeline "
+    "program reading",
     "engine/test_remat": "vjp",
     "graph/test_keras_graph": "inline_model",
     "graph/test_mixing": "progress samples",
     "planning/test_partition": "cost op_graph",
     "planning/test_plan": "explain flops plan_report planner",
-    "strategies/test_data_parallel": "distribute group sync_batch_norm",
-    "strategies/test_mesh_strategy": "collectives mesh",
+    "strategies/test_data_parallel": "distribute global_batch group",
+    "strategies/test_mesh_strategy": "collectives mesh optimizer_step stage_update",
     "planning/test_sharding": "layout_search",
     "strategies/test_zero": "gradient_reduction shard_view",
     "tensor_parallel/test_rules": "attention convolution dense elementwise embedding normalization pooling reshaping",

@@ -9,7 +9,7 @@ from fuzz import KNOWN, Case, Skipped, check, failing
 
 from tfpar.comm import collectives, gradients
 from tfpar.compat import _keras, _moments
-from tfpar.engine import micro_batch
+from tfpar.engine import micro_batch, stage_update
 from tfpar.engine.optimizer_step import Update
 from tfpar.variables.logical import LogicalVariable
 
@@ -68,9 +68,10 @@ def test_rounding_that_one_device_amplifies_is_skipped():
 
 
 def gradient_sums(patch):
-    patch.setattr(
-        "tfpar.engine.gradient_reduction.all_reduce", lambda values, devices, ops: [list(parts) for parts in values]
-    )
+    def kept(values, devices, ops):
+        return [list(parts) for parts in values]
+
+    patch.setattr("tfpar.engine.gradient_reduction.all_reduce_gradients", kept)
 
 
 def shares_of_uneven_batches(patch):
@@ -98,18 +99,18 @@ original = Update.counted
 
 
 def averages(patch):
-    apply = Update.apply
+    apply = stage_update.apply
 
-    def forgetful(self, *args):
-        optimizer = self.model.optimizer
+    def forgetful(optimizer, *args):
         before = optimizer.ema_momentum
         optimizer.ema_momentum = before * 0.9
         try:
-            apply(self, *args)
+            apply(optimizer, *args)
         finally:
             optimizer.ema_momentum = before
 
-    patch.setattr(Update, "apply", forgetful)
+    for module in ("stage_update", "optimizer_step"):
+        patch.setattr(f"tfpar.engine.{module}.apply", forgetful)
 
 
 def batch_statistics(patch):
@@ -132,7 +133,7 @@ def gathered_shards(patch):
 
     def shifted(self, lane):
         value = of_lane(self, lane)
-        return value if self.sharding.shards.dim != 0 else keras.ops.roll(value, 1, axis=0)
+        return value if self.sharding.dims.get("data") != 0 else keras.ops.roll(value, 1, axis=0)
 
     patch.setattr(LogicalVariable, "of_lane", shifted)
 

@@ -68,9 +68,9 @@ def clocked_step(
         )
     _, run = step.run(clock=True)
     devices = steps.strategy.mesh.devices
-    for s, kind, m in run.stops:
+    for s, kind, m in run.order.stops:
         places[str((s, kind, m))] = devices.index(run.device(s, m.lane)), Action(s, kind, run.part(m))
-    return {str(action): (run.starts[action], stop) for action, stop in run.stops.items()}
+    return {str(action): (run.order.starts[action], stop) for action, stop in run.order.stops.items()}
 
 
 def timeline(places: dict[str, tuple[int, Action]], times: dict[str, tuple[tf.Tensor, tf.Tensor]]) -> Timeline:

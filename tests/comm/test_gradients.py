@@ -267,12 +267,12 @@ def test_parts_make_up_the_whole(dim, make):
 
 
 def rows_one_after_the_other(patch):
-    patch.setattr("tfpar.engine.executor.Execution.shares_rows", lambda self, s, v, gradient: False)
+    patch.setattr("tfpar.engine.vjp.shares_rows", lambda run, s, v, gradient: False)
 
 
 def dense_at_once(patch):
     original = gradients.add
-    for module in ("engine.vjp", "engine.optimizer_step", "comm.gradients"):
+    for module in ("engine.vjp", "engine.stage_update", "comm.gradients"):
         patch.setattr(f"tfpar.{module}.add", lambda a, b: tf.convert_to_tensor(original(a, b)))
 
 

@@ -15,7 +15,7 @@ import tfpar
 from tfpar.engine import executor
 from tfpar.engine.executor import RUN, Execution
 from tfpar.engine.group import COLLECTIVE, GLOBAL_BATCH
-from tfpar.engine.loss import LossProgram
+from tfpar.engine.loss import Loss
 from tfpar.graph.recording import UnknownVariables
 from tfpar.planning.schedule import Action, Kind, gpipe, one_f_one_b
 from tfpar.trainer.hooks import steps_of
@@ -224,14 +224,8 @@ def lost_skip(patch):
 
 
 def equal_shares(patch):
-    patch.setattr(LossProgram, "values", wrong_share(LossProgram.values))
-
-
-def wrong_share(values):
-    def wrapped(self, outputs, y, sample_weight, totals):
-        return values(self, outputs, y, sample_weight, [t * 0 + 4 * 2.0 for t in totals] if totals else totals)
-
-    return wrapped
+    original = Loss.__call__
+    patch.setattr(Loss, "__call__", lambda self, p, y, s, t: original(self, p, y, s, t and [x * 0 + 8.0 for x in t]))
 
 
 def clipped_before_the_sum(patch):

@@ -71,8 +71,7 @@ def test_sparse():
     pieces = micro_batch.split(x, 2)
     assert [tf.sparse.to_dense(p).numpy().tolist() for p in pieces] == [[[1, 0]], [[0, 2], [3, 4]]]
     assert np.array_equal(tf.sparse.to_dense(micro_batch.concat(pieces)), tf.sparse.to_dense(x))
-    sizes = micro_batch.split_like(tf.range(5), [2, 3])
-    assert [p.numpy().tolist() for p in sizes] == [[0, 1], [2, 3, 4]]
+    assert micro_batch.in_proportion(10, [2, 3]) == [4, 6]
 
 
 def test_batch_of_pieces():

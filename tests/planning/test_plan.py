@@ -1,5 +1,7 @@
 """What a user is told."""
 
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -95,7 +97,12 @@ def test_explain_replicas():
     text = str(plan)
     rows = [line.split()[:3] for line in text.splitlines() if "CPU:" in line]
     assert rows == [["0", "CPU:0", "21"], ["1", "CPU:1", "21"], ["2", "CPU:2", "22"]]
-    assert "computed for all replicas at once: normalize/all_replicas" in text and "?" not in text
+    moments = [(e.kind, e.where, e.backward, e.bytes) for e in plan.exchanges]
+    assert moments == [
+        ("all-gather", "normalize/moments", False, 3 * (50 + 50 + 1) * 4),
+        ("reduce-scatter", "normalize/moments", True, 3 * (50 + 50 + 1) * 4),
+    ]
+    assert re.search(r"all-gather +data +forward", text) and "?" not in text
     history(*data(64), batch_size=64)(model)
     after = strategy.explain(model)
     assert after.rows == 64 and sum(after.slot_bytes) == 2 * sum(np.asarray(w).nbytes for w in model.trainable_weights)

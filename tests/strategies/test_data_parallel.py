@@ -14,7 +14,7 @@ import tfpar
 from tfpar.comm import collectives
 from tfpar.compat import _moments
 from tfpar.engine import batch_results
-from tfpar.engine.loss import LossProgram
+from tfpar.engine.loss import Loss
 from tfpar.errors import ModelError, ScopeError
 from tfpar.testing import assert_same, difference
 from tfpar.trainer.hooks import steps_of
@@ -136,7 +136,7 @@ def with_block():
 
 @pytest.mark.parametrize("make, name", [(with_block, "block"), (Unfollowable, "unfollowable")])
 def test_batch_statistics_inside_of_layers(make, name):
-    with pytest.warns(UserWarning, match=f"{name}.*computed for the whole batch on one device"):
+    with pytest.warns(UserWarning, match=f"{name}.*computed for the whole batch on every replica"):
         check(replicas(3), history(X, Y, batch_size=8, epochs=2, validation_data=(X, Y)), build=make, optimizer=sgd())
 
 
@@ -627,11 +627,17 @@ def test_cross_device_ops():
         assert sorted(used, reverse=True) == calls
 
 
+def test_statistics_of_a_batch_for_one_replica():
+    """The last batch has one sample: what replicas exchange, one has; an own reduction is not asked for it."""
+    strategy = replicas(2, cross_device_ops=tf.distribute.ReductionToOneDevice())
+    check(strategy, history(X[:5], Y[:5], batch_size=4), build=normalized, optimizer=sgd())
+
+
 def test_sums_over_replicas():
     devices = ["CPU:0", "CPU:1", "CPU:2"]
     sparse = [tf.IndexedSlices(tf.ones((1, 2)) * n, tf.constant([n]), tf.constant([4, 2])) for n in range(3)]
     dense = [tf.constant([1.0, n]) for n in range(3)]
-    results = collectives.all_reduce([dense, sparse, [None] * 3, dense[:2]], devices)
+    results = collectives.all_reduce_gradients([dense, sparse, [None] * 3, dense[:2]], devices)
     for value, total in zip(results, ([3.0, 3.0], None, None, [2.0, 1.0]), strict=True):
         for copy, device in zip(value, devices, strict=True):
             if total is not None:
@@ -652,14 +658,12 @@ def own_gradients(patch):
     def kept(values, devices, ops=None):
         return [[v[r % len(v)] for r in range(len(devices))] for v in values]
 
-    patch.setattr("tfpar.engine.gradient_reduction.all_reduce", kept)
+    patch.setattr("tfpar.engine.gradient_reduction.all_reduce_gradients", kept)
 
 
 def equal_shares(patch):
-    original = LossProgram.values
-    patch.setattr(
-        LossProgram, "values", lambda self, o, y, s, t: original(self, o, y, s, t and [x * 0 + 8.0 for x in t])
-    )
+    original = Loss.__call__
+    patch.setattr(Loss, "__call__", lambda self, p, y, s, t: original(self, p, y, s, t and [x * 0 + 8.0 for x in t]))
 
 
 def local_statistics(patch):

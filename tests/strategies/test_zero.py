@@ -11,8 +11,9 @@ from training import OPTIMIZERS, check, compiled, data, history, mostly
 import tfpar
 from tfpar import Mesh
 from tfpar.comm import collectives
-from tfpar.planning.sharding import REPLICATED, UNSHARDED, Layout, Sharding, sharded
+from tfpar.planning.sharding import REPLICATED, UNSHARDED, Sharding, sharded
 from tfpar.testing import assert_same
+from tfpar.variables import shard_view
 from tfpar.variables.logical import LogicalVariable, of_shards, parts_of
 
 X, Y = data(16)
@@ -149,18 +150,20 @@ def test_regularizers_and_constraints():
 
 
 def test_sharded():
-    assert sharded((6, 16), UNSHARDED, 4) == Sharding(shards=Layout(1))
-    assert sharded((6, 16), Sharding(Layout(1), 4), 2) == Sharding(Layout(1), 4, Layout(0))
-    assert sharded((3,), UNSHARDED, 4) == sharded((), UNSHARDED, 2) == sharded((8,), UNSHARDED, 1) == UNSHARDED
+    four, eight = Sharding({}, Mesh(4)), Mesh(2, 1, 4)
+    assert sharded((6, 16), four) == Sharding({"data": 1}, Mesh(4))
+    assert sharded((6, 16), Sharding({"tensor": 1}, eight)) == Sharding({"tensor": 1, "data": 0}, eight)
+    assert sharded((3,), four) == sharded((), four) == four and sharded((8,), UNSHARDED) == UNSHARDED
 
 
 @pytest.mark.parametrize("shape", [(8, 6), (5, 7), (4, 3, 2)])
 @pytest.mark.parametrize("layout, shards", [(None, 0), (0, 0), (0, 1), (1, 0), (1, None), (None, None)])
 def test_parts_make_up_the_whole(shape, layout, shards):
     value = tf.reshape(tf.range(np.prod(shape)), shape)
-    sharding = Sharding(Layout(layout), 2, Layout(shards))
+    dims = {"tensor": layout, "data": shards}
+    sharding = Sharding({axis: dim for axis, dim in dims.items() if dim is not None}, Mesh(3, 1, 2))
     parts = parts_of(value, sharding, 6)
-    assert [tuple(p.shape) for p in parts] == [sharding.shape(shape, lane, 3) for lane in Mesh(3, 1, 2).lanes]
+    assert [tuple(p.shape) for p in parts] == [sharding.shape(shape, lane) for lane in Mesh(3, 1, 2).lanes]
     assert np.array_equal(of_shards(parts, sharding), value)
     if shards is not None:
         assert sum(p.shape.num_elements() for p in parts) == value.shape.num_elements() * (
@@ -172,14 +175,15 @@ def test_parts_make_up_the_whole(shape, layout, shards):
 
 
 def shards_in_another_order(patch):
-    original = LogicalVariable.write_shards
-    patch.setattr(LogicalVariable, "write_shards", lambda self, shards: original(self, shards[::-1]))
+    original = shard_view.write_shards
+    wrong = lambda variable, shards: original(variable, shards[::-1])  # noqa: E731
+    patch.setattr("tfpar.engine.optimizer_step.write_shards", wrong)
 
 
 def gradients_of_one_replica(patch):
-    original = collectives.reduce_scatter
+    original = collectives.reduce_scatter_gradient
     wrong = lambda parts, *a: original(parts[:1], *a)  # noqa: E731
-    patch.setattr("tfpar.engine.engine.reduce_scatter", wrong)
+    patch.setattr("tfpar.engine.engine.reduce_scatter_gradient", wrong)
 
 
 def same_weights_again(patch):

@@ -297,7 +297,7 @@ def test_loss_of_divided_logits(loss):
     assert_same(one, other, 1e-5, 1e-7)
     for name, values in expected.items():
         assert difference(values, found[name]) < 1e-5
-    assert steps_of(other).engine.training.loss
+    assert steps_of(other).engine.loss_parallel
     kinds = [e.kind for e in strategy.explain(other).exchanges if e.where == "loss"]
     assert kinds == ["maximum", "all-reduce"]
 
@@ -745,7 +745,7 @@ def test_prediction_before_training_keeps_the_loss_divided():
         model.compile("sgd", from_logits())
     model.predict(x, verbose=0)
     model.fit(x, y, verbose=0)
-    assert steps_of(model).engine.training.loss
+    assert steps_of(model).engine.loss_parallel
 
 
 def test_saved_model_by_hand_says_what_to_do(tmp_path):

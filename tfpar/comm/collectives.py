@@ -1,6 +1,6 @@
-"""What replicas and ranks exchange."""
+"""Collectives over an axis of the mesh: between replicas, and between ranks."""
 
-# r: replica or rank
+# r: replica or rank, the place of a device along the axis
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from tfpar.compat._tf import batch_reduce
 from tfpar.planning.sharding import bounds
 
 
-def all_reduce(values: Sequence[Sequence[Any]], devices: Sequence[str], ops: Any = None) -> list[list[Any]]:
-    """The sum over replicas of each value, on every replica's device.
+def all_reduce_gradients(values: Sequence[Sequence[Any]], devices: Sequence[str], ops: Any = None) -> list[list[Any]]:
+    """The sum over replicas of each gradient, on every replica's device.
 
     Args:
         values: for each value, what each replica has of it; `None` for nothing. A batch with fewer rows than there are
@@ -42,7 +42,7 @@ def all_reduce(values: Sequence[Sequence[Any]], devices: Sequence[str], ops: Any
     return result
 
 
-def reduce_scatter(parts: Sequence[Any], devices: Sequence[str], dim: int, shape: Sequence[int]) -> list[Any]:
+def reduce_scatter_gradient(parts: Sequence[Any], devices: Sequence[str], dim: int, shape: Sequence[int]) -> list[Any]:
     """The sum of what replicas have, if they have something of this shape, divided along `dim`: to each its shard."""
     found = [x for x in parts if x is not None]
     if not found:
@@ -83,98 +83,126 @@ def copied(value: Any, devices: Sequence[str]) -> list[Any]:
 NCCL = (tf.float16, tf.float32, tf.float64)  # which dtypes TensorFlow's NCCL kernels add up; not bfloat16
 
 
-# ---- between the ranks of a tensor axis: a value for each, on its device
+# ---- of activations: a value for each device along an axis, on that device
 
 Values = Sequence[tf.Tensor]
+Edges = Sequence[Any] | None  # where the part of each begins along `dim`, and where the last ends; nearly equal parts
 
 
-def identity(values: Values, devices: Sequence[str], dim: int = 0, extent: Any = None, ops: Any = None) -> Values:
+def identity(values: Values, devices: Sequence[str], dim: int = 0, edges: Edges = None, ops: Any = None) -> Values:
     """The same values."""
     return list(values)
 
 
-def reduced(values: Values, devices: Sequence[str], dim: int = 0, extent: Any = None, ops: Any = None) -> Values:
+def all_reduce(values: Values, devices: Sequence[str], dim: int = 0, edges: Edges = None, ops: Any = None) -> Values:
     """The sum, everywhere, to the last bit the same."""
+    if len(devices) == 1:  # a short batch keeps one replica busy
+        return list(values)
     if ops is not None and values[0].dtype in NCCL:
         return batch_reduce(ops, [values])[0]
     if len(devices) == 2 or not values[0].shape.rank:
         return [summed(values, device) for device in devices]
-    return all_gather(scattered(values, devices), devices)  # each adds up a part
+    return all_gather(reduce_scatter(values, devices), devices)  # each adds up a part
 
 
-def all_gather(values: Values, devices: Sequence[str], dim: int = 0, extent: Any = None, ops: Any = None) -> Values:
+def all_gather(values: Values, devices: Sequence[str], dim: int = 0, edges: Edges = None, ops: Any = None) -> Values:
     """All parts along `dim`, everywhere."""
     return on_each(devices, lambda _: tf.concat(list(values), dim))
 
 
-def own_part(values: Values, devices: Sequence[str], dim: int = 0, extent: Any = None, ops: Any = None) -> Values:
+def own_part(values: Values, devices: Sequence[str], dim: int = 0, edges: Edges = None, ops: Any = None) -> Values:
     """Of what all have, each its part."""
-    return on_each(devices, lambda r: part_of_rank(values[r], dim, r, len(devices), extent))
+    return on_each(devices, lambda r: part_of_device(values[r], dim, r, edges or equal(values[r], dim, len(devices))))
 
 
-def scattered(values: Values, devices: Sequence[str], dim: int = 0, extent: Any = None, ops: Any = None) -> Values:
+def reduce_scatter(
+    values: Values, devices: Sequence[str], dim: int = 0, edges: Edges = None, ops: Any = None
+) -> Values:
     """Of the sum, each its part."""
     if ops is not None and values[0].dtype in NCCL:
-        return own_part(reduced(values, devices, ops=ops), devices, dim, extent)
-    return [
-        summed([part_of_rank(value, dim, r, len(devices), extent) for value in values], device)
-        for r, device in enumerate(devices)
-    ]
+        return own_part(all_reduce(values, devices, ops=ops), devices, dim, edges)
+
+    def parts(r: int) -> list[tf.Tensor]:
+        return [part_of_device(value, dim, r, edges or equal(value, dim, len(devices))) for value in values]
+
+    return [summed(parts(r), device) for r, device in enumerate(devices)]
 
 
-def part_of_rank(value: tf.Tensor, dim: int, r: int, ranks: int, extent: Any = None) -> tf.Tensor:
-    """The part of rank `r` along `dim`, of which there are `extent` elements; placed where the value is."""
-    extent = value.shape[dim] if extent is None else extent
-    edges = bounds(tf.shape(value)[dim] if extent is None else extent, ranks)
+def equal(value: tf.Tensor, dim: int, parts: int) -> list[Any]:
+    """The edges of nearly equal parts along `dim`, where the value is."""
+    with tf.device(value.device or None):
+        return bounds(tf.shape(value)[dim] if value.shape[dim] is None else value.shape[dim], parts)
+
+
+def part_of_device(value: tf.Tensor, dim: int, r: int, edges: Sequence[Any]) -> tf.Tensor:
+    """The part of the `r`-th device along `dim`; placed where the value is."""
     return dense_part(value, dim, edges[r], edges[r + 1])
 
 
-def maximum(values: Values, devices: Sequence[str], dim: int = 0, extent: Any = None, ops: Any = None) -> Values:
+def pad(values: Values, devices: Sequence[str], dim: int = 0, edges: Edges = None, ops: Any = None) -> Values:
+    """Each its part, zeros in the places of the others'."""
+
+    def padded(r: int) -> tf.Tensor:
+        around = [[0, 0]] * dim + [[edges[r], edges[-1] - edges[r + 1]]] + [[0, 0]] * (values[r].shape.rank - dim - 1)
+        return tf.pad(values[r], around)
+
+    return on_each(devices, padded)
+
+
+def maximum(values: Values, devices: Sequence[str], dim: int = 0, edges: Edges = None, ops: Any = None) -> Values:
     """The largest of one element that each has along the last dim, everywhere."""
     return on_each(devices, lambda _: tf.reduce_max(tf.concat(list(values), -1), -1, keepdims=True))
 
 
-def numbers(values: Values, devices: Sequence[str], dim: int = 0, extent: Any = None, ops: Any = None) -> Values:
+def numbers(values: Values, devices: Sequence[str], dim: int = 0, edges: Edges = None, ops: Any = None) -> Values:
     """To each its number."""
     return on_each(devices, tf.constant)
 
 
 EXCHANGES: dict[str, Callable] = {
-    "identity": identity, "all-reduce": reduced, "all-gather": all_gather, "slice": own_part,
-    "reduce-scatter": scattered, "maximum": maximum, "rank": numbers,
+    "identity": identity, "all-reduce": all_reduce, "all-gather": all_gather, "slice": own_part, "pad": pad,
+    "reduce-scatter": reduce_scatter, "maximum": maximum, "rank": numbers,
 }  # fmt: skip
-LOCAL = ("identity", "slice", "rank")  # nothing crosses between ranks
+LOCAL = ("identity", "slice", "pad", "rank")  # nothing crosses between devices
 
 
 @dataclass(frozen=True)
 class Collective:
-    """An exchange between ranks, and that of the gradients in the backward pass, by their names in `EXCHANGES`.
+    """What the devices along an axis exchange of a tensor, and of its gradient, by their names in `EXCHANGES`.
 
-    What all ranks have in common has the whole gradient on each of them; of a part, its gradient. So the transpose of
-    an all-reduce is nothing at all, and that of handing a common tensor to ranks which compute different things is an
-    all-reduce (Shoeybi et al., "Megatron-LM", section 3).
+    Over `tensor`, what all ranks have in common has the whole gradient on each of them; of a part, its gradient. So the
+    transpose of an all-reduce is nothing at all, and that of handing a common tensor to ranks which compute different
+    things is an all-reduce (Shoeybi et al., "Megatron-LM", section 3). Over `data`, each replica has the gradient of
+    its own samples' loss, and gradients of weights are added up: the transpose of an all-gather is a reduce-scatter,
+    that of a slice are zeros around it.
 
     Args:
         dim: along which tensors are divided.
         extent: elements along it, if that is known.
+        axis: of the mesh.
     """
 
     forward: str
     backward: str
     dim: int = 0
     extent: int | None = None
+    axis: str = "tensor"
 
-    def there(self, values: Values, devices: Sequence[str], ops: Any = None) -> Values:
-        """What each rank has afterwards."""
-        return EXCHANGES[self.forward](values, devices, self.dim, self.extent, ops)
+    def there(self, values: Values, devices: Sequence[str], ops: Any = None, edges: Edges = None) -> Values:
+        """What each has afterwards."""
+        return EXCHANGES[self.forward](values, devices, self.dim, edges or self.edges(len(devices)), ops)
 
-    def back(self, gradients: Values, devices: Sequence[str], ops: Any = None) -> Values:
-        """The gradients of what each rank had before."""
-        return EXCHANGES[self.backward](gradients, devices, self.dim, self.extent, ops)
+    def back(self, gradients: Values, devices: Sequence[str], ops: Any = None, edges: Edges = None) -> Values:
+        """The gradients of what each had before."""
+        return EXCHANGES[self.backward](gradients, devices, self.dim, edges or self.edges(len(devices)), ops)
 
-    def of_mask(self, masks: Values, devices: Sequence[str]) -> Values:
-        """The Keras masks of what each rank has afterwards."""
+    def edges(self, parts: int) -> Edges:
+        """Where the part of each begins and ends, if that is known."""
+        return None if self.extent is None else bounds(self.extent, parts)
+
+    def of_mask(self, masks: Values, devices: Sequence[str], edges: Edges = None) -> Values:
+        """The Keras masks of what each has afterwards."""
         if masks[0] is None or self.dim >= masks[0].shape.rank:
             return list(masks)
         exchange = {"reduce-scatter": "slice", "all-reduce": "identity"}.get(self.forward, self.forward)
-        return EXCHANGES[exchange](masks, devices, self.dim, self.extent)
+        return EXCHANGES[exchange](masks, devices, self.dim, edges or self.edges(len(devices)))

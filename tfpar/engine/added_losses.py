@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
-from tfpar.engine.engine import MicroBatch
+from tfpar.engine.combination import needs_whole, of_operation
 from tfpar.engine.program import Result
 from tfpar.graph.batch_probe import Combine
 
@@ -14,11 +14,14 @@ if TYPE_CHECKING:
     from tfpar.engine.executor import Execution
 
 
-def cotangents(run: "Execution", s: int, m: MicroBatch) -> dict[tuple[int, int], tf.Tensor]:
-    """The gradient of each loss that a segment added for a part."""
-    result = run.results[s, m]
-    of_batch, found = run.loss_cotangent, {}
-    for (i, k), factor in weights(run, result, run.share(s, m)).items():
+def cotangents(run: "Execution", result: Result, share: Any, of_batch: Any) -> dict[tuple[int, int], tf.Tensor]:
+    """The gradient of each loss that a segment added for a part with this share of the batch.
+
+    Args:
+        of_batch: that of the batch's, one for all or one for each.
+    """
+    found = {}
+    for (i, k), factor in weights(run, result, share).items():
         dtype, whole = result.losses[i][k].dtype, of_batch[i, k] if isinstance(of_batch, dict) else of_batch
         found[i, k] = tf.cast(factor, dtype) * tf.cast(whole, dtype)
     return found
@@ -31,15 +34,15 @@ def weights(run: "Execution", result: Result, share: Any) -> dict[tuple[int, int
 
 def weight(run: "Execution", i: int, k: int, share: Any) -> Any:
     """By what to multiply an added loss of a part with this share of the batch, so that the sum is the batch's."""
-    together = run.parts.replicas if run.partition.stage_of[i] in run.route.global_batch else 1
-    if together == run.parts.count:
+    if run.parts.count == 1:
         return 1.0
-    kind = run.found(i, "losses", k)
+    kind = of_operation(run, i, "losses", k)
     if kind in (Combine.MEAN, Combine.SAME):
         return share
     if kind is Combine.SUM:
         return 1.0
-    raise run.needs_whole(
+    raise needs_whole(
+        run,
         i,
         f"the loss that {run.graph.ops[i].name} adds is neither a mean nor a sum over samples, or zero on random "
         "ones, so the losses of micro-batches do not make up that of the batch",

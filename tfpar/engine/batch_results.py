@@ -6,15 +6,17 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
+from keras import tree
 
 from tfpar.comm.gradients import SharedRows, sum_of
 from tfpar.compat import _keras, _moments
 from tfpar.engine import micro_batch
 from tfpar.engine.added_losses import weights
+from tfpar.engine.combination import needs_whole, of_operation
 from tfpar.engine.engine import copy_of, device_of, layout_of, read
 from tfpar.engine.executor import Execution
+from tfpar.engine.global_batch import TakeMoments
 from tfpar.engine.program import Edge, tensor_of, with_logits
-from tfpar.engine.sync_batch_norm import TakeMoments
 from tfpar.graph.batch_probe import Combine
 from tfpar.planning.mesh import Coordinate
 from tfpar.planning.sharding import REPLICATED
@@ -24,7 +26,7 @@ from tfpar.variables.logical import HOST
 def outputs(run: Execution) -> dict[int, Edge]:
     """The model's outputs for the whole batch, and their logits, each on the device that made its first rows."""
     found = {}
-    for t in with_logits(run.values[run.all[0]], run.graph.outputs):
+    for t in with_logits(run.values[run.all[0]], tree.flatten(run.route.graph.outputs)):
         source = run.graph.producer.get(tensor_of(t))
         with tf.device(HOST if source is None else run.device(run.partition.stage_of[source])):
             found[t] = run.gather(t, run.firsts)
@@ -34,8 +36,8 @@ def outputs(run: Execution) -> dict[int, Edge]:
 def added_losses(run: Execution) -> dict[tuple[int, int], tf.Tensor]:
     """What layers added to the loss, for the whole batch."""
     total: dict[tuple[int, int], tf.Tensor] = {}
-    for (s, m), result in run.results.items():
-        for (i, k), weight in weights(run, result, run.share(s, m)).items() if not m.lane.tensor else ():
+    for (_, m), result in run.results.items():
+        for (i, k), weight in weights(run, result, run.share(m)).items() if not m.lane.tensor else ():
             loss = result.losses[i][k]
             part = tf.math.multiply_no_nan(loss, tf.cast(weight, loss.dtype))  # no rows have no mean
             total[i, k] = total[i, k] + part if (i, k) in total else part
@@ -94,15 +96,16 @@ def combined(run: Execution, v: int, rank: int = 0) -> tf.Tensor:
         return parts[0]
     s = max(s for (s, m), result in run.results.items() if v in result.state)
     writer = run.program(s).writers[v]
-    kind = run.found(writer, "state", id(variable))
+    kind = of_operation(run, writer, "state", id(variable))
     if kind is Combine.SAME:
         return parts[0]
     if kind is Combine.MEAN:
-        return tf.add_n([p * tf.cast(run.share(s, m), p.dtype) for p, m in zip(parts, places, strict=True)])
+        return tf.add_n([p * tf.cast(run.share(m), p.dtype) for p, m in zip(parts, places, strict=True)])
     if kind is Combine.SUM:
         before = read(variable, Coordinate(tensor=rank))
         return before + tf.add_n([p - before for p in parts])
-    raise run.needs_whole(
+    raise needs_whole(
+        run,
         writer,
         f"{run.graph.ops[writer].name} keeps {variable.path}, whose value after a batch does not follow from its "
         "values after the micro-batches",
@@ -143,7 +146,7 @@ def statistics(run: Execution) -> Iterator[tuple[Any, _moments.Moments]]:
         for number, layer in enumerate([] if s in run.route.collectives else run.program(s).normalizations):
             results = [(m.lane.tensor, found) for (of, m), found in run.results.items() if of == s]
             calls = len(results[0][1].moments.get(number, []))
-            if len(results) <= run.ranks:  # run for all at once: it has moved by itself
+            if s in run.route.global_batch:  # it has moved by itself
                 continue
             for n in range(calls):
 

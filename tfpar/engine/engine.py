@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from tfpar.comm.collectives import Collective, reduce_scatter
+from tfpar.comm.collectives import Collective, reduce_scatter_gradient
 from tfpar.compat import _keras
 from tfpar.compat._tf import independent
 from tfpar.engine import micro_batch
 from tfpar.engine.description import Description
-from tfpar.engine.program import Edge, Function, Program
+from tfpar.engine.program import Edge, Function, Program, tensor_of
 from tfpar.graph.batch_probe import Combine, Probe
 from tfpar.graph.keras_graph import KerasGraph
 from tfpar.graph.recording import UnknownVariables
@@ -58,13 +58,14 @@ def layout_of(variable: keras.Variable) -> Layout:
 def shards_of(variable: keras.Variable) -> Layout:
     """How replicas divide what updates a variable."""
     value = _keras.stored(variable)
-    return value.follow.sharding.shards if isinstance(value, LogicalVariable) else REPLICATED
+    return value.follow.sharding.layout("data") if isinstance(value, LogicalVariable) else REPLICATED
 
 
 def scattered(variable: keras.Variable, gradients: Sequence[Any], lanes: Sequence[Coordinate]) -> list[Any]:
     """To each of these lanes its shard of the sum of what they have of a variable's gradient."""
-    shape = _keras.stored(variable).rank_shape(lanes[0].tensor)
-    return reduce_scatter(gradients, [device_of(variable, at) for at in lanes], shards_of(variable).dim, shape)
+    value = _keras.stored(variable)
+    shape = value.sharding.along("tensor").shape(value.shape.as_list(), lanes[0])
+    return reduce_scatter_gradient(gradients, [device_of(variable, at) for at in lanes], shards_of(variable).dim, shape)
 
 
 def read(variable: keras.Variable, at: Coordinate = FIRST) -> tf.Tensor:
@@ -79,41 +80,51 @@ class ExecutionGraph:
 
     Args:
         graph, partition: the operations, and the segment of each: what is one program. A stage has one or more.
-        source: the model's own operations, of which `graph` was made.
+        probe: what is known of how the results of the model's own operations, of which `graph` was made, combine.
         global_batch: segments that take the parts of all replicas at once.
         drawn: states of random numbers from which the ranks of a replica draw differently.
         learned: the tensors that depend on weights to train, if that is known.
-        loss: where ranks find the loss of a part of the outputs each, which; the targets are the last input then, and
-            what the loss is computed from is the last output.
+        loss: scalars, if it ends with the loss: the weighted sum, and each output's.
     """
 
     graph: KerasGraph
     partition: Partition
-    source: KerasGraph
+    probe: Probe
     global_batch: Set[int] = frozenset()
     drawn: Set[int] = frozenset()
     learned: Set[int] | None = None
-    loss: CrossEntropy | None = None
+    loss: tuple[int, ...] = ()
 
     @property
-    def ends(self) -> tuple[int, ...]:
-        """The tensors that the loss is computed from."""
-        outputs = self.graph.graph.outputs
-        return outputs[-1:] if self.loss else outputs
+    def source(self) -> KerasGraph:
+        """The model's own operations."""
+        return self.probe.graph
 
     @cached_property
     def stages(self) -> tuple[int, ...]:
         """The stage of each segment."""
         return tuple(self.graph.graph.ops[self.partition.ops(s)[0]].stage for s in range(self.partition.stages))
 
+    def is_batched(self, key: int) -> bool:
+        """Whether dimension 0 of a tensor, or of its logits, is the batch."""
+        return self.graph.is_batched(tensor_of(key))
+
+    def is_learned(self, t: int) -> bool:
+        """Whether a tensor depends on weights to train, so that its gradient is wanted."""
+        return t in (self.graph.graph.producer if self.learned is None else self.learned)
+
+    def leads_on(self, s: int, t: int) -> bool:
+        """Whether a later segment uses a tensor of this one."""
+        return any(self.partition.stage_of[i] > s for i in self.graph.graph.consumers[t])
+
+    def unused(self, s: int) -> frozenset[int]:
+        """The tensors of a segment that the loss does not depend on outside of it."""
+        edges = self.partition.edges(s) if self.loss else ()
+        return frozenset(t for t in edges if not self.leads_on(s, t) and t != self.loss[0])
+
     def names(self, s: int) -> list[str]:
         """The operations of a segment."""
         return [self.graph.graph.ops[i].name for i in self.partition.ops(s)]
-
-    @cached_property
-    def probe(self) -> Probe:
-        """What is known of how the results of the model's operations combine."""
-        return Probe(self.source)
 
     def rows(self, s: int, v: int, variable: keras.Variable) -> dict[int, Combine]:
         """For each operation of a segment that looks up rows of a variable, how they follow from those of parts."""
@@ -137,7 +148,9 @@ class ExecutionGraph:
         call = unknown.call if unknown.graph is self.graph else None
         graph = self.graph.with_variables(unknown, call)
         source = self.source.with_variables(unknown, None if call is None else self.in_source(call))
-        return replace(self, graph=graph, source=source, partition=Partition(graph.graph, self.partition.stage_of))
+        return replace(
+            self, graph=graph, probe=Probe(source), partition=Partition(graph.graph, self.partition.stage_of)
+        )
 
 
 @dataclass
@@ -148,7 +161,8 @@ class Engine:
         plan: which operations and variables go where.
         model: what the plan is of.
         training, inference: the ways through it; they share their variables, their inputs and their outputs.
-        called: the way of a call in training by a user's own step, if it is another.
+        loss_parallel: how ranks find the loss of a part of the outputs each, if they do, and the way to what it is
+            computed from, which is the last output; the targets are the last input.
         jit_compile, eager: how programs run.
         partial: variables that all ranks have, but find parts of the gradient of.
         reduce: the `tf.distribute.CrossDeviceOps` that add up tensors of ranks; copies, if not given.
@@ -160,11 +174,12 @@ class Engine:
     inference: ExecutionGraph
     jit_compile: bool = False
     eager: bool = False
-    called: ExecutionGraph | None = None
+    loss_parallel: tuple[CrossEntropy, ExecutionGraph] | None = None
     partial: Set[int] = frozenset()
     reduce: Any = None
     has_masks: bool = False  # outputs have masks that their symbols do not show
     programs: dict[tuple[ExecutionGraph, int, bool | None], Program] = field(default_factory=dict)
+    losses: dict[Any, ExecutionGraph] = field(default_factory=dict)  # ways to the loss, by kinds of targets
 
     def __post_init__(self):
         trainable = {id(v) for v in self.model.trainable_weights}
@@ -185,23 +200,28 @@ class Engine:
         if key not in self.programs:
             self.programs[key] = Program(
                 route.graph, route.partition.ops(segment), route.partition.edges(segment), self.model, training,
-                self.jit_compile, self.eager,
+                self.jit_compile, self.eager, route.unused(segment),
             )  # fmt: skip
         return self.programs[key]
 
     @property
     def routes(self) -> list[ExecutionGraph]:
         """All ways through the model."""
-        return [self.training, self.inference, *([self.called] if self.called else [])]
+        terms = [self.loss_parallel[1]] if self.loss_parallel else []
+        return [self.training, self.inference, *terms, *self.losses.values()]
 
     def extended(self, unknown: UnknownVariables) -> "Engine":
         """The same model, in which a call has the variables that it was found to use."""
+        if any(route.graph is unknown.graph for route in self.losses.values()):  # which begins with the way without
+            unknown.graph = (self.loss_parallel[1] if self.loss_parallel else self.training).graph
         training, inference = self.training.knowing(unknown), self.inference.knowing(unknown)
-        called = self.called.knowing(unknown) if self.called else None
+        parallel = self.loss_parallel and (self.loss_parallel[0], self.loss_parallel[1].knowing(unknown))
         cut = self.plan.partition
         graph = replace(cut.graph, variables=training.source.graph.variables)
         plan = replace(self.plan, partition=Partition(graph, cut.stage_of))
-        return replace(self, plan=plan, training=training, inference=inference, called=called, programs={})
+        return replace(
+            self, plan=plan, training=training, inference=inference, loss_parallel=parallel, programs={}, losses={}
+        )
 
     @property
     def mesh(self) -> Mesh:
@@ -211,7 +231,7 @@ class Engine:
     def gathers(self, v: int) -> bool:
         """Whether replicas have shards of a variable."""
         value = _keras.stored(self.graph.variables[v])
-        return isinstance(value, LogicalVariable) and value.sharding.shards != REPLICATED
+        return isinstance(value, LogicalVariable) and "data" in value.sharding.dims
 
     def traced(self, function: Callable, compiled: bool = True) -> Callable:
         """A function of tensors as programs run: traced once, compiled where asked."""
@@ -226,10 +246,10 @@ class Engine:
         """The order of the actions of each lane."""
         return in_segments(strategy.schedule(parts.micro_batches), route.stages)
 
-    def masks(self, inputs: Sequence[Edge], training: bool | None) -> list[Any]:
-        """The masks of the model's outputs for a whole batch, by their places.
+    def outputs(self, inputs: Sequence[Edge], training: bool | None) -> list[Edge]:
+        """The model's outputs for a whole batch, for their masks and shapes.
 
-        All operations run on all of it, here and not in functions of their own: what leads to no mask is pruned.
+        All operations run on all of it, here and not in functions of their own: what leads to values only is pruned.
         """
         graph = self.route(training).source
         program = Program(
@@ -238,7 +258,7 @@ class Engine:
         with tf.device(HOST):
             variables = [full_value(graph.variables[v]) for v in program.variables]
             edges = program(variables, dict(zip(graph.graph.inputs, inputs, strict=False))).edges
-        return [edges[t].mask for t in graph.graph.outputs]
+        return [edges[t] for t in graph.graph.outputs]
 
 
 def full_value(variable: keras.Variable) -> tf.Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfpar.comm.collectives import all_reduce
+from tfpar.comm.collectives import all_reduce_gradients
 from tfpar.comm.gradients import plain, sum_of
 from tfpar.engine import batch_results
 from tfpar.engine.engine import Engine, device_of, each, scattered, shards_of
@@ -72,7 +72,7 @@ class GradientReduction:
         if self.engine.plan.zero < 3:
             return found
         # other replicas read a shard until they are back; TensorFlow's optimizer may lose the edges that say so
-        with tf.control_dependencies([done for last in run.last.values() for done in last]):
+        with tf.control_dependencies([done for last in run.order.last.values() for done in last]):
             return [{lane: each(tf.identity, g) for lane, g in parts.items()} for parts in found]
 
     def add_up(self, terms: Sequence[tuple[int, dict]], lanes: Sequence[Coordinate]):
@@ -80,7 +80,7 @@ class GradientReduction:
         if terms:
             devices = [device_of(self.weights[terms[0][0]], lane) for lane in lanes]
             values = [[term[lane] for lane in lanes] for _, term in terms]
-            for (_, term), totals in zip(terms, all_reduce(values, devices, self.ops), strict=True):
+            for (_, term), totals in zip(terms, all_reduce_gradients(values, devices, self.ops), strict=True):
                 for lane, total in zip(lanes, totals, strict=True):
                     term[lane] = total
 

@@ -1,23 +1,36 @@
-"""The loss of a micro-batch as its exact share of the loss of the batch."""
+"""The loss of a part of a batch, as its exact share of that of the batch: an operation of the training graph."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+# t: tensor of the graph
+
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import keras
 import tensorflow as tf
 from keras import tree
 
 from tfpar.compat import _keras
-from tfpar.compat._tf import independent
 from tfpar.engine import micro_batch
-from tfpar.engine.added_losses import weights
-from tfpar.engine.engine import Engine, ExecutionGraph, MicroBatch, each, tensors_of
+from tfpar.engine.engine import Engine, ExecutionGraph
 from tfpar.engine.executor import Execution
-from tfpar.engine.program import Edge, Program, differentiable, restored
-from tfpar.engine.vjp import present, watched
+from tfpar.engine.program import Edge, restored
 from tfpar.graph.batch_probe import Combine, loss_combination, reads_variables
+from tfpar.graph.keras_graph import Call, KerasGraph, Ref, Rewriting
 from tfpar.graph.recording import HasMask
+from tfpar.planning.op_graph import Op, Tensor
+from tfpar.planning.partition import Partition
+from tfpar.tensor_parallel.loss_parallel import CrossEntropy
 from tfpar.variables.logical import HOST
+
+NAME = "the loss"  # of the operation
+
+
+def symbolic_calls(engine: Engine, y: Any, sample_weight: Any) -> list[Any]:
+    """What the compiled losses would be called with, as symbols."""
+    y_pred = tree.map_structure(lambda t: engine.graph.symbols[t], engine.graph.outputs)
+    y, sample_weight = tree.map_structure(_keras.symbolic, (y, sample_weight))
+    return _keras.loss_calls(engine.model, y, y_pred, sample_weight)
 
 
 def separable(engine: Engine, data: Any, parts: int) -> bool:
@@ -29,9 +42,8 @@ def separable(engine: Engine, data: Any, parts: int) -> bool:
     if _keras.compilation(engine.model)[0] is None:
         return False
 
-    _, y, sample_weight = tree.map_structure(_keras.symbolic, _keras.unpack_x_y_sample_weight(data))
-    y_pred = tree.map_structure(lambda t: engine.graph.symbols[t], engine.graph.outputs)
-    calls = _keras.loss_calls(engine.model, y, y_pred, sample_weight)
+    _, y, sample_weight = _keras.unpack_x_y_sample_weight(data)
+    calls = symbolic_calls(engine, y, sample_weight)
     if not all(_keras.has_plain_reduction(c.loss) for c in calls):
         return False
     if any(reads_variables(c.loss, c.y_true, c.y_pred) for c in calls):
@@ -39,177 +51,150 @@ def separable(engine: Engine, data: Any, parts: int) -> bool:
     return parts == 1 or all(loss_combination(c.loss, c.y_true, c.y_pred) is Combine.ROWS for c in calls)
 
 
-def structured(engine: Engine, outputs: dict[int, Edge], route: ExecutionGraph | None = None) -> Any:
+def structured(graph: KerasGraph, outputs: dict[int, Edge]) -> Any:
     """The model's outputs as Keras expects them: in their structure, with their masks and logits."""
-    graph = route.graph if route else engine.graph
     return tree.map_structure(lambda t: restored(t, outputs, graph), graph.outputs)
 
 
-def whole_inputs(run: Execution) -> list[Edge]:
-    """The model's flat inputs for the whole batch."""
-    parts = zip(*run.inputs, strict=True)
-    return [
-        Edge(micro_batch.concat([e.value for e in edges]), micro_batch.concat([e.mask for e in edges]))
-        for edges in parts
-    ]
+class Loss:
+    """The compiled losses of a part of a batch: their weighted sum, then each of them, as shares of the batch's.
 
+    Args:
+        model: that was compiled with them.
+        loss: what ranks find together, of which the losses are computed in the place of the model's output.
+        masked: whether it is known that outputs may have masks.
+    """
 
-class LossProgram:
-    """The compiled losses of a part and their gradient, as pure functions, traced or compiled once."""
+    variables = ()
 
-    def __init__(self, engine: Engine):
-        self.engine = engine
-        self.call = engine.traced(self.run)
-        self.turns: dict[tuple[Program, micro_batch.Parts], Callable] = {}
+    def __init__(self, model: keras.Model, loss: CrossEntropy | None, masked: bool):
+        self.model, self.loss, self.masked = model, loss, masked
 
-    def values(self, outputs: dict[int, Edge], y: Any, sample_weight: Any, totals: list[tf.Tensor] | None):
-        """Each loss's share of the batch's, and their weighted sum.
+    def __call__(self, y_pred: Any, y: Any, sample_weight: Any, totals: list[tf.Tensor] | None) -> list[tf.Tensor]:
+        """The losses.
 
         Args:
-            outputs: the model's, for the part.
             totals: for each loss, what the mean over the whole batch divides by; `None` if this is all of it.
+
+        Raises:
+            HasMask: an output has a mask, but `totals` were counted without.
         """
-        model, values, weighted = self.engine.model, [], []
-        for n, call in enumerate(self.calls(outputs, y, sample_weight)):
+        if totals is not None and not self.masked and any(map(has_mask, tree.flatten(y_pred))):
+            raise HasMask
+        values, weighted = [], []
+        for n, call in enumerate(self.calls(y_pred, y, sample_weight)):
             value, count = _keras.evaluate_loss(call)
             if totals is not None:
                 value = value * tf.math.divide_no_nan(count, tf.cast(totals[n], count.dtype))
-            values.append(tf.cast(value, _keras.loss_dtype(model)))
+            values.append(tf.cast(value, _keras.loss_dtype(self.model)))
             weighted.append(values[-1] if call.weight is None else values[-1] * call.weight)
-        return values, tf.add_n(weighted)
+        return [tf.add_n(weighted), *values]
 
-    def calls(self, outputs: dict[int, Edge], y: Any, sample_weight: Any) -> list[Any]:
+    def calls(self, y_pred: Any, y: Any, sample_weight: Any) -> list[Any]:
         """What each loss is called with."""
-        model, loss = self.engine.model, self.engine.training.loss
-        if loss is None:
-            return _keras.loss_calls(model, y, structured(self.engine, outputs), sample_weight)
-        (t,) = self.engine.training.ends
-        y_pred = loss.prediction(outputs[t].value)
-        if outputs[t].mask is not None:
-            _keras.set_keras_mask(y_pred, outputs[t].mask)
-        return _keras.loss_calls(model, loss.targets(y), y_pred, sample_weight)
-
-    def run(self, outputs: dict[int, Edge], y: Any, sample_weight: Any, totals: list[tf.Tensor] | None, scale: Any):
-        """The values, and the gradient of `scale` times their sum by the outputs."""
-        sources = {t: e.value for t, e in outputs.items() if differentiable(self.engine.graph.graph, t)}
-        with tf.GradientTape() as tape:
-            tape.watch(sources)
-            values, loss = self.values(outputs, y, sample_weight, totals)
-            scaled = loss * tf.cast(scale, loss.dtype)
-        gradients = tape.gradient(scaled, sources)
-        return values, loss, {t: g for t, g in gradients.items() if g is not None}
-
-    def turn(self, run: Execution, program: Program) -> Callable:
-        """The last stage, the losses, and the backward pass through both, as one function."""
-        if (program, run.parts) not in self.turns:
-
-            def turn(variables, edges, y, sample_weight, totals, scale, share):
-                inside, outside = watched(run, program, variables, edges)
-                sources = [*inside.values(), *outside.values()]
-                with tf.GradientTape() as tape:
-                    tape.watch(sources)
-                    result = program.run(variables, edges)
-                    if totals is not None and any(e.mask is not None for e in result.edges.values()):
-                        raise HasMask
-                    values, loss = self.values(result.edges, y, sample_weight, totals)
-                    scaled = loss * tf.cast(scale, loss.dtype)
-                    for (i, k), weight in weights(run, result, share).items():
-                        added = result.losses[i][k]
-                        scaled += tf.cast(
-                            added * tf.cast(weight, added.dtype) * tf.cast(scale, added.dtype), loss.dtype
-                        )
-                found = tape.gradient(scaled, sources)
-                return result, values, loss, present(inside, found), present(outside, found[len(inside) :])
-
-            self.turns[program, run.parts] = self.engine.traced(turn)
-        return self.turns[program, run.parts]
+        if self.loss is None:
+            return _keras.loss_calls(self.model, y, y_pred, sample_weight)
+        prediction = self.loss.prediction(y_pred)
+        if has_mask(y_pred):
+            _keras.set_keras_mask(prediction, _keras.get_keras_mask(y_pred))
+        return _keras.loss_calls(self.model, self.loss.targets(y), prediction, sample_weight)
 
 
-@dataclass
-class Head:
-    """The end of a scheduled pass: computes the loss of each part, and starts its backward pass.
+def has_mask(x: Any) -> bool:
+    """Whether Keras has attached a mask to a tensor."""
+    return _keras.get_keras_mask(x) is not None
+
+
+def with_loss(engine: Engine, y: Any, sample_weight: Any, several: bool) -> ExecutionGraph:
+    """The way through the model in training to the loss; targets, their weights and totals are its last inputs.
 
     Args:
-        program: the losses.
-        y, sample_weight: for the whole batch.
-        targets: the same for each part.
-        scale: what the optimizer multiplies the loss with.
-        training: what the layers are told.
+        several: whether these are parts of a batch.
     """
+    symbols = tree.map_structure(_keras.symbolic, (y, sample_weight))
+    masked = has_masks(engine)
+    key = str(tree.map_structure(lambda s: None if s is None else (s.shape, s.dtype), symbols)), several, masked
+    if key in engine.losses:
+        return engine.losses[key]
+    loss, base = engine.loss_parallel or (None, engine.training)
+    new = Rewriting(base.graph)
+    left = iter(new.inputs[-1:] if loss else ())  # ranks know the targets already
+    dtype, count = _keras.loss_dtype(engine.model), len(symbolic_calls(engine, y, sample_weight))
 
-    program: LossProgram
-    y: Any
-    sample_weight: Any
-    targets: list[Any]
-    scale: Any
-    training: bool | None
-    values_of: list[list[tf.Tensor]] = field(default_factory=list)
-    losses: list[tf.Tensor] = field(default_factory=list)
-    totals: list[tf.Tensor] | None = None
+    def tensor(symbol: keras.KerasTensor) -> int:
+        kind = tf.as_dtype(symbol.dtype)
+        return new.tensor(Tensor((), kind.size, kind.is_floating), symbol)
 
-    @property
-    def parts(self) -> int:
-        """How many there are."""
-        return len(self.targets)
+    def given(symbol: keras.KerasTensor | None) -> Ref | None:
+        if symbol is None:
+            return None
+        t = next(left, None)
+        if t is None:
+            new.inputs.append(t := tensor(symbol))
+        return Ref(t)
 
-    @property
-    def can_turn(self) -> bool:
-        """Whether what the mean over the batch divides by follows from shapes that are known before the outputs are."""
-        engine = self.program.engine
-        symbols = [engine.graph.symbols[t] for t in engine.training.ends]
-        plain = all(None not in s.shape[1:] and s.shape and _keras.get_keras_mask(s) is None for s in symbols)
-        return self.parts == 1 or (plain and not engine.has_masks)
+    def scalars(number: int) -> list[int]:
+        return [tensor(keras.KerasTensor((), dtype)) for _ in range(number)]
 
-    def __call__(self, run: Execution, m: MicroBatch, outputs: dict[int, Edge]) -> dict[int, tf.Tensor]:
-        """The cotangents of the model's outputs for part `m`."""
-        if self.parts > 1 and self.totals is None:
-            masks = {}
-            if any(e.mask is not None for e in outputs.values()):
-                found = self.program.engine.masks(whole_inputs(run), self.training)
-                masks = dict(zip(run.route.ends, found, strict=True))
-            self.totals = self.whole_counts({t: (e.value.shape, e.value.dtype) for t, e in outputs.items()}, masks)
-        y, sample_weight = each(tf.identity, self.targets[run.part(m)])
-        values, loss, cotangents = self.program.call(outputs, y, sample_weight, self.totals, self.scale)
-        independent(tensors_of((loss, cotangents)))
-        self.count(run, m, values, loss)
-        return cotangents
+    y_ref, weight_ref = tree.map_structure(given, symbols)
+    totals = scalars(count if several else 0)
+    new.inputs += totals
+    y_pred = Ref(base.graph.graph.outputs[-1]) if loss else tree.map_structure(Ref, base.graph.outputs)
+    made = tuple(scalars(1 + count))
+    new.ends += made
+    operation, given_totals = Loss(engine.model, loss, masked), list(map(Ref, totals)) if several else None
+    call = Call(operation, (y_pred, y_ref, weight_ref, given_totals), {}, made)
+    for op, known in zip(base.graph.graph.ops, base.graph.calls, strict=True):
+        new.add(op, known)
+    new.add(Op(NAME, call.inputs, made, stage=base.stages[-1]), call)
+    graph, last = new.finish(), base.partition.stages - 1
+    alone = last in base.collectives or last in base.global_batch
+    route = replace(
+        base, graph=graph, partition=Partition(graph.graph, (*base.partition.stage_of, last + alone)), loss=made
+    )
+    engine.losses[key] = route
+    return route
 
-    def turn(self, run: Execution, m: MicroBatch, program: Program, variables: list[tf.Tensor], edges: dict[int, Edge]):
-        """The last stage's result for part `m`, the gradients of its variables, and the cotangents of its edges."""
-        if self.parts > 1 and self.totals is None:
-            symbols = self.program.engine.graph.symbols
-            self.totals = self.whole_counts({t: (symbols[t].shape, symbols[t].dtype) for t in run.route.ends}, {})
-        y, sample_weight = each(tf.identity, self.targets[run.part(m)])
-        result, values, loss, gradients, cotangents = self.program.turn(run, program)(
-            variables, edges, y, sample_weight, self.totals, self.scale, run.weights[run.part(m)]
-        )
-        independent(tensors_of((values, loss)))
-        self.count(run, m, values, loss)
-        return result, gradients, cotangents
 
-    def count(self, run: Execution, m: MicroBatch, values: list[tf.Tensor], loss: tf.Tensor):
-        """Note the loss of a part, which all ranks find alike."""
-        if not m.lane.tensor:
-            self.values_of.append(values)
-            self.losses.append(loss)
+def has_masks(engine: Engine) -> bool:
+    """Whether outputs have masks, as far as it is known."""
+    return engine.has_masks or any(has_mask(engine.graph.symbols[t]) for t in tree.flatten(engine.graph.outputs))
 
-    def whole_counts(self, outputs: dict[int, tuple[Any, Any]], masks: dict[int, Any]) -> list[tf.Tensor]:
-        """What each loss's mean over the whole batch divides by, before all parts are through.
 
-        It depends on shapes, weights and masks, not on predictions: zeros stand for those.
-        """
-        with tf.device(HOST):
-            rows = micro_batch.count(self.y)
-            like = {t: Edge(tf.zeros([rows, *shape[1:]], dtype), masks.get(t)) for t, (shape, dtype) in outputs.items()}
-            for t, (shape, _) in outputs.items():
-                like[t].value.set_shape([None, *shape[1:]])
-            calls = self.program.calls(like, self.y, self.sample_weight)
-            return [_keras.evaluate_loss(call)[1] for call in calls]
+def totals(
+    engine: Engine, y: Any, sample_weight: Any, inputs: Sequence[Sequence[Edge]], training: bool | None
+) -> list[tf.Tensor]:
+    """What each loss's mean over the whole batch divides by, before any part of it is through.
 
-    def total(self) -> tf.Tensor:
-        """The compiled loss of the batch."""
-        return tf.add_n(self.losses)
+    It depends on shapes, weights and masks, not on predictions: zeros stand for those.
 
-    def each_loss(self) -> list[tf.Tensor]:
-        """Each output's loss for the batch, without its weight."""
-        return [tf.add_n(parts) for parts in zip(*self.values_of, strict=True)]
+    Args:
+        inputs: of the model, flat, for each part.
+    """
+    loss = engine.loss_parallel[0] if engine.loss_parallel else None
+    source = engine.training.source
+    outputs, like = source.graph.outputs, {}
+    with tf.device(HOST):
+        edges: list[Any] = [None] * len(outputs)
+        if has_masks(engine) or any(None in source.symbols[t].shape[1:] for t in outputs):
+            edges = engine.outputs(list(map(micro_batch.joined, zip(*inputs, strict=True))), training)
+        for t, edge in zip(outputs, edges, strict=True):
+            shape = (edge.value if edge else source.symbols[t]).shape[1:]
+            shape = (*shape[:-1], 2) if loss else shape  # a token's own class, and all others
+            known = None not in tuple(shape)
+            zeros = (
+                tf.zeros([micro_batch.count(y), *shape], source.symbols[t].dtype)
+                if known
+                else tf.zeros_like(edge.value)
+            )
+            zeros.set_shape([None, *shape])
+            like[t] = Edge(zeros, edge and edge.mask)
+        y_pred = structured(source, like)
+        return [
+            _keras.evaluate_loss(call)[1] for call in Loss(engine.model, loss, True).calls(y_pred, y, sample_weight)
+        ]
+
+
+def of_batch(run: Execution) -> list[tf.Tensor]:
+    """The compiled loss of the batch, then each output's loss without its weight."""
+    return [tf.add_n([run.values[m][t].value for m in run.firsts]) for t in run.route.loss]

@@ -1,5 +1,6 @@
 """Dividing a batch into micro-batches, and putting results together: the one place that does."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -121,12 +122,9 @@ def split(batch: Any, parts: int) -> list[Any]:
     ]
 
 
-def split_like(value: tf.Tensor, sizes: list[Any]) -> list[tf.Tensor]:
-    """The rows of a tensor as parts in proportion to these sizes."""
-    rows = value.shape[0] if value.shape[0] is not None else tf.shape(value)[0]
-    if rows is not sum(sizes):
-        sizes = [n * rows // sum(sizes) for n in sizes]
-    return tf.split(value, tf.stack(sizes) if any(isinstance(n, tf.Tensor) for n in sizes) else sizes, num=len(sizes))
+def in_proportion(rows: Any, sizes: list[Any]) -> list[Any]:
+    """So many rows as parts in proportion to these sizes, of whose sum they are a multiple."""
+    return [n * rows // sum(sizes) for n in sizes]
 
 
 def concat(values: list[Any]) -> Any:
@@ -134,3 +132,8 @@ def concat(values: list[Any]) -> Any:
     if len(values) == 1 or values[0] is None:
         return values[0]
     return tf.sparse.concat(0, values) if isinstance(values[0], tf.SparseTensor) else tf.concat(values, axis=0)
+
+
+def joined(edges: Sequence[Any]) -> Any:
+    """The values and masks of several parts as one."""
+    return type(edges[0])(*(concat(list(parts)) for parts in zip(*edges, strict=True)))

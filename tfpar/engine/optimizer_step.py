@@ -2,27 +2,25 @@
 
 # n: weight to train, v: variable of the graph, r: replica, k: rank
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from functools import cached_property, partial
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
-from tfpar.comm.collectives import on_each
-from tfpar.comm.collectives import reduced as summed
-from tfpar.comm.gradients import add, of_parts
+from tfpar.comm.collectives import all_reduce, on_each
+from tfpar.comm.gradients import of_parts
 from tfpar.compat import _keras, _keras_parts
-from tfpar.compat._tf import LogicalReplica, set_container
 from tfpar.engine.description import Description
 from tfpar.engine.engine import Engine, device_of, each, full_value, layout_of, shards_of
 from tfpar.engine.executor import Execution
 from tfpar.engine.gradient_reduction import GradientReduction
+from tfpar.engine.stage_update import StageUpdate, apply
 from tfpar.planning.mesh import FIRST, Coordinate
 from tfpar.planning.sharding import REPLICATED
 from tfpar.variables.logical import HOST, LogicalVariable
-from tfpar.variables.shard_view import ShardView
+from tfpar.variables.shard_view import shard_of, write_shards
 
 
 class Place(NamedTuple):
@@ -52,10 +50,6 @@ class Update:
         self.weights = list(self.model.trainable_weights)  # as they were when the model was compiled
         self.mesh, self.stages = strategy.mesh, range(engine.plan.partition.stages)
         self.away = strategy.offload == "optimizer"
-        self.programs = {
-            s: [engine.traced(partial(run, s), compiled=not self.away) for run in (self.bound, self.squared)]
-            for s in self.stages
-        }
 
     def penalties(self) -> list[tf.Tensor]:
         """What regularizers make of the weights."""
@@ -73,19 +67,20 @@ class Update:
         nothing = all(gradient is None for lanes in reduced for gradient in lanes.values())
         as_one = as_one or nothing  # Keras says what is wrong
         if as_one or not self.in_parts:
-            self.apply(range(len(self.weights)), [self.whole_gradient(n, g) for n, g in enumerate(reduced)], scale)
+            found = [self.whole_gradient(n, g) for n, g in enumerate(reduced)]
+            apply(self.model.optimizer, self.weights, found, scale)
             return
         busy = [p for p in self.places if any(reduced[n][p.lane] is not None for n in self.members[p.stage])]
         norms = [None] * len(busy)
         if _keras_parts.clips_norms(self.model.optimizer) and (self.is_divided or len(self.stages) > 1):
             norms = self.norms(busy, reduced, scale)
-        updated = self.at_places(0, busy, reduced, scale, norms)
+        updated = self.at_places("applied", busy, reduced, scale, norms)
         for s in self.stages:
             detached = [n for n in self.members[s] if self.is_detached(n)]
             for number, n in enumerate(detached):
                 shards = [new[number] for place, new in zip(busy, updated, strict=True) if place.stage == s]
                 if shards:
-                    _keras.stored(self.weights[n]).write_shards(shards)
+                    write_shards(_keras.stored(self.weights[n]), shards)
         for place in self.places:
             for variable in self.common if place not in busy else ():  # steps are counted everywhere
                 self.copy(variable, place).assign(self.copy(variable, busy[0]).read_value())
@@ -94,6 +89,18 @@ class Update:
     def reduction(self) -> GradientReduction:
         """Adds up gradients of lanes."""
         return GradientReduction(self.engine, self.weights, self.numbers, self.members, self.strategy.cross_device_ops)
+
+    @cached_property
+    def programs(self) -> dict[int, dict[str, Callable]]:
+        """What runs for the weights of each stage."""
+        found = {}
+        for s in self.stages:
+            weights = [self.weights[n] for n in self.members[s]]
+            detached = [_keras.stored(self.weights[n]) for n in self.members[s] if self.is_detached(n)]
+            update = StageUpdate(self.strategy, self.model.optimizer, weights, detached, self.variables(s))
+            runs = {"applied": update.applied, "squares": update.squares}
+            found[s] = {name: self.engine.traced(run, compiled=not self.away) for name, run in runs.items()}
+        return found
 
     # ---- what is where
 
@@ -182,29 +189,29 @@ class Update:
 
     # ---- the optimizer
 
-    def at_places(self, which: int, places: Sequence[Place], reduced: list[dict], scale: Any, norms: list) -> list:
+    def at_places(self, which: str, places: Sequence[Place], reduced: list[dict], scale: Any, norms: list) -> list:
         """The results of a program on each of these devices, for its copies and gradients."""
 
         def run(number: int) -> Any:
             place, norm = places[number], norms[number]
             members = self.members[place.stage]
             copies = [self.copy(v, place) for v in self.variables(place.stage)]
-            values = [_keras.stored(self.weights[n]).shard_of(place.lane) for n in members if self.is_detached(n)]
+            values = [shard_of(_keras.stored(self.weights[n]), place.lane) for n in members if self.is_detached(n)]
             gradients = [each(tf.identity, reduced[n][place.lane]) for n in members]
-            norm = None if norm is None else tf.identity(norm)
-            return self.programs[place.stage][which](copies, values, gradients, tf.identity(scale), norm)
+            given = None if norm is None else (tf.gather(norm, members), tf.reduce_sum(norm))
+            return self.programs[place.stage][which](copies, values, gradients, tf.identity(scale), given)
 
         return on_each([HOST if self.away else place.device for place in places], run)
 
     def norms(self, places: Sequence[Place], reduced: list[dict], scale: Any) -> list[tf.Tensor]:
         """For each of these devices, the squared norm of every weight's gradient; 0 where there is none."""
-        squares = self.at_places(1, places, reduced, scale, [None] * len(places))
+        squares = self.at_places("squares", places, reduced, scale, [None] * len(places))
         found = []
         for place, square in zip(places, squares, strict=True):
             with tf.device(place.device):  # what several have counts once
                 spread = tf.one_hot(self.members[place.stage], len(self.weights), dtype=tf.float64)
                 found.append(tf.linalg.matvec(spread, square * self.counted(place), transpose_a=True))
-        return summed(found, [HOST if self.away else place.device for place in places])
+        return all_reduce(found, [HOST if self.away else place.device for place in places])
 
     def counted(self, place: Place) -> tf.Tensor:
         """With what weight each gradient of a device counts in a norm."""
@@ -215,83 +222,10 @@ class Update:
         ]
         return tf.cast(tf.constant(counts), tf.float64)
 
-    @contextlib.contextmanager
-    def binding(self, stage: int, copies: Sequence[tf.Variable], values: Sequence[tf.Tensor]) -> Iterator[list]:
-        """Inside, variables are the copies of one lane, and detached ones have these values; gives the latter."""
-        detached = [_keras.stored(self.weights[n]) for n in self.members[stage] if self.is_detached(n)]
-        detached = [ShardView(variable, value) for variable, value in zip(detached, values, strict=True)]
-        bound: dict[int, Any] = {id(away.variable): away for away in detached}
-        for variable, copy in zip(self.variables(stage), copies, strict=True):
-            set_container(copy, variable)
-            bound[id(variable)] = copy
-        known = [*(self.weights[n] for n in self.members[stage]), *self.model.optimizer.variables]
-        parts = [(v, bound[id(_keras.stored(v))]) for v in known if id(_keras.stored(v)) in bound]
-        with LogicalReplica(self.strategy, 0, bound), _keras_parts.shaped(parts):
-            yield detached
-
-    def bound(
-        self, stage: int, copies: Sequence[tf.Variable], values: Sequence[tf.Tensor], gradients: Sequence[Any],
-        scale: tf.Tensor, squares: Any,
-    ) -> list[tf.Tensor]:  # fmt: skip
-        """Apply gradients to the copies of one lane; traced once for all of them.
-
-        Args:
-            squares: of the norm of each weight's gradient, where this lane does not have them all.
-
-        Returns:
-            The new values of what was detached.
-        """
-        with self.binding(stage, copies, values) as detached:
-            self.apply(self.members[stage], gradients, scale, squares)
-            return [away.value() for away in detached]
-
-    def squared(
-        self, stage: int, copies: Sequence[tf.Variable], values: Sequence[tf.Tensor], gradients: Sequence[Any],
-        scale: tf.Tensor, _: Any,
-    ) -> tf.Tensor:  # fmt: skip
-        """The squared norm of each of a lane's gradients, those of regularizers added; 0 where there is none."""
-        with self.binding(stage, copies, values):
-            return tf.stack([square(g) for g in self.with_penalties(self.members[stage], gradients, scale)])
-
-    def apply(self, members: Sequence[int], gradients: Sequence[Any], scale: Any, squares: tf.Tensor | None = None):
-        """Add the gradients of regularizers, and let the optimizer do its work."""
-        total = self.with_penalties(members, gradients, scale)
-        given = contextlib.nullcontext()
-        if squares is not None:
-            present = [squares[n] for n, gradient in zip(members, total, strict=True) if gradient is not None]
-            given = _keras_parts.given_norms(self.model.optimizer, present, tf.reduce_sum(squares))
-        with given:
-            weights = [self.weights[n] for n in members]
-            self.model.optimizer.apply_gradients(zip(total, weights, strict=True))
-
-    def with_penalties(self, members: Sequence[int], gradients: Sequence[Any], scale: Any) -> list[Any]:
-        """The gradients, those of regularizers added."""
-        total = []
-        for n, gradient in zip(members, gradients, strict=True):
-            weight = self.weights[n]
-            if weight.regularizer is not None:
-                value = tf.convert_to_tensor(_keras.stored(weight))
-                with tf.device(value.device or None), tf.GradientTape() as tape:
-                    tape.watch(value)
-                    penalty = weight.regularizer(value)
-                    scaled = penalty * tf.cast(scale, penalty.dtype)
-                of_penalty = tape.gradient(scaled, value)
-                gradient = of_penalty if gradient is None else add(gradient, of_penalty)
-            total.append(gradient)
-        return total
-
 
 def is_divided(weight: keras.Variable) -> bool:
     """Whether lanes have parts of a weight, or of the slots of an optimizer."""
     return getattr(_keras.stored(weight), "is_divided", False)
-
-
-def square(gradient: Any) -> tf.Tensor:
-    """The squared norm of a gradient."""
-    if gradient is None:
-        return tf.zeros((), tf.float64)
-    values = gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
-    return tf.cast(tf.reduce_sum(tf.square(values)), tf.float64)
 
 
 ELEMENTWISE = {

@@ -1,7 +1,7 @@
 """One stage as a pure function."""
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -143,6 +143,7 @@ class Program:
         training: what the layers are told; `None` to leave it to them.
         jit_compile: whether to compile with XLA.
         eager: whether to run operation by operation, untraced.
+        unused: which of `gives` have no gradient.
     """
 
     def __init__(
@@ -154,7 +155,9 @@ class Program:
         training: bool | None,
         jit_compile: bool,
         eager: bool,
+        unused: Container[int] = (),
     ):
+        self.unused = unused
         self.graph, self.ops, self.gives = graph, ops, gives
         self.model, self.training = model, training
         self.variables = tuple(sorted({v for i in ops for v in graph.graph.ops[i].variables}))
@@ -162,6 +165,7 @@ class Program:
         self.normalizations = list(layers.values()) if training else []
         self.writers: dict[int, int] = {}  # of each variable that changes, the operation that wrote it last
         self.halves: dict[tuple, Any] = {}  # the ways forward and back, by the kind of arguments
+        self.fused: dict[Any, Callable] = {}  # both at once, by how the batch is divided
         self.targets: Any = None  # of its results, those that lead to a loss, if some are known not to
         self.call = self.run if eager else Function(self.run, jit_compile, differentiated=True)
 
@@ -179,6 +183,10 @@ class Program:
         calls, variables = self.graph.calls, self.graph.variables
         found = {v: _keras.read_as(variables[v], [calls[i].operation for i in uses[v]]) for v in self.variables}
         return {v: dtype for v, dtype in found.items() if dtype is not None}
+
+    def has_gradient(self, key: int) -> bool:
+        """Whether there will be a cotangent of a tensor, or of its logits, that the program returns."""
+        return differentiable(self.graph.graph, key) and tensor_of(key) not in self.unused
 
     def run(self, variables: list[tf.Tensor], edges: dict[int, Edge]) -> Result:
         """Run the operations; `variables` are the values of `self.variables`."""

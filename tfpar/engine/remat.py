@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from tfpar.compat._tf import copied, without_device
 from tfpar.engine.engine import tensors_of
-from tfpar.engine.program import Function, Program, Result, differentiable, kind_of, packed
+from tfpar.engine.program import Function, Program, Result, kind_of, packed
 from tfpar.planning.min_cut import smallest_cut
 
 # What XLA can compute while it reads the operands of what uses it. No comparisons and no steps: in another program,
@@ -63,7 +63,7 @@ class SplitProgram:
     def joint(self, variables: list[tf.Tensor], edges: dict[int, Any]) -> Result:
         """The program, and in the same graph its backward pass."""
         result = self.program.run(variables, edges)
-        ends = {t: e.value for t, e in result.edges.items() if differentiable(self.program.graph.graph, t)}
+        ends = {key: e.value for key, e in result.edges.items() if self.program.has_gradient(key)}
         ends.update({(i, k): x for i, losses in result.losses.items() for k, x in enumerate(losses)})
         known = self.program.targets
         ends = {key: x for key, x in ends.items() if known is None or key in known}

@@ -11,8 +11,11 @@ import tensorflow as tf
 from tfpar.comm.collectives import elements_of
 from tfpar.comm.gradients import SharedRows, add, cast
 from tfpar.compat._tf import made_again
+from tfpar.engine import added_losses
+from tfpar.engine.combination import shares_rows
 from tfpar.engine.engine import MicroBatch, device_of, scattered, shards_of, tensors_of
 from tfpar.engine.program import Edge, Program, Result, differentiable, key_of, packed, tensor_of
+from tfpar.engine.reading import value_of
 from tfpar.engine.remat import SplitProgram, makers
 from tfpar.graph.recording import UnusedResults
 from tfpar.planning.mesh import Coordinate
@@ -26,23 +29,22 @@ AT_ONCE = 2**26  # elements of gradients that a compiled program adds up
 
 def keep(run: "Execution", s: int, m: MicroBatch, gradients: dict[int, Any]):
     """Add gradients of variables to those of earlier micro-batches; of those that replicas divide, the shards."""
-    lanes, whole = [n.lane for n in run.together(s, m)], {}
+    whole = {}
     for v, gradient in gradients.items():
         variable = run.engine.graph.variables[v]
-        if run.shares_rows(s, v, gradient):
+        if shares_rows(run, s, v, gradient):
             gradient = SharedRows(gradient.values, gradient.indices, gradient.dense_shape)
         if not run.scatters or shards_of(variable) == REPLICATED:
             whole[v] = gradient
             continue
-        key = s, m.micro_batch, m.lane.tensor, v
-        waiting = run.waiting.setdefault(key, {})
-        waiting.update({lanes[0]: cast(gradient, variable.dtype), **dict.fromkeys(lanes[1:])})
+        waiting = run.waiting.setdefault((s, m.micro_batch, m.lane.tensor, v), {})
+        waiting[m.lane] = cast(gradient, variable.dtype)
         if len(waiting) == run.parts.replicas:
             every = run.mesh.along("data", m.lane)
             for lane, part in zip(every, scattered(variable, list(waiting.values()), every), strict=True):
                 with tf.device(device_of(variable, lane)):
                     count(run, s, lane, {v: part})
-    count(run, s, lanes[0], whole)
+    count(run, s, m.lane, whole)
 
 
 def count(run: "Execution", s: int, lane: Coordinate, gradients: dict[int, Any]):
@@ -85,7 +87,7 @@ def again_of(
     copies = run.engine.jit_compile and run.parts.micro_batches > 1
 
     def again(v: int, before: tf.Tensor) -> tf.Tensor:
-        return tf.identity(before) if v in run.state[m] else run.variable(s, m, v)
+        return tf.identity(before) if v in run.state[m] else value_of(run, s, m, v)
 
     return [
         partial(again, v, before) if before.dtype.is_floating and (copies or run.engine.gathers(v)) else None
@@ -102,7 +104,7 @@ def vjp(
         again: what gathers variables for the backward pass, so that it holds on to none.
     """
     inside, outside = watched(run, program, variables, edges)
-    compiled = run.engine.jit_compile and run.head is not None and not tf.executing_eagerly()
+    compiled = run.engine.jit_compile and run.route.loss and not tf.executing_eagerly()
     halves = halves_of(program, variables, edges, inside, outside) if compiled else None
     if halves is None:
         return taped(run, program, variables, edges, again, inside, outside)
@@ -129,6 +131,32 @@ def vjp(
     return result, pullback
 
 
+def fused(
+    run: "Execution", m: MicroBatch, program: Program, variables: list[tf.Tensor], edges: dict[int, Edge],
+    cotangents: dict[int, tf.Tensor],
+) -> tuple[Result, dict[int, Any], dict[int, tf.Tensor]]:  # fmt: skip
+    """A program's result and the gradients of its variables and edges, forward and backward as one function.
+
+    Args:
+        cotangents: of the result's edges, which must not depend on it.
+    """
+
+    def both(variables, edges, cotangents, loss_cotangent, share):
+        inside, outside = watched(run, program, variables, edges)
+        sources = [*inside.values(), *outside.values()]
+        with tf.GradientTape() as tape:
+            tape.watch(sources)
+            result = program.run(variables, edges)
+        added = added_losses.cotangents(run, result, share, loss_cotangent)
+        targets = [result.edges[t].value for t in cotangents] + [result.losses[i][k] for i, k in added]
+        found = tape.gradient(targets, sources, [*cotangents.values(), *added.values()])
+        return result, present(inside, found), present(outside, found[len(inside) :])
+
+    if run.parts not in program.fused:
+        program.fused[run.parts] = run.engine.traced(both)
+    return program.fused[run.parts](variables, edges, cotangents, run.loss_cotangent, run.share(m))
+
+
 def halves_of(
     program: Program, variables: list[tf.Tensor], edges: dict[int, Edge], inside: Iterable[int], outside: Iterable[int]
 ) -> SplitProgram | None:
@@ -151,7 +179,7 @@ def taped(
 ) -> tuple[Result, Callable]:
     """The same by a gradient tape: what the backward pass takes is what TensorFlow keeps for it."""
     sources = [*inside.values(), *outside.values()]
-    with tf.GradientTape(persistent=run.head is None) as tape:  # a user may ask more than once
+    with tf.GradientTape(persistent=not run.route.loss) as tape:  # a user may ask more than once
         tape.watch(sources)
         result = program(variables, edges)
     traced = None if tf.executing_eagerly() else program.traced(variables, edges)
@@ -212,7 +240,7 @@ def watched(
     return {v: x for v, x in zip(program.variables, variables, strict=True) if v in run.engine.trainable}, {
         t: e.value
         for t, e in edges.items()
-        if differentiable(run.graph, t) and (run.watch_inputs or run.is_learned(tensor_of(t)))
+        if differentiable(run.graph, t) and (run.watch_inputs or run.route.is_learned(tensor_of(t)))
     }
 
 

@@ -1,9 +1,10 @@
 """A Keras model as an `OpGraph`, with what to call for each operation."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import keras
@@ -54,6 +55,11 @@ class Call:
     def arguments(self, of: Callable[[Ref], Any]) -> tuple[Any, Any]:
         """Its arguments, with what `of` gives for each `Ref`, asked in order."""
         return tree.map_structure(lambda a: of(a) if isinstance(a, Ref) else a, (self.args, self.kwargs))
+
+    def on(self, tensors: Mapping[int, int]) -> "Call":
+        """The same call on other tensors, where there are others."""
+        args, kwargs = self.arguments(lambda ref: Ref(tensors.get(ref.tensor, ref.tensor)))
+        return replace(self, args=args, kwargs=kwargs)
 
     @property
     def inputs(self) -> tuple[int, ...]:
@@ -143,6 +149,50 @@ class KerasGraph:
             ops[call] = replace(ops[call], variables=tuple(sorted({*ops[call].variables, *used})))
         described = (*self.graph.variables, *(describe(v) for v in new))
         return replace(self, graph=replace(self.graph, ops=tuple(ops), variables=described), variables=variables)
+
+
+class Rewriting:
+    """A graph that is copied operation by operation, with others among them.
+
+    Args:
+        source: what is copied; its tensors keep their numbers.
+    """
+
+    def __init__(self, source: KerasGraph):
+        self.source = source
+        self.ops: list[Op] = []
+        self.calls: list[Call] = []
+        self.tensors, self.symbols = list(source.graph.tensors), list(source.symbols)
+        self.inputs, self.ends = list(source.graph.inputs), []  # more of either may be appended
+
+    def tensor(self, described: Tensor, symbol: keras.KerasTensor) -> int:
+        """A new tensor."""
+        self.tensors.append(described)
+        self.symbols.append(symbol)
+        return len(self.symbols) - 1
+
+    def like(self, tensor: int) -> int:
+        """A new tensor of the kind of another."""
+        return self.tensor(self.tensors[tensor], self.symbols[tensor])
+
+    def add(self, op: Op, call: Call):
+        """The next operation."""
+        self.ops.append(op)
+        self.calls.append(call)
+
+    def copy(self, op: Op, call: Call, tensors: Mapping[int, int]):
+        """The next operation, on other tensors where there are others."""
+        self.add(replace(op, inputs=tuple(tensors.get(t, t) for t in op.inputs)), call.on(tensors))
+
+    def finish(self, tensors: Mapping[int, int] = MappingProxyType({})) -> KerasGraph:
+        """The finished graph; some of its outputs may be other tensors than before."""
+        outputs = tree.map_structure(lambda t: tensors.get(t, t), self.source.outputs)
+        ends = *(tensors.get(t, t) for t in self.source.graph.outputs), *self.ends
+        described = OpGraph(
+            tuple(self.ops), tuple(self.tensors), self.source.graph.variables, tuple(self.inputs), ends
+        )  # fmt: skip
+        calls, symbols = tuple(self.calls), tuple(self.symbols)
+        return replace(self.source, graph=described, calls=calls, symbols=symbols, outputs=outputs)
 
 
 class Builder:

@@ -11,7 +11,7 @@ from tfpar.planning.cost import BACKWARD, Hardware, StageCost, op_seconds
 from tfpar.planning.mesh import FIRST, Coordinate, Mesh
 from tfpar.planning.partition import Partition
 from tfpar.planning.schedule import Schedule
-from tfpar.planning.sharding import REPLICATED, Layout, Sharding, sharded
+from tfpar.planning.sharding import Layout, Sharding, sharded
 from tfpar.planning.timeline import Timeline, simulate
 
 HTML = '<pre style="line-height: normal; font-family: monospace">{code}</pre>'
@@ -35,15 +35,16 @@ class Weight(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """A collective between ranks, which runs once for each micro-batch, or for weights once in a step.
+    """A collective over an axis of the mesh, which runs once for each micro-batch, or for weights once in a step.
 
     Args:
         kind: "all-reduce", "all-gather", "reduce-scatter", or "maximum", an all-reduce of the largest value.
         where: the operation that it belongs to; "weights" for the gradients of replicated weights.
         backward: whether it is in the backward pass.
-        bytes: of one sample of the undivided tensor; for gradients of weights, of all of them.
+        bytes: of one sample of the undivided tensor; of all, for gradients of weights and statistics of batches.
         scope: its name in TensorFlow's graph and in profiles, after the kind.
         batched: whether `bytes` are those of one sample.
+        axis: of the mesh: `"data"` or `"tensor"`.
     """
 
     kind: str
@@ -52,6 +53,7 @@ class Exchange(NamedTuple):
     bytes: int
     scope: str = ""
     batched: bool = True
+    axis: str = "tensor"
 
 
 @dataclass(frozen=True, repr=False)
@@ -175,16 +177,16 @@ class Plan:
             zero: from which kind of ZeRO on replicas divide it; 4 for what they never divide.
         """
         variable = self.partition.graph.variables[v]
-        part = self.sharding(v, zero).shape(variable.shape, at, self.mesh.data)
+        part = self.sharding(v, zero).shape(variable.shape, at)
         return (variable.bytes if whole is None else whole) * prod(part) // max(1, prod(variable.shape))
 
     def sharding(self, v: int, zero: int = 3) -> Sharding:
         """How lanes divide a variable, or its slots or gradient; `v` and `zero` as for `part`."""
         variable = self.partition.graph.variables[v]
-        layout = self.weights[v].layout if v < len(self.weights) else REPLICATED
-        sharding = Sharding(layout, self.mesh.tensor)
+        dim = self.weights[v].layout.dim if v < len(self.weights) else None
+        sharding = Sharding({} if dim is None else {"tensor": dim}, Mesh(self.mesh.data, 1, self.mesh.tensor))
         divides = variable.trainable and self.zero >= zero
-        return sharded(variable.shape, sharding, self.mesh.data) if divides else sharding
+        return sharded(variable.shape, sharding) if divides else sharding
 
     def activation_bytes(self, stage: int) -> int:
         """Bytes of what a stage's operations make, for as many micro-batches as the schedule holds at once.

@@ -9,7 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
 from tfpar.planning.mesh import Coordinate
-from tfpar.planning.sharding import REPLICATED, Sharding, bounds
+from tfpar.planning.sharding import bounds
 
 if TYPE_CHECKING:
     from tfpar.planning.plan import Plan
@@ -19,7 +19,8 @@ ZERO = {1: "slots of the optimizer", 2: "slots and gradients", 3: "weights, slot
 
 def tables(plan: "Plan") -> RenderableType:
     """All tables of a plan."""
-    return Group(devices(plan), *([weights(plan), exchanges(plan)] if plan.mesh.tensor > 1 else []))
+    divided, exchanged = plan.mesh.tensor > 1, bool(plan.exchanges)
+    return Group(devices(plan), *([weights(plan)] if divided else []), *([exchanges(plan)] if exchanged else []))
 
 
 def printed(plan: "Plan") -> Console:
@@ -69,7 +70,7 @@ def devices(plan: "Plan") -> Table:
     if mesh.data > 1 and plan.zero:
         notes.append(f"replicas divide {ZERO[plan.zero]} (ZeRO {plan.zero})")
     if plan.global_batch:
-        notes.append(f"computed for all replicas at once: {', '.join(plan.global_batch)}")
+        notes.append(f"computed by every replica for the whole batch: {', '.join(plan.global_batch)}")
     table.caption = "\n".join(notes) or None
     return table
 
@@ -79,24 +80,24 @@ def weights(plan: "Plan") -> Table:
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     for name in ("weight", "shape", "part", "why"):
         table.add_column(name, overflow="fold")
-    for weight in plan.weights:
-        part = Sharding(weight.layout, plan.mesh.tensor).shape(weight.shape)
-        shown = "" if weight.layout == REPLICATED else str(part)
+    for v, weight in enumerate(plan.weights):
+        sharding = plan.sharding(v, zero=4)
+        shown = str(sharding.shape(weight.shape)) if sharding.divides else ""
         table.add_row(weight.path, str(weight.shape), shown, weight.why)
     return table
 
 
 def exchanges(plan: "Plan") -> Table:
-    """What ranks exchange."""
+    """What replicas and ranks exchange, but for the sums of gradients over replicas."""
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
-    for name in ("collectives of a training step", "direction"):
+    for name in ("collectives of a training step", "over", "direction"):
         table.add_column(name)
     for name in ("number", f"bytes\nof {plan.rows} samples"):
         table.add_column(name, justify="right")
-    for kind, backward in dict.fromkeys((e.kind, e.backward) for e in plan.exchanges):
-        found = [e for e in plan.exchanges if (e.kind, e.backward) == (kind, backward)]
+    for kind, axis, backward in dict.fromkeys((e.kind, e.axis, e.backward) for e in plan.exchanges):
+        found = [e for e in plan.exchanges if (e.kind, e.axis, e.backward) == (kind, axis, backward)]
         total = sum(e.bytes * (plan.rows if e.batched else 1) for e in found)
-        table.add_row(kind, "backward" if backward else "forward", str(len(found)), in_units(total))
+        table.add_row(kind, axis, "backward" if backward else "forward", str(len(found)), in_units(total))
     return table
 
 

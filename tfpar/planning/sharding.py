@@ -2,11 +2,11 @@
 
 # i: operation, t: tensor, v: variable, T: ranks
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from tfpar.planning.mesh import FIRST, Coordinate
+from tfpar.planning.mesh import AXES, FIRST, Coordinate, Mesh
 
 
 def bounds(count: Any, parts: int) -> list[Any]:
@@ -46,62 +46,79 @@ REPLICATED = Layout()
 
 @dataclass(frozen=True)
 class Sharding:
-    """What each lane of a mesh has of a variable.
+    """Along which dim each axis of a mesh divides a variable, its gradient, or a slot of an optimizer.
 
     Args:
-        layout: how ranks divide it.
-        ranks: how many ranks there are.
-        shards: how replicas divide what a rank has (ZeRO).
+        dims: for each axis that divides it, the dim: `{"tensor": 0}`, or `{"data": 1}` for ZeRO.
+        mesh: how many each axis has; every lane has a copy, or its part.
 
     Example:
-        >>> Sharding(Layout(0), ranks=2, shards=Layout(1)).region((4, 6), Coordinate(data=1, tensor=1), replicas=2)
+        >>> Sharding({"tensor": 0, "data": 1}, Mesh(data=2, tensor=2)).region((4, 6), Coordinate(data=1, tensor=1))
         ((2, 4), (3, 6))
     """
 
-    layout: Layout = REPLICATED
-    ranks: int = 1
-    shards: Layout = REPLICATED
-
-    @property
-    def of_ranks(self) -> "Sharding":
-        """The same for ranks alone: what a rank has in all its replicas."""
-        return replace(self, shards=REPLICATED)
+    dims: Mapping[str, int] = field(default_factory=dict)
+    mesh: Mesh = field(default_factory=Mesh)
 
     @property
     def divides(self) -> bool:
         """Whether no lane has all of it."""
-        return self.layout != REPLICATED or self.shards != REPLICATED
+        return bool(self.dims)
+
+    def along(self, *axes: str) -> "Sharding":
+        """How these axes divide it, the parts of others together."""
+        return replace(self, dims={axis: dim for axis, dim in self.dims.items() if axis in axes})
+
+    def layout(self, axis: str) -> Layout:
+        """How one axis divides it."""
+        return Layout(self.dims.get(axis))
 
     def lanes(self, copies: int) -> list[Coordinate]:
-        """The lane of each of so many copies or shards."""
-        return [Coordinate(data=n // self.ranks, tensor=n % self.ranks) for n in range(copies)]
+        """Whose each of so many copies or parts is."""
+        ranks = self.mesh.tensor
+        return [Coordinate(data=n // ranks, tensor=n % ranks) for n in range(copies)]
 
     def number(self, at: Coordinate) -> int:
-        """The index of a lane's copy or shard."""
-        return at.data * self.ranks + at.tensor
+        """Which of the copies or parts is that of a lane."""
+        return at.data * self.mesh.tensor + at.tensor
 
-    def region(self, shape: Sequence[int], at: Coordinate, replicas: int) -> tuple[tuple[int, int], ...]:
-        """Where the shard of a lane begins and ends in a variable of this shape: `(start, stop)` for each dim."""
+    def region(self, shape: Sequence[int], at: Coordinate) -> tuple[tuple[int, int], ...]:
+        """Where the part of a lane begins and ends, along each dim; replicas divide what a rank has."""
         region = [(0, n) for n in shape]
-        for layout, part, parts in ((self.layout, at.tensor, self.ranks), (self.shards, at.data, replicas)):
-            if layout.dim is not None:
-                start, stop = region[layout.dim]
-                edges = bounds(stop - start, parts)
-                region[layout.dim] = start + edges[part], start + edges[part + 1]
+        for axis in filter(self.dims.__contains__, reversed(AXES)):
+            start, stop = region[self.dims[axis]]
+            edges, part = bounds(stop - start, getattr(self.mesh, axis)), getattr(at, axis)
+            region[self.dims[axis]] = start + edges[part], start + edges[part + 1]
         return tuple(region)
 
-    def shape(self, shape: Sequence[int], at: Coordinate = FIRST, replicas: int = 1) -> tuple[int, ...]:
-        """The shape of the shard of a lane, for a variable of this shape."""
-        return tuple(stop - start for start, stop in self.region(shape, at, replicas))
+    def shape(self, shape: Sequence[int], at: Coordinate = FIRST) -> tuple[int, ...]:
+        """The shape of what a lane has."""
+        return tuple(stop - start for start, stop in self.region(shape, at))
+
+    def joined(self, parts: Mapping[Coordinate, Any], concat: Callable[[list, int], Any], *axes: str) -> Any:
+        """What lanes have, put together along these axes; of copies, the first.
+
+        Args:
+            parts: of each lane that differs from the first along these axes only.
+            concat: `(parts, dim) -> whole`.
+        """
+        for axis in filter(axes.__contains__, AXES):  # replicas first: they divide what a rank has
+            rows: dict[Coordinate, list] = {}
+            for at, part in parts.items():
+                rows.setdefault(at._replace(**{axis: 0}), []).append(part)
+            dim = self.dims.get(axis)
+            parts = {at: row[0] if dim is None or len(row) == 1 else concat(row, dim) for at, row in rows.items()}
+        (whole,) = parts.values()
+        return whole
 
 
 UNSHARDED = Sharding()
 
 
-def sharded(shape: Sequence[int], sharding: Sharding, replicas: int) -> Sharding:
-    """The same, with what a rank has divided between replicas along its longest dim, if each gets an element."""
-    part = sharding.of_ranks.shape(shape)
+def sharded(shape: Sequence[int], sharding: Sharding) -> Sharding:
+    """The same, what a rank has divided between replicas too: along its longest dim, if that is long enough."""
+    part, replicas = sharding.shape(shape), sharding.mesh.data
     dim = max(range(len(part)), key=lambda d: part[d], default=None)
     if replicas == 1 or dim is None or part[dim] < replicas:
         return sharding
-    return replace(sharding, shards=Layout(dim))
+    return replace(sharding, dims={**sharding.dims, "data": dim})

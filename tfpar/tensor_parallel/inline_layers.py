@@ -8,14 +8,12 @@ from typing import Any
 
 import keras
 import tensorflow as tf
-from keras import tree
 
 from tfpar.compat import _keras, _keras_calls, _keras_parts
 from tfpar.errors import Caught, ModelError, brief
 from tfpar.graph.inline_model import followed, perturbed
-from tfpar.graph.keras_graph import Call, KerasGraph, Ref, config_of
+from tfpar.graph.keras_graph import KerasGraph, Rewriting, config_of
 from tfpar.graph.samples import first_that_works, small_samples
-from tfpar.planning.op_graph import OpGraph
 from tfpar.tensor_parallel import rules
 from tfpar.variables.logical import HOST
 
@@ -40,45 +38,27 @@ def inline_layers(
                 closed[prefix + op.name] = brief(error).split(". To divide")[0].split("\n")[0]
     if not found:
         return graph
-    ops, calls, tensors, symbols = [], [], list(graph.graph.tensors), list(graph.symbols)
+    new = Rewriting(graph)
     renamed: dict[int, int] = {}  # outputs of opened layers
     places = graph.places
     for i, (op, call) in enumerate(zip(graph.graph.ops, graph.calls, strict=True)):
         if i not in found:
-            ops.append(replace(op, inputs=tuple(renamed.get(t, t) for t in op.inputs)))
-            calls.append(with_refs(call, renamed))
+            new.copy(op, call, renamed)
             continue
         inner = found[i]
         into = dict(zip(inner.graph.inputs, (renamed.get(t, t) for t in op.inputs), strict=True))
         for t in range(len(inner.symbols)):
             if t not in into:
-                into[t] = len(symbols)
-                tensors.append(inner.graph.tensors[t])
-                symbols.append(inner.symbols[t])
+                into[t] = new.tensor(inner.graph.tensors[t], inner.symbols[t])
         variables = [places[id(v)] for v in inner.variables]
         for inner_op, inner_call in zip(inner.graph.ops, inner.calls, strict=True):
-            ops.append(
-                replace(
-                    inner_op, name=f"{op.name}/{inner_op.name}", stage=op.stage,
-                    inputs=tuple(into[t] for t in inner_op.inputs),
-                    outputs=tuple(into[t] for t in inner_op.outputs),
-                    variables=tuple(sorted(variables[v] for v in inner_op.variables)),
-                )
-            )  # fmt: skip
-            call_inside = with_refs(inner_call, into)
-            calls.append(replace(call_inside, outputs=tuple(into[t] for t in inner_call.outputs)))
+            outputs = tuple(into[t] for t in inner_op.outputs)
+            used = tuple(sorted(variables[v] for v in inner_op.variables))
+            name = f"{op.name}/{inner_op.name}"
+            described = replace(inner_op, name=name, stage=op.stage, outputs=outputs, variables=used)
+            new.copy(described, replace(inner_call, outputs=outputs), into)
         renamed.update(zip(op.outputs, (into[t] for t in inner.graph.outputs), strict=True))
-    outputs = tree.map_structure(lambda t: renamed.get(t, t), graph.outputs)
-    plain = OpGraph(
-        tuple(ops), tuple(tensors), graph.graph.variables, graph.graph.inputs, tuple(tree.flatten(outputs))
-    )  # fmt: skip
-    return KerasGraph(plain, tuple(calls), graph.variables, tuple(symbols), outputs)
-
-
-def with_refs(call: Call, places: dict[int, int]) -> Call:
-    """A call on other tensors."""
-    args, kwargs = call.arguments(lambda ref: Ref(places.get(ref.tensor, ref.tensor)))
-    return replace(call, args=args, kwargs=kwargs)
+    return new.finish(renamed)
 
 
 def inside(graph: KerasGraph, i: int, training: bool, checked: set[str]) -> KerasGraph:

@@ -54,10 +54,11 @@ def divided(
         why = reason(sites[i], options[i], chosen[i], v, closed) if i is not None else "no operation uses it"
         weights.append(Weight(variable.path, variable.shape, variable.bytes, layouts.get(v, REPLICATED), why))
     logits = logits_of(local, loss) if loss is not None else None
-    if logits is None:
-        return local.finish(layouts), tuple(weights)
-    finished = local.finish(layouts, lambda local: add_loss(local, logits, loss, local.input(*loss.y)))
-    return replace(finished, loss=loss), tuple(weights)
+    ranks_graph = local.finish(layouts)
+    if logits is not None:
+        end = add_loss(local, logits, loss, local.input(*loss.y))
+        ranks_graph = replace(ranks_graph, with_terms=local.finish(layouts, end))
+    return ranks_graph, tuple(weights)
 
 
 def logits_of(local: RankGraphBuilder, loss: CrossEntropy) -> int | None:

@@ -1,6 +1,6 @@
 """What each rank of a tensor axis runs: the model's graph with local operations, and collectives between them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -30,7 +30,8 @@ class RankGraph:
         partial: variables that all ranks have, of which each finds a part of the gradient.
         drawn: states of random numbers which ranks draw from differently, as each fills a part of a tensor.
         learned: tensors that depend on weights to train.
-        loss: the `CrossEntropy` that ranks find together, if they do.
+        with_terms: the same with what ranks find of the loss together, if they do: the targets are one more input, and
+            what the loss follows from is one more output.
     """
 
     graph: KerasGraph
@@ -39,7 +40,7 @@ class RankGraph:
     partial: frozenset[int]
     drawn: frozenset[int]
     learned: frozenset[int]
-    loss: Any = None
+    with_terms: "RankGraph | None" = None
 
 
 class RankGraphBuilder:
@@ -181,23 +182,16 @@ class RankGraphBuilder:
         self.inputs.append(self.tensor(shape, dtype))
         return self.inputs[-1]
 
-    def finish(self, layouts: dict[int, Layout], loss: Callable | None = None) -> RankGraph:
-        """The finished graph; every rank has all of the model's outputs.
+    def finish(self, layouts: dict[int, Layout], *ends: int) -> RankGraph:
+        """What was collected until now; every rank has all of the model's outputs.
 
         Args:
             layouts: of the variables that are divided.
-            loss: adds one more output.
+            ends: more outputs.
         """
-        ends = [] if loss is None else [loss(self)]
         self.name, self.split, self.flops = "outputs", False, 0.0
         source = self.source
         final = {t: self.wanted(t, REPLICATED, False) for t in dict.fromkeys(source.graph.outputs)}
-        if self.ops and isinstance(self.calls[-1].operation, Collective) and not ends:
-            for t, x in final.items():
-                final[t] = self.run(same, Ref(x), like=[t], layouts=[REPLICATED])
-        elif ends:  # after what the outputs need, so that the backward pass begins at once
-            self.split = False
-            ends = [self.make(same, Ref(ends[0]), shape=self.full[ends[0]], dtype=self.symbols[ends[0]].dtype)]
         graph = OpGraph(
             tuple(self.ops), tuple(self.tensors), source.graph.variables,
             tuple(self.inputs), (*(final[t] for t in source.graph.outputs), *ends),
@@ -208,23 +202,42 @@ class RankGraphBuilder:
         in_parts = {v for v, users in self.users.items() if users == {True}}
         partial = frozenset(v for v in in_parts if v not in layouts and variables[v].trainable)
         drawn = frozenset(v for v in in_parts if _keras.is_seed(source.variables[v]))
-        exchanges = [*self.exchanges()]
+        crossing = [*exchanges(self.ops, self.calls, self.full, self.tensors, self.learned)]
         if partial:
-            exchanges.append(
+            crossing.append(
                 Exchange("all-reduce", "weights", True, sum(variables[v].bytes for v in partial), "weights", False)
             )
-        return RankGraph(local, tuple(exchanges), layouts, partial, drawn, frozenset(self.learned))
+        return RankGraph(local, tuple(crossing), layouts, partial, drawn, frozenset(self.learned))
 
-    def exchanges(self) -> Iterator[Exchange]:
-        """What crosses between ranks in a step, forward and then backward."""
-        found = [(op, call.operation) for op, call in zip(self.ops, self.calls, strict=True) if is_collective(call)]
-        for backward in (False, True):
-            for op, collective in found:
-                kind = collective.backward if backward else collective.forward
-                if kind not in LOCAL and (not backward or op.outputs[0] in self.learned):
-                    shape = self.full[op.outputs[0]][1:]
-                    size = prod(UNKNOWN if n is None else n for n in shape) * self.tensors[op.outputs[0]].itemsize
-                    yield Exchange(kind, op.name.rpartition("/")[0], backward, size, op.scope)
+
+def exchanges(
+    ops: Sequence[Op],
+    calls: Sequence[Call],
+    shapes: Sequence[tuple],
+    tensors: Sequence[Tensor],
+    learned: Container[int],
+) -> Iterator[Exchange]:
+    """What crosses between devices for a batch, forward and then backward.
+
+    Args:
+        shapes: of tensors, whole; those of which the first dim is open are of samples.
+        learned: tensors that depend on weights to train.
+    """
+
+    def bytes_of(t: int) -> int:
+        shape = shapes[t][1:] if is_batched(t) else shapes[t]
+        return prod(UNKNOWN if n is None else n for n in shape) * tensors[t].itemsize
+
+    def is_batched(t: int) -> bool:
+        return shapes[t][:1] == (None,)
+
+    found = [(op, call.operation) for op, call in zip(ops, calls, strict=True) if is_collective(call)]
+    for backward in (False, True):
+        for op, collective in found:
+            kind = collective.backward if backward else collective.forward
+            if kind not in LOCAL and (not backward or op.outputs[0] in learned):
+                where, size = op.name.rpartition("/")[0], sum(map(bytes_of, op.outputs))
+                yield Exchange(kind, where, backward, size, op.scope, is_batched(op.outputs[0]), collective.axis)
 
 
 class OnParts(ToldTraining):
@@ -252,8 +265,3 @@ def is_collective(call: Call) -> bool:
 def one(values: Sequence[int]) -> Any:
     """The only one of these, or all."""
     return values[0] if len(values) == 1 else values
-
-
-def same(x: Any) -> Any:
-    """The tensor itself, with all that Keras attached to it."""
-    return x

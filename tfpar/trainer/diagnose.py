@@ -12,6 +12,7 @@ from tfpar.engine import micro_batch
 from tfpar.engine.engine import MicroBatch
 from tfpar.engine.executor import Execution
 from tfpar.engine.program import Edge, Program, with_logits
+from tfpar.engine.reading import value_of
 from tfpar.errors import Caught, StageError
 from tfpar.planning.schedule import Kind
 from tfpar.trainer.training_step import NOT_FINITE, TrainingStep
@@ -39,10 +40,8 @@ def explained(
     with steps.strategy.extended.as_one():
         try:
             step = TrainingStep(steps, data, parts)
-            run = step.execution(training)
+            run = step.execution(training, training and step.is_scheduled(), shares=False)
             where = where or located(run, steps.engine.schedule(steps.strategy, parts, run.route), finite)
-            if not where and not finite and training and step.is_scheduled():
-                where = in_loss(run, step.head(1.0, run.training))
         except Exception as again:  # it cannot be run again
             Caught.log.debug("a step that failed could not be repeated", exc_info=again)
             where = None
@@ -67,19 +66,6 @@ def located(run: Execution, schedule: Any, finite: bool) -> str | None:
     return None
 
 
-def in_loss(run: Execution, head: Any) -> str | None:
-    """The first part of the batch whose loss fails, with what the model makes of it."""
-    s = run.partition.stages - 1
-    for m in run.firsts:
-        try:
-            with tf.device(run.device(s, m.lane)):
-                head.program.values(with_logits(run.values[m], run.route.ends), *head.targets[run.part(m)], None)
-        except Exception as error:
-            Caught.theirs(error, f"the loss of part {run.part(m)}")
-            return described(run, s, m, "the loss")
-    return None
-
-
 def layer(run: Execution, s: int, m: MicroBatch, finite: bool) -> str:
     """The first layer of a segment that fails, or makes something that is not finite; all of them, if none does."""
     ops, values = run.graph.ops, dict(run.values[m])
@@ -88,7 +74,7 @@ def layer(run: Execution, s: int, m: MicroBatch, finite: bool) -> str:
             run.route.graph, [i], ops[i].outputs, run.engine.model, run.training, False, True
         )  # fmt: skip
         try:
-            variables = [run.variable(s, m, v) for v in program.variables]
+            variables = [value_of(run, s, m, v) for v in program.variables]
             found = program(variables, with_logits(values, ops[i].inputs)).edges
         except Exception as error:
             Caught.theirs(error, ops[i].name)

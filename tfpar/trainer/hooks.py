@@ -17,7 +17,6 @@ from tfpar.compat._tf import following_inputs, in_xla
 from tfpar.engine import micro_batch
 from tfpar.engine.description import Description
 from tfpar.engine.engine import Engine
-from tfpar.engine.loss import LossProgram
 from tfpar.engine.optimizer_step import Update
 from tfpar.errors import ModelError, user_level
 from tfpar.graph.recording import Discovered, HasMask, NeedsWholeBatch, UnusedResults
@@ -57,8 +56,8 @@ class KerasHooks:
         """Make Keras call these functions, through the hooks that it offers, on this one model."""
         _keras.set_strategy(self.model, strategy_for_keras)
         vars(self.model)["_tfpar_steps"] = self
-        hooks = ("make_train_function", "make_test_function", "make_predict_function")
-        vars(self.model).update({h: getattr(self, h) for h in hooks if not _keras.overrides(self.model, h)})
+        hooks = {f"make_{kind}_function": partial(self.make, kind) for kind in ("train", "test", "predict")}
+        vars(self.model).update({h: make for h, make in hooks.items() if not _keras.overrides(self.model, h)})
         vars(self.model).update(_resolve_auto_jit_compile=self.auto_jit, _maybe_symbolic_build=self.build_later)
         vars(self.model).update({file.__name__: partial(file, self.model) for file in FILES}, fit=self.fit)
         own = type(self.model).call.__get__(self.model)
@@ -115,54 +114,23 @@ class KerasHooks:
         """From now on, a loss that is not finite is an error, or is not."""
         if checks != self.checks:
             self.checks = checks
-            self.make_train_function(force=True)
+            self.make("train", force=True)
 
     # ---- the functions that Keras asks for
 
-    def make_train_function(self, force: bool = False) -> Callable:
-        """The function that trains on an iterator's next batches."""
-        if self.model.train_function is None or force:
-            lazy = _keras.overrides(self.model, "train_step") is not None
-            self.model.train_function = self.over_iterator(self.train_step, lazy)
-        return self.model.train_function
+    def make(self, kind: str, force: bool = False) -> Callable:
+        """The function that trains or evaluates on an iterator's next batches, or predicts for a list of batches.
 
-    def make_test_function(self, force: bool = False) -> Callable:
-        """The function that evaluates on an iterator's next batches."""
-        if self.model.test_function is None or force:
-            lazy = _keras.overrides(self.model, "test_step") is not None
-            self.model.test_function = self.over_iterator(self.test_step, lazy)
-        return self.model.test_function
-
-    def make_predict_function(self, force: bool = False) -> Callable:
-        """The function that predicts for a list of batches."""
-        if self.model.predict_function is None or force:
-            traced = StepFunction(self, self.predict_step, _keras.overrides(self.model, "predict_step") is not None)
-
-            def predict(batches: list[Any]) -> Any:
-                outputs = [traced(data) for data in batches]
-                return tree.map_structure(lambda *parts: micro_batch.concat(list(parts)), *outputs)
-
-            self.model.predict_function = predict
-        return self.model.predict_function
-
-    def over_iterator(self, step: Callable, lazy: bool) -> Callable:
-        """A step repeated `steps_per_execution` times, or until the data ends."""
-        traced = StepFunction(self, step, lazy)
-
-        def function(iterator: Iterator[Any]) -> Any:
-            declared = getattr(iterator, "element_spec", None)
-            logs = None
-            for _ in range(self.model.steps_per_execution):
-                try:
-                    data = next(iterator)
-                except (StopIteration, tf.errors.OutOfRangeError):
-                    if logs is None:
-                        raise StopIteration from None
-                    break
-                logs = traced(data, declared)
-            return logs
-
-        return function
+        Args:
+            kind: "train", "test" or "predict".
+            force: whether to make another one if there is one.
+        """
+        name = f"{kind}_function"
+        if getattr(self.model, name) is None or force:
+            lazy = _keras.overrides(self.model, f"{kind}_step") is not None
+            traced = StepFunction(self, getattr(self, f"{kind}_step"), lazy)
+            setattr(self.model, name, partial(for_list if kind == "predict" else for_iterator, traced))
+        return getattr(self.model, name)
 
     def prepared(self, data: Any, rows: int) -> Engine:
         """The engine, made when the model is first used and again when it was compiled since."""
@@ -190,7 +158,7 @@ class KerasHooks:
 
     def use(self, engine: Engine):
         """From now on, steps run on this engine."""
-        self.engine, self.loss, self.update = engine, LossProgram(engine), Update(self.strategy, engine)
+        self.engine, self.update = engine, Update(self.strategy, engine)
         USED.add(self)
 
     def learn(self, discovered: Discovered):
@@ -256,6 +224,27 @@ class KerasHooks:
                 run = partial(call, steps, parts, self.seen, losses, data.rows is None)
                 stack.enter_context(_keras_calls.running(steps.model, run, losses))
             yield
+
+
+def for_iterator(traced: StepFunction, iterator: Iterator[Any]) -> Any:
+    """A step repeated `steps_per_execution` times, or until the data ends."""
+    declared = getattr(iterator, "element_spec", None)
+    logs = None
+    for _ in range(traced.steps.model.steps_per_execution):
+        try:
+            data = next(iterator)
+        except (StopIteration, tf.errors.OutOfRangeError):
+            if logs is None:
+                raise StopIteration from None
+            break
+        logs = traced(data, declared)
+    return logs
+
+
+def for_list(traced: StepFunction, batches: list[Any]) -> Any:
+    """The results of a step for several batches, put together."""
+    outputs = [traced(data) for data in batches]
+    return tree.map_structure(lambda *parts: micro_batch.concat(list(parts)), *outputs)
 
 
 def steps_of(model: Any) -> KerasHooks | None:

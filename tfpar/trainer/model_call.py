@@ -1,5 +1,6 @@
 """A model's call, run by the engine inside a step that is not scheduled: Keras' own, or the user's."""
 
+import copy
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ from tfpar.comm.gradients import SharedRows, folded, is_sparse, of_parts, plain,
 from tfpar.compat import _keras, _keras_calls
 from tfpar.compat._tf import record_gradient, recorded, tape_watches, unrecorded
 from tfpar.engine import batch_results, micro_batch
+from tfpar.engine.combination import shares_rows
+from tfpar.engine.device_order import DeviceOrder
 from tfpar.engine.engine import copy_of, device_of, read
 from tfpar.engine.executor import Execution
 from tfpar.engine.loss import structured
@@ -54,7 +57,7 @@ def call(
     parts = parts.fit(rows) if isinstance(rows, int) else parts
     masks = [None] * len(flat) if mask is None else tree.flatten(mask)
     edges = [Edge(x, m) for x, m in zip(flat, masks, strict=True)]
-    route = engine.called if training and engine.called else engine.route(training)
+    route = engine.route(training)
     schedule = engine.schedule(steps.strategy, parts, route)
     run = forward_with_pullback if steps.strategy.mesh.stage == steps.strategy.mesh.size > 1 else forward_on_tape
     weights = micro_batch.shares([stop - start for start, stop in pairwise(micro_batch.bounds(rows, parts.count))])
@@ -64,9 +67,10 @@ def call(
         losses[:] = _keras.added_losses(model, list(added.values()))
     if is_open and isinstance(rows, int):
         outputs = {
-            t: e._replace(value=of_open_size(e.value)) if finished.is_batched(t) else e for t, e in outputs.items()
+            t: e._replace(value=of_open_size(e.value)) if finished.route.is_batched(t) else e
+            for t, e in outputs.items()
         }
-    return structured(engine, outputs, finished.route)
+    return structured(finished.route.graph, outputs)
 
 
 def of_open_size(value: Any) -> Any:
@@ -119,7 +123,7 @@ def of_lanes(run: Execution, s: int, v: int, found: Sequence[Any]) -> Any:
             replicas.append(of_parts(list(map(plain, of_ranks)), variable.layout, variable.shape.as_list()))
         else:  # all look up the same rows, unless each has a part of the samples' dims
             replicas.append(plain(sum_of(map(plain, of_ranks) if v in run.engine.partial else of_ranks)))
-    if sparse and run.shares_rows(s, v, replicas[0]):
+    if sparse and shares_rows(run, s, v, replicas[0]):
         return plain(sum_of(folded(g, run.parts.micro_batches) for g in replicas))
     return sum_of(replicas)
 
@@ -150,7 +154,9 @@ def forward_with_pullback(
     targets = [*(e.value for e in outputs.values()), *added.values()]
 
     def backward(*cotangents: tf.Tensor | None) -> list[Any]:
-        back = run.again()
+        back = copy.copy(run)  # the same forward passes, for another backward pass
+        back.cotangents, back.gradients, back.order = {m: {} for m in run.all}, {}, DeviceOrder()
+        back.pullbacks = dict(run.pullbacks)
         for t, cotangent in zip(outputs, cotangents[: len(outputs)], strict=True):
             for m, (piece,) in zip(back.firsts, micro_batch.split([cotangent], parts.count), strict=True):
                 back.cotangents[m][t] = [piece]

@@ -13,7 +13,7 @@ from tfpar.compat import _keras, _keras_calls, _moments
 from tfpar.engine import micro_batch
 from tfpar.engine.description import Description
 from tfpar.engine.engine import Engine, ExecutionGraph, layout_of
-from tfpar.engine.sync_batch_norm import with_shared_statistics
+from tfpar.engine.global_batch import with_global_batch, with_shared_statistics
 from tfpar.errors import ModelError, user_level
 from tfpar.graph.batch_probe import Probe
 from tfpar.graph.inline_model import opened
@@ -29,7 +29,7 @@ from tfpar.planning.sharding import REPLICATED
 from tfpar.tensor_parallel.inline_layers import inline_layers
 from tfpar.tensor_parallel.loss_parallel import CrossEntropy, crossentropy_of
 from tfpar.tensor_parallel.parallelize import divided
-from tfpar.tensor_parallel.rank_graph import RankGraph, is_collective
+from tfpar.tensor_parallel.rank_graph import RankGraph, exchanges, is_collective
 from tfpar.variables.logical import HOST, LogicalVariable
 
 SAMPLES = 3  # of the first batch, with which an opened model is checked
@@ -65,19 +65,21 @@ def planned(
         ways = zip(graphs, told_in_steps(model), strict=True)
         graphs = [inline_layers(graph, training, checked, closed) for graph, training in ways]
     names = of_distinct(graphs, lambda graph: global_batch | batch_wide(strategy, graph))
-    finals = list(graphs)
     if mesh.data > 1 and strategy.batch_norm == "global":
         names[0] = names[0] | hidden_normalizations(graphs[0])
-        finals[0], joint = with_shared_statistics(graphs[0], sharing_state(graphs[0], names[0]))
     names = [sharing_state(graph, found) for graph, found in zip(graphs, names, strict=True)]
     warn_of(names[0])
-    if finals[0] is not graphs[0]:
-        names[0] = names[0] | joint
-    between = {}
+    finals = [with_global_batch(graph, found) for graph, found in zip(graphs, names, strict=True)]
+    if mesh.data > 1 and strategy.batch_norm == "global":
+        finals[0] = with_shared_statistics(finals[0], names[0], mesh.data)
+    plain = finals[0].graph
+    shapes = [tuple(symbol.shape) for symbol in finals[0].symbols]
+    between = {"exchanges": tuple(exchanges(plain.ops, finals[0].calls, shapes, plain.tensors, plain.producer))}
     if mesh.tensor > 1:
         loss = crossentropy_of(model, y) if model.compiled else None
         finals, between = between_ranks(strategy, finals, names, closed, loss)
-    of = zip(finals, (*graphs, graphs[0]), (*names, names[0]), strict=False)  # with the loss, training comes twice
+    probes = of_distinct(graphs, Probe)
+    of = zip(finals, (*probes, probes[0]), (*names, names[0]), strict=False)  # with the loss, training comes twice
     training, inference, *with_loss = (route_of(strategy, *way, rows) for way in of)
     if strategy.parts.micro_batches > 1:
         check_outputs(graphs[0])
@@ -88,9 +90,9 @@ def planned(
         segments=training.partition.stages, zero=strategy.zero,
         weights=between.pop("weights", ()), exchanges=between.pop("exchanges", ()),
     )  # fmt: skip
-    training, called = (with_loss[0], training) if with_loss else (training, None)
     return Engine(
-        plan, model, training, inference, bool(model.jit_compile), model.run_eagerly, called,
+        plan, model, training, inference, bool(model.jit_compile), model.run_eagerly,
+        loss_parallel=(loss, with_loss[0]) if with_loss else None,
         reduce=strategy.cross_device_ops, **between,
     )  # fmt: skip
 
@@ -122,33 +124,31 @@ def between_ranks(
         given.update({id(v): found[0].layouts.get(n, REPLICATED) for n, v in enumerate(graph.variables)})
         return found
 
-    training, weights = local(0)
+    training, weights = local(0, loss)
     inference, others = (training, weights) if graphs[0] is graphs[1] else local(1)
-    found = [training, inference]
-    if loss is not None:
-        with_loss, _ = local(0, loss)
-        found += [with_loss] if with_loss.loss is not None else []
     weights = tuple(w if v in training.layouts else o for v, (w, o) in enumerate(zip(weights, others, strict=True)))
-    last = found[-1] if len(found) > 2 else training
+    found = [training, inference, *([training.with_terms] if training.with_terms else [])]
     return found, {
-        "weights": weights, "exchanges": last.exchanges, "partial": last.partial,
-    }  # fmt: skip
+        "weights": weights,
+        "exchanges": found[-1].exchanges if len(found) > 2 else training.exchanges,
+        "partial": training.partial,
+    }
 
 
 def route_of(
-    strategy: Description, final: KerasGraph | RankGraph, source: KerasGraph, names: Set[str], rows: int
+    strategy: Description, final: KerasGraph | RankGraph, probe: Probe, names: Set[str], rows: int
 ) -> ExecutionGraph:
     """The way through what was made of a graph, in segments: of a stage, of a bucket, alone where lanes meet."""
     known = {}
     if isinstance(final, RankGraph):
-        known, final = {"drawn": final.drawn, "learned": final.learned, "loss": final.loss}, final.graph
+        known, final = {"drawn": final.drawn, "learned": final.learned}, final.graph
     ops, micro_rows = final.graph.ops, -(-rows // strategy.parts.fit(rows).count)
     buckets = balanced(final.graph, min(strategy.buckets, len(ops)), hardware(strategy), micro_rows).stage_of
     alone = {i for i, call in enumerate(final.calls) if is_collective(call)}
     labels = [(op.stage, bucket, op.name in names) for op, bucket in zip(ops, buckets, strict=True)]
     cut = segmented(final.graph, labels, alone)
     global_batch = frozenset(cut.stage_of[i] for i, op in enumerate(ops) if op.name in names)
-    return ExecutionGraph(final, cut, source, global_batch, **known)
+    return ExecutionGraph(final, cut, probe, global_batch, **known)
 
 
 def graphs_of(model: keras.Model, x: Any, stages: int, devices: int) -> list[KerasGraph]:
@@ -227,8 +227,8 @@ def warn_of(names: Set[str]):
     """Say what will not be divided."""
     if names:
         warnings.warn(
-            f"{', '.join(sorted(names))}: computed for the whole batch on one device, because what comes of a batch is "
-            "not what comes of its parts. The numbers are right; this work is not divided",
+            f"{', '.join(sorted(names))}: computed for the whole batch on every replica, because what comes of a batch "
+            "is not what comes of its parts. The numbers are right; this work is not divided",
             stacklevel=user_level(),
         )
 

@@ -21,13 +21,32 @@ from tfpar.compat._tf import (
     unrecorded,
 )
 from tfpar.errors import ModelError, ScopeError
-from tfpar.planning.mesh import Coordinate
-from tfpar.planning.sharding import REPLICATED, UNSHARDED, Layout, Sharding
+from tfpar.planning.mesh import AXES, Coordinate
+from tfpar.planning.sharding import UNSHARDED, Layout, Sharding
 
 HOST = "CPU:0"
 
 
-class LogicalVariable(MirroredVariable):
+class AsNumber:
+    """What has a `numpy()`, as NumPy and Python take it for a number."""
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.numpy(), dtype)
+
+    def __int__(self):
+        return int(self.numpy())
+
+    def __float__(self):
+        return float(self.numpy())
+
+    def __complex__(self):
+        return complex(self.numpy())
+
+    def __bool__(self):
+        return bool(self.numpy())
+
+
+class LogicalVariable(AsNumber, MirroredVariable):
     """A variable that keeps its identity wherever its value lives: on one device, or copied or divided over several.
 
     One whose place depends on the plan is created in host memory and waits there, so that a model larger than one
@@ -73,7 +92,7 @@ class LogicalVariable(MirroredVariable):
     @property
     def layout(self) -> Layout:
         """How ranks divide the value."""
-        return self._sharding.layout
+        return self._sharding.layout("tensor")
 
     @property
     def is_divided(self) -> bool:
@@ -133,21 +152,6 @@ class LogicalVariable(MirroredVariable):
     def _dense_var_to_tensor(self, dtype=None, name=None, as_ref=False):
         return tf.convert_to_tensor(self._get(), dtype=dtype, name=name)
 
-    def __array__(self, dtype=None, copy=None):
-        return np.asarray(self.numpy(), dtype)
-
-    def __int__(self):
-        return int(self.numpy())
-
-    def __float__(self):
-        return float(self.numpy())
-
-    def __complex__(self):
-        return complex(self.numpy())
-
-    def __bool__(self):
-        return bool(self.numpy())
-
     def _update(self, update_fn, value, **kwargs):
         replica = replica_of(self._distribute_strategy)
         if replica is not None and not isinstance(replica, LogicalReplica):
@@ -163,7 +167,8 @@ class LogicalVariable(MirroredVariable):
     def divided(self, value: Any) -> list[Any]:
         """A value for all as what each copy is given of it."""
         if self._sharding.divides and isinstance(value, tf.IndexedSlices):
-            return [sparse_part(value, region) for region in self.regions]
+            shape = self.shape.as_list()
+            return [sparse_part(value, self._sharding.region(shape, at)) for at in self.lanes]
         if self._sharding.divides:  # what a gradient of an unknown number of rows made of it has no known shape
             value = tf.ensure_shape(tf.convert_to_tensor(value), self.shape)
         return parts_of(value, self._sharding, len(self._values))
@@ -177,49 +182,11 @@ class LogicalVariable(MirroredVariable):
         """Whose each copy or part is."""
         return self._sharding.lanes(len(self._values))
 
-    @property
-    def replicas(self) -> int:
-        """How many have a copy or a part."""
-        return len(self._values) // self._sharding.ranks or 1
-
     def of_lane(self, at: Coordinate) -> tf.Tensor:
         """The value, or the part of a rank, for a lane, on the current device."""
-        if self._sharding.shards == REPLICATED:
-            return copy_on_device(self.copy_of(at))
-        shards = [copy_on_device(self.copy_of(at._replace(data=r))) for r in range(self.replicas)]
-        return concat(shards, self._sharding.shards)
-
-    def rank_shape(self, rank: int) -> tuple[int, ...]:
-        """The shape of what a rank has, shards of replicas together."""
-        return self._sharding.of_ranks.shape(self.shape.as_list(), Coordinate(tensor=rank))
-
-    def shard_of(self, at: Coordinate) -> tf.Tensor:
-        """What an optimizer updates for a lane, on the current device."""
-        copy, shape = self.copy_of(at), self.shape.as_list()
-        with tf.device(copy.device):
-            value = copy.read_value()
-            if self.follow.sharding != self._sharding:
-                here, there = (
-                    sharding.region(shape, at, self.replicas) for sharding in (self._sharding, self.follow.sharding)
-                )
-                value = region_of(value, [(a - c, b - c) for (c, _), (a, b) in zip(here, there, strict=True)])
-        return tf.identity(value)
-
-    def write_shards(self, shards: Sequence[tf.Tensor]):
-        """Assign what an optimizer made of `shard_of` each lane."""
-        of_lane = dict(zip(self.lanes, shards, strict=True))
-        for at, copy in zip(self.lanes, self._values, strict=True):
-            with tf.device(copy.device):
-                value = of_lane[at]
-                if self.follow.sharding != self._sharding:
-                    of_rank = [shard for lane, shard in of_lane.items() if lane.tensor == at.tensor]
-                    value = concat(of_rank, self.follow.sharding.shards)
-                copy.assign(value)
-
-    @property
-    def regions(self) -> list[tuple]:
-        """Where the part of each copy begins and ends, along each dim."""
-        return [self._sharding.region(self.shape.as_list(), at, self.replicas) for at in self.lanes]
+        lanes = self._sharding.mesh.along("data", at) if "data" in self._sharding.dims else [at]
+        shards = {lane: copy_on_device(self.copy_of(lane)) for lane in lanes}
+        return self._sharding.joined(shards, tf.concat, "data")
 
     def _export_to_saved_model_graph(self, *args, **kwargs):
         if self._sharding.divides:
@@ -323,14 +290,7 @@ class Home(NamedTuple):
 
 def of_shards(parts: Sequence[tf.Tensor], sharding: Sharding) -> tf.Tensor:
     """The value of which lanes have these parts."""
-    lanes = sharding.lanes(len(parts))
-    of_ranks = [[p for p, at in zip(parts, lanes, strict=True) if at.tensor == k] for k in range(sharding.ranks)]
-    return concat([concat(shards, sharding.shards) for shards in of_ranks], sharding.layout)
-
-
-def concat(parts: Sequence[tf.Tensor], layout: Layout) -> tf.Tensor:
-    """Parts as one; of copies, the first."""
-    return parts[0] if layout.dim is None or len(parts) == 1 else tf.concat(list(parts), layout.dim)
+    return sharding.joined(dict(zip(sharding.lanes(len(parts)), parts, strict=True)), tf.concat, *AXES)
 
 
 def copy_on_device(variable: tf.Variable) -> tf.Tensor:
@@ -364,8 +324,8 @@ def parts_of(value: Any, sharding: Sharding, lanes: int) -> list[Any]:
     """What each of so many lanes has of a value."""
     if not sharding.divides:
         return [value] * lanes
-    value, replicas = tf.convert_to_tensor(value), lanes // sharding.ranks
-    return [region_of(value, sharding.region(value.shape.as_list(), at, replicas)) for at in sharding.lanes(lanes)]
+    value = tf.convert_to_tensor(value)
+    return [region_of(value, sharding.region(value.shape.as_list(), at)) for at in sharding.lanes(lanes)]
 
 
 def region_of(value: Any, region: Sequence[tuple[int, int]]) -> Any:

@@ -1,10 +1,12 @@
 """A variable's part on its way through an optimizer."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
 
-from tfpar.variables.logical import LogicalVariable
+from tfpar.planning.mesh import Coordinate
+from tfpar.variables.logical import LogicalVariable, region_of
 
 
 class ShardView:
@@ -65,3 +67,26 @@ class ShardView:
 
     def __sub__(self, other):
         return self.tensor - other
+
+
+def shard_of(variable: LogicalVariable, at: Coordinate) -> tf.Tensor:
+    """What an optimizer updates for a lane, on the current device."""
+    copy, shape = variable.copy_of(at), variable.shape.as_list()
+    with tf.device(copy.device):
+        value = copy.read_value()
+        if variable.follow.sharding != variable.sharding:
+            here, there = (sharding.region(shape, at) for sharding in (variable.sharding, variable.follow.sharding))
+            value = region_of(value, [(a - c, b - c) for (c, _), (a, b) in zip(here, there, strict=True)])
+    return tf.identity(value)
+
+
+def write_shards(variable: LogicalVariable, shards: Sequence[tf.Tensor]):
+    """Assign what an optimizer made of `shard_of` each lane."""
+    of_lane = dict(zip(variable.lanes, shards, strict=True))
+    for at, copy in zip(variable.lanes, variable.copies, strict=True):
+        with tf.device(copy.device):
+            value = of_lane[at]
+            if variable.follow.sharding != variable.sharding:
+                of_rank = {lane: shard for lane, shard in of_lane.items() if lane.tensor == at.tensor}
+                value = variable.follow.sharding.joined(of_rank, tf.concat, "data")
+            copy.assign(value)

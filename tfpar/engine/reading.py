@@ -1,0 +1,42 @@
+"""The values of variables as the segments of a pass read them."""
+
+# s: segment, m: micro-batch of a lane, v: variable of the graph
+
+from typing import TYPE_CHECKING
+
+import tensorflow as tf
+
+from tfpar.compat import _keras
+from tfpar.engine.engine import MicroBatch, read
+
+if TYPE_CHECKING:
+    from tfpar.engine.executor import Execution
+
+
+def value_of(run: "Execution", s: int, m: MicroBatch, v: int) -> tf.Tensor:
+    """A variable's value for a part: as its lane left it, or as it was before the batch."""
+    lane = m.lane
+    if v in run.state[m]:
+        return tf.identity(run.state[m][v])
+    if (s, lane, v) not in run.known:
+        if run.engine.gathers(v):  # for this action alone, while the one before it runs
+            with tf.control_dependencies(run.order.before.get(run.at(s, lane), [])):
+                return before_batch(run, s, m, v)
+        run.known[s, lane, v] = before_batch(run, s, m, v)
+    value = run.known[s, lane, v]
+    if not _keras.is_seed(run.engine.graph.variables[v]):
+        return value
+    if s in run.route.global_batch:  # every replica computes the same
+        m = m._replace(lane=lane._replace(data=0))
+    # ranks that fill the same tensor draw the same numbers
+    return _keras.nth_seed(value, run.all.index(m) if v in run.route.drawn else run.part(m))
+
+
+def before_batch(run: "Execution", s: int, m: MicroBatch, v: int) -> tf.Tensor:
+    """A variable's value before the batch, as a segment's layers read it.
+
+    In mixed precision a weight is cast once, not in every micro-batch.
+    """
+    value = run.read(s, v, m.lane) if run.read else read(run.engine.graph.variables[v], m.lane)
+    dtype = run.program(s).reads.get(v) if run.parts.micro_batches > 1 else None
+    return value if dtype is None else tf.cast(value, dtype)
