@@ -58,7 +58,7 @@ def layout_of(variable: keras.Variable) -> Layout:
 def shards_of(variable: keras.Variable) -> Layout:
     """How replicas divide what updates a variable."""
     value = _keras.stored(variable)
-    return value.follow.sharding.layout("data") if isinstance(value, LogicalVariable) else REPLICATED
+    return value.slot_sharding.layout("data") if isinstance(value, LogicalVariable) else REPLICATED
 
 
 def scattered(variable: keras.Variable, gradients: Sequence[Any], lanes: Sequence[Coordinate]) -> list[Any]:

@@ -145,7 +145,7 @@ class Update:
     def is_detached(self, n: int) -> bool:
         """Whether a weight is updated away from its copies: its slots cover another part of it, or are elsewhere."""
         stored = _keras.stored(self.weights[n])
-        return isinstance(stored, LogicalVariable) and (self.away or stored.follow.sharding != stored.sharding)
+        return isinstance(stored, LogicalVariable) and (self.away or stored.slot_sharding != stored.sharding)
 
     @property
     def slots(self) -> list[list[Any]]:

@@ -97,7 +97,12 @@ class LogicalVariable(AsNumber, MirroredVariable):
     @property
     def is_divided(self) -> bool:
         """Whether the value, or that of a slot of an optimizer that follows it, is in parts."""
-        return self._sharding.divides or self._follow.sharding.divides
+        return self._sharding.divides or self.slot_sharding.divides
+
+    @property
+    def slot_sharding(self) -> Sharding:
+        """How a slot of an optimizer for this variable is divided."""
+        return self._follow.sharding if self._follow.devices else self._sharding
 
     @property
     def follow(self) -> "Home":

@@ -74,8 +74,8 @@ def shard_of(variable: LogicalVariable, at: Coordinate) -> tf.Tensor:
     copy, shape = variable.copy_of(at), variable.shape.as_list()
     with tf.device(copy.device):
         value = copy.read_value()
-        if variable.follow.sharding != variable.sharding:
-            here, there = (sharding.region(shape, at) for sharding in (variable.sharding, variable.follow.sharding))
+        if variable.slot_sharding != variable.sharding:
+            here, there = (sharding.region(shape, at) for sharding in (variable.sharding, variable.slot_sharding))
             value = region_of(value, [(a - c, b - c) for (c, _), (a, b) in zip(here, there, strict=True)])
     return tf.identity(value)
 
@@ -86,7 +86,7 @@ def write_shards(variable: LogicalVariable, shards: Sequence[tf.Tensor]):
     for at, copy in zip(variable.lanes, variable.copies, strict=True):
         with tf.device(copy.device):
             value = of_lane[at]
-            if variable.follow.sharding != variable.sharding:
+            if variable.slot_sharding != variable.sharding:
                 of_rank = {lane: shard for lane, shard in of_lane.items() if lane.tensor == at.tensor}
-                value = variable.follow.sharding.joined(of_rank, tf.concat, "data")
+                value = variable.slot_sharding.joined(of_rank, tf.concat, "data")
             copy.assign(value)
