@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.fast
+
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGES = (
     "compat", "planning", "graph", "comm", "variables", "tensor_parallel", "engine", "trainer", "strategies",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers, ops
-from training import STRATEGIES, WIDTH, build, check, compiled, data, history
+from training import STRATEGIES, WIDTH, build, check, compiled, data, history, some_fast
 
 import tfpar
 from tfpar import BatchError, DeviceError, ModelError, PartitionError, ScheduleError, ScopeError
@@ -32,6 +32,7 @@ def fit(strategy, build=build, x=X, y=Y, **fit):
 # ---- devices
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("make", [tfpar.LayerPlacementStrategy, tfpar.PipelineStrategy])
 def test_devices(make):
     with pytest.raises(DeviceError, match="no device 'GPU:0'; there are CPU:0, CPU:1"):
@@ -44,6 +45,7 @@ def test_devices(make):
     assert make(["/job:localhost/replica:0/task:0/device:CPU:2", "cpu:3"]).mesh.devices == ("CPU:2", "CPU:3")
 
 
+@pytest.mark.fast
 def test_other_ways_to_name_devices():
     logical = tf.config.list_logical_devices("CPU")
     for devices, names in (("CPU:1", ["CPU:1"]), (2, TWO), (logical[2:4], ["CPU:2", "CPU:3"]), (logical[1], ["CPU:1"])):
@@ -61,6 +63,7 @@ def test_other_ways_to_name_devices():
             tfpar.DataParallelStrategy(devices)
 
 
+@pytest.mark.fast
 def test_fewer_devices_than_one_would_think(monkeypatch):
     with pytest.warns(UserWarning, match=r"zero=3 divides between replicas, and Mesh\(stage=2\) has one") as warned:
         strategy = tfpar.MeshStrategy(tfpar.Mesh(stage=2), zero=3)
@@ -88,6 +91,7 @@ def test_batches_that_leave_replicas_idle():
         assert all(w.filename == __file__ for w in found)
 
 
+@pytest.mark.fast
 def test_the_gpus_that_are_visible_count(monkeypatch):
     gpus = [types.SimpleNamespace(name=f"/device:GPU:{n}", device_type="GPU") for n in range(8)]
     monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind=None: gpus[:2])
@@ -98,6 +102,7 @@ def test_the_gpus_that_are_visible_count(monkeypatch):
     assert not each_gpu_is_one_device()
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("buckets", [0, -1, 2.5])
 def test_buckets(buckets):
     with pytest.raises(ModelError, match=f"buckets is a whole number of at least 1; received {buckets}"):
@@ -107,6 +112,7 @@ def test_buckets(buckets):
 # ---- the cut
 
 
+@pytest.mark.fast
 def test_fewer_layers_than_stages():
     message = "cannot cut 3 layers into 8 stages: a stage needs at least one layer; use at most 3 devices"
     with pytest.raises(PartitionError, match=message):
@@ -126,6 +132,7 @@ PLACEMENTS = {
 }
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", PLACEMENTS)
 @pytest.mark.parametrize("make", [tfpar.LayerPlacementStrategy, tfpar.PipelineStrategy])
 def test_placement(make, name):
@@ -143,12 +150,14 @@ def test_placement(make, name):
 # ---- schedules and micro-batches
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("micro_batches", [0, -1, 2.0, "8"])
 def test_micro_batches(micro_batches):
     with pytest.raises(ScheduleError, match="a whole number of at least 1; received"):
         tfpar.PipelineStrategy(TWO, micro_batches=micro_batches)
 
 
+@pytest.mark.fast
 def test_schedule():
     with pytest.raises(ScheduleError, match="'gpipe', '1f1b' or a function.*received 'zb'"):
         tfpar.PipelineStrategy(TWO, schedule="zb")
@@ -169,6 +178,7 @@ def test_more_micro_batches_than_samples():
 # ---- batches
 
 
+@pytest.mark.fast
 def test_empty_batch(strategy):
     model = compiled(strategy)
     for call in (model.train_on_batch, model.test_on_batch):
@@ -182,6 +192,7 @@ def test_empty_batch(strategy):
     model.fit(X, Y, verbose=0)
 
 
+@pytest.mark.fast
 def test_unequal_lengths(strategy):
     model = compiled(strategy)
     with pytest.raises(BatchError, match="must be equally long; received .*20.*19"):
@@ -190,6 +201,7 @@ def test_unequal_lengths(strategy):
         model.fit(tf.data.Dataset.from_tensors((X, Y[0])), verbose=0)
 
 
+@pytest.mark.fast
 def test_wrong_shape_says_what_keras_says(strategy):
     with pytest.raises(ValueError, match=re.escape("expected shape=(None, 6), found shape=(None, 5)")):
         compiled(strategy).fit(X[:, :5], Y, verbose=0)
@@ -206,6 +218,7 @@ def test_labels_out_of_range(strategy):
 # ---- scopes
 
 
+@pytest.mark.fast
 def test_built_outside(strategy):
     model = compiled(None)
     with pytest.raises(ScopeError, match="not constructed in this strategy's scope"):
@@ -223,6 +236,7 @@ def test_built_outside(strategy):
         fit(strategy, mixed)
 
 
+@pytest.mark.fast
 def test_layer_of_another_strategy():
     strategies = [make() for make in STRATEGIES.values()]
     with strategies[0].scope():
@@ -278,6 +292,7 @@ def test_weights_that_a_layer_gets_later():
     history(X, Y)(model)
 
 
+@pytest.mark.fast
 def test_a_mesh_strategy_without_a_mesh():
     with pytest.raises(DeviceError, match=r"belong to a Mesh: MeshStrategy\(Mesh\(data=2\)\)"):
         tfpar.MeshStrategy(data=2)
@@ -287,6 +302,7 @@ def test_a_mesh_strategy_without_a_mesh():
         tfpar.MeshStrategy(tfpar.Mesh(), stages=2)
 
 
+@pytest.mark.fast
 def test_logical_cpus_come_first():
     for options in ({}, {"threads": 2}):
         with pytest.raises(DeviceError, match="TensorFlow has started, with 8 CPU devices: call logical_cpus"):
@@ -305,6 +321,7 @@ def test_compiled_outside(strategy):
     assert len({v.value.device for v in other.optimizer.variables}) == 2
 
 
+@pytest.mark.fast
 def test_never_compiled(strategy):
     with strategy.scope():
         model = build()
@@ -356,11 +373,13 @@ class Counting(keras.Model):
         return ops.softmax(self.parts[0](x) + self.parts[1](x) * float(self.calls))
 
 
+@pytest.mark.fast
 def test_a_subclassed_model_that_is_not_what_it_seems(strategy):
     with pytest.raises(ModelError, match="Counting"):
         fit(strategy, Counting)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", ["data", "zero", *STRATEGIES])
 def test_no_gradient_for_any_weight(name):
     make = {"data": lambda: tfpar.DataParallelStrategy(2), "zero": lambda: tfpar.DataParallelStrategy(2, zero=3)}
@@ -375,6 +394,7 @@ def test_no_gradient_for_any_weight(name):
         fit(strategy, stopped)
 
 
+@pytest.mark.fast
 def test_outputs_without_a_batch():
     def scalar():
         x = layers.Input((WIDTH,))
@@ -391,6 +411,7 @@ def test_outputs_without_a_batch():
             assert np.isfinite(model.predict_on_batch(X))
 
 
+@pytest.mark.fast
 def test_nothing_is_left_of_a_failure(strategy):
     """After an error the same process trains as before."""
     for wrong in (Raw, Counting):
@@ -427,7 +448,7 @@ WHOLE = {
 }
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", some_fast(WHOLE, "the second of a class"))
 def test_layers_that_mix_samples(name):
     def mixed():
         x = layers.Input((WIDTH,))

@@ -56,6 +56,7 @@ def test_what_they_see(strategy, callbacks):
     check(strategy, use, optimizer=lambda: keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.9))
 
 
+@pytest.mark.fast
 def test_model_checkpoint(strategy, tmp_path):
     path = str(tmp_path / "best.keras")
     best = keras.callbacks.ModelCheckpoint(path, "loss", save_best_only=True)
@@ -102,6 +103,7 @@ def test_tensorboard(strategy, tmp_path):
                 assert f"stage{s}/mb{m}/{action}".encode() in profile
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_nan_in_the_data_is_nan_in_the_loss(name):
     x = X.copy()

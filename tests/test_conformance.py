@@ -188,10 +188,17 @@ def on_strategies():
             yield from ((m, c, s, (at + n) % len(ways) == 0 and (at + place) % 2 == 0) for n, c in enumerate(ways))
 
 
+FAST = [
+    ("branches", "sgd", ((1, 1, 2), {})), ("nested", "accumulation", "data_parallel"),
+    ("stateful", "adamw clipnorm", ((1, 2, 1), {})),
+]  # fmt: skip
 CASES = [
     pytest.param(
         m, c, s, id=f"{m}-{c}-{s}",
-        marks=[pytest.mark.xdist_group(f"{m} {c}"), *([] if in_turn else [pytest.mark.every])],
+        marks=[
+            pytest.mark.xdist_group(f"{m} {c}"),
+            *([pytest.mark.every] if not in_turn else [pytest.mark.fast] if (m, c, s) in FAST else []),
+        ],
     )
     for m, c, s, in_turn in sorted([*on_strategies(), *on_meshes()], key=lambda case: case[:2])
 ]  # fmt: skip

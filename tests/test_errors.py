@@ -14,6 +14,8 @@ from tfpar.graph import mixing, samples
 from tfpar.graph.batch_probe import Probe
 from tfpar.graph.keras_graph import graph_from
 
+pytestmark = pytest.mark.fast
+
 X, Y = data()
 
 

@@ -40,12 +40,14 @@ def test_code_in_the_documentation(page, tmp_path):
     assert "of gradients added up over replicas" in output or page.name != "README.md"
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("page", [*PAGES, *ROOT.glob("*.md"), *ROOT.glob("benchmarks/*/README.md")], ids=str)
 def test_links(page):
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
         assert (page.parent / target).exists(), target
 
 
+@pytest.mark.fast
 def test_commands_are_those_of_the_ci():
     commands = re.findall(r"^```bash\n(.*?)\n```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     ci = (ROOT / ".ci" / "run").read_text()
@@ -68,6 +70,7 @@ def test_example(example):
         assert len(example.read_text().splitlines()) < 100
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("module", [*MODULES, "tfpar.strategies.base"])
 def test_docstrings(module):
     loaded = importlib.import_module(module)

@@ -6,6 +6,7 @@ import fuzz
 import keras
 import pytest
 from fuzz import KNOWN, Case, Skipped, check, failing
+from training import mostly, some_fast
 
 from tfpar.comm import collectives, gradients
 from tfpar.compat import _keras, _moments
@@ -34,14 +35,12 @@ def test_many(number):
     assert error is None, error
 
 
-@pytest.mark.parametrize("case", KNOWN, ids=range(len(KNOWN)))
+@pytest.mark.parametrize("case", some_fast(KNOWN, *(KNOWN[n] for n in (0, 12, 15))), ids=range(len(KNOWN)))
 def test_what_failed_once(case):
     check(case)
 
 
-@pytest.mark.parametrize(
-    "policy", [pytest.param(p, marks=[] if p == "float64" else pytest.mark.every) for p in fuzz.ROUNDING]
-)
+@pytest.mark.parametrize("policy", mostly(fuzz.ROUNDING, ["float64"], ["float64"]))
 def test_the_comparison_sees_one_wrong_number(policy, monkeypatch):
     case = Case(blocks=("dense",), policy=policy)
     check(case)
@@ -153,9 +152,7 @@ BUGS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "bug", [pytest.param(bug, marks=[] if bug is gradient_sums else pytest.mark.every) for bug in BUGS]
-)
+@pytest.mark.parametrize("bug", mostly(BUGS, [gradient_sums], [gradient_sums]))
 def test_planted_bugs_are_found(bug):
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Skipped):
         bug(patch)

@@ -42,6 +42,7 @@ def test_meshes_of_several_axes(mesh):
         assert all(after.start >= before.stop for before, after in zip(spans[:-1], spans[1:], strict=True))
 
 
+@pytest.mark.fast
 def test_it_trains():
     """A measured step is a step."""
     one, other = compiled(), compiled(tfpar.PipelineStrategy(["CPU:0", "CPU:1"], micro_batches=4))
@@ -51,6 +52,7 @@ def test_it_trains():
     assert_same(one, other, 1e-5, 1e-7)
 
 
+@pytest.mark.fast
 def test_what_cannot_be_measured():
     with pytest.raises(tfpar.ModelError, match="is not scheduled: construct and compile it in the scope"):
         measured(compiled(), X, Y)
@@ -63,6 +65,7 @@ def test_what_cannot_be_measured():
         measured(whole, X, Y)
 
 
+@pytest.mark.fast
 def test_replicas():
     """Each on a line of its own."""
     strategy = tfpar.DataParallelStrategy(["CPU:0", "CPU:1", "CPU:2"])

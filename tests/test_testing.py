@@ -7,6 +7,8 @@ from keras import layers
 
 from tfpar.testing import assert_same, difference, different
 
+pytestmark = pytest.mark.fast
+
 
 def model(width=3):
     made = keras.Sequential([layers.Input((2,)), layers.Dense(width, kernel_initializer="ones")])

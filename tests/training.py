@@ -48,10 +48,18 @@ class Spy(layers.Layer):
         return x
 
 
-def mostly(values, kept):
-    """Parameters of a test: those that are kept, and the others for `pytest -m every`."""
-    marked = [(value if isinstance(value, tuple) else (value,), value in kept) for value in values]
-    return [pytest.param(*value, marks=[] if is_kept else pytest.mark.every) for value, is_kept in marked]
+def mostly(values, kept, fast=()):
+    """Parameters of a test: those that are kept, of which some are fast, and the others for `pytest -m every`."""
+
+    def marks(value):
+        return pytest.mark.every if value not in kept else pytest.mark.fast if value in fast else []
+
+    return [pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=marks(v)) for v in values]
+
+
+def some_fast(values, *fast):
+    """Parameters of a test, of which those are fast."""
+    return mostly(values, values, fast)
 
 
 class Own(keras.Model):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers, ops
-from training import Own, check, compiled, history
+from training import Own, check, compiled, history, mostly, some_fast
 
 import tfpar
 from tfpar import Mesh
@@ -143,7 +143,7 @@ CASES = [
 
 @pytest.mark.parametrize(
     "model, strategy, optimizer",
-    [pytest.param(*c, marks=[] if n % 3 == 0 else pytest.mark.every) for n, c in enumerate(CASES)],
+    mostly(CASES, CASES[::3], [CASES[0], CASES[9], CASES[42]]),
 )
 def test_equals_one_device(model, strategy, optimizer):
     fit = history(X, Y, batch_size=5, epochs=2)
@@ -176,8 +176,11 @@ def test_slots_that_do_not_look_like_their_weight(strategy):
 
 @pytest.mark.parametrize(
     "model, bug",
-    [("positions", False), ("positions", True), ("positions of unknown length", False), ("distances", False),
-     ("words of unknown length", False)],
+    some_fast(
+        [("positions", False), ("positions", True), ("positions of unknown length", False), ("distances", False),
+         ("words of unknown length", False)],
+        ("positions", False),
+    ),
 )  # fmt: skip
 def test_strategy_run(model, bug, monkeypatch):
     """Replicas of a loop of one's own add up what learned positions have in common, too."""
@@ -220,6 +223,7 @@ def kinds(make, length=None):
     return [Probe(graph).rows(0, v) for v in graph.variables]
 
 
+@pytest.mark.fast
 def test_kinds_of_rows():
     assert kinds(lambda: layers.Embedding(V, D)) == [Combine.ROWS]
     for length in (None, T):
@@ -240,6 +244,7 @@ def dense(gradient):
     return tf.convert_to_tensor(plain(gradient)).numpy()
 
 
+@pytest.mark.fast
 def test_sums():
     assert np.allclose(dense(add(ROWS, ROWS)), 2 * dense(ROWS)) and add(ROWS, ROWS).values.shape == (10, 4)
     assert np.allclose(dense(add(SHARED, SHARED)), 2 * dense(ROWS)) and add(SHARED, SHARED).values.shape == (5, 4)
@@ -249,6 +254,7 @@ def test_sums():
     assert np.array_equal(one.indices, ROWS.indices) and np.array_equal(one.values, 2 * VALUES)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("make", [lambda: ROWS, lambda: SHARED, lambda: tf.convert_to_tensor(ROWS)])
 def test_parts_make_up_the_whole(dim, make):
@@ -282,8 +288,11 @@ def rows_of_each_replica(patch):
 
 @pytest.mark.parametrize(
     "bug, model",
-    [(None, "positions"), (rows_one_after_the_other, "positions"), (dense_at_once, "words"),
-     (rows_of_each_replica, "own step")],
+    some_fast(
+        [(None, "positions"), (rows_one_after_the_other, "positions"), (dense_at_once, "words"),
+         (rows_of_each_replica, "own step")],
+        (None, "positions"), (rows_one_after_the_other, "positions"),
+    ),
 )  # fmt: skip
 def test_planted_bugs_are_caught(bug, model, monkeypatch):
     if bug:

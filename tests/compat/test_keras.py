@@ -16,6 +16,8 @@ from tfpar.graph.recording import RecordingScope
 from tfpar.testing import difference
 from tfpar.trainer.hooks import steps_of
 
+pytestmark = pytest.mark.fast
+
 X, Y = data(8)
 
 

@@ -8,6 +8,8 @@ from keras import layers, ops
 
 from tfpar.compat import _keras_layers
 
+pytestmark = pytest.mark.fast
+
 
 def test_every_name_is_tested():
     names = re.findall(r"^(?:def|class) (\w+)", pathlib.Path(_keras_layers.__file__).read_text(), re.MULTILINE)

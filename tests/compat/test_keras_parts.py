@@ -11,6 +11,8 @@ from keras import layers
 
 from tfpar.compat import _keras_parts
 
+pytestmark = pytest.mark.fast
+
 
 def test_every_name_is_tested():
     mine = pathlib.Path(__file__).read_text()

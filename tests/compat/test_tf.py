@@ -10,6 +10,8 @@ import tensorflow as tf
 import tfpar
 from tfpar.compat import _tf
 
+pytestmark = pytest.mark.fast
+
 
 def test_every_name_is_tested():
     mine = pathlib.Path(__file__).read_text()

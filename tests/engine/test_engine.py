@@ -21,6 +21,8 @@ from tfpar.planning.schedule import Action, Kind, gpipe, one_f_one_b
 from tfpar.trainer.hooks import steps_of
 from tfpar.trainer.step_function import StepFunction
 
+pytestmark = pytest.mark.fast
+
 X, Y = data(16)
 FOUR = [f"CPU:{n}" for n in range(4)]
 

@@ -8,6 +8,8 @@ from keras import tree
 from tfpar.engine import micro_batch
 from tfpar.errors import BatchError
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.mark.parametrize("count, parts", [(8, 4), (10, 4), (3, 3), (19, 8)])
 def test_parts_are_nearly_equal_and_whole(count, parts):

@@ -10,6 +10,8 @@ from tfpar.graph.batch_probe import Combine, Probe, combination
 from tfpar.graph.keras_graph import graph_from
 from tfpar.graph.mixing import check_independence
 
+pytestmark = pytest.mark.fast
+
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(8, 3))
 PARTS = X[:3], X[3:]

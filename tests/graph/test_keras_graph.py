@@ -12,6 +12,8 @@ from tfpar.graph.flops import flops
 from tfpar.graph.inline_model import opened
 from tfpar.graph.keras_graph import graph_from
 
+pytestmark = pytest.mark.fast
+
 
 def names(graph):
     return [op.name for op in graph.graph.ops]

@@ -15,6 +15,8 @@ from tfpar.graph.mixing import check_independence, followed
 from tfpar.graph.samples import GUESSES, SMALL, candidates, first_that_works
 from tfpar.planning import progress
 
+pytestmark = pytest.mark.fast
+
 T, D = 1024, 512
 
 

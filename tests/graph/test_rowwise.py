@@ -11,6 +11,8 @@ from tfpar.graph.keras_graph import graph_from
 from tfpar.graph.mixing import is_known
 from tfpar.graph.rowwise import RULES
 
+pytestmark = pytest.mark.fast
+
 TABLE, IDS = np.ones((8, 4), "float32"), np.array([0, 2])
 BATCHED = np.ones((8, 3, 4), "float32")
 A = (3, 4)  # the shape of a sample

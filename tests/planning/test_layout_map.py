@@ -11,6 +11,8 @@ from tfpar.planning.op_graph import Variable
 from tfpar.planning.sharding import REPLICATED, Layout
 from tfpar.testing import assert_same
 
+pytestmark = pytest.mark.fast
+
 VARIABLES = [
     Variable("up/kernel", 0, shape=(6, 12)), Variable("up/bias", 0, shape=(12,)),
     Variable("down/kernel", 0, shape=(12, 6)), Variable("norm/gamma", 0, shape=(6,)),

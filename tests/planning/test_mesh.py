@@ -5,6 +5,8 @@ import pytest
 from tfpar.errors import DeviceError
 from tfpar.planning.mesh import Coordinate, Mesh
 
+pytestmark = pytest.mark.fast
+
 
 def test_neighbours():
     mesh = Mesh(data=2, stage=3, tensor=2).on([f"GPU:{i}" for i in range(12)])

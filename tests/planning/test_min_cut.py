@@ -8,6 +8,8 @@ import pytest
 
 from tfpar.planning.min_cut import smallest_cut
 
+pytestmark = pytest.mark.fast
+
 
 def separates(nodes, edges, first, last, cut):
     """Whether every way goes through the cut."""

@@ -10,6 +10,8 @@ from tfpar.planning.cost import BACKWARD, Hardware, op_seconds
 from tfpar.planning.op_graph import Op, OpGraph, Tensor, Variable
 from tfpar.planning.partition import Partition, live_bytes, partition
 
+pytestmark = pytest.mark.fast
+
 HARDWARE = Hardware(flops=1.0, bytes=1e9, link_bytes=1e9)
 
 

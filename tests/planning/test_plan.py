@@ -46,6 +46,7 @@ def test_explain():
     assert "?" not in str(after)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("policy, read", [("float32", 4), ("mixed_bfloat16", 2)])
 def test_gradients(policy, read):
     """Their sums, those of a micro-batch beside them, and in mixed precision the weights as layers read them."""
@@ -59,6 +60,7 @@ def test_gradients(policy, read):
         assert plan.bytes(1) == sum(of(1) for of in parts) and in_units(plan.gradient_bytes(1)) in str(plan)
 
 
+@pytest.mark.fast
 def test_activations_follow_the_schedule():
     """1F1B holds `stages - s` micro-batches, GPipe all of them."""
 
@@ -81,6 +83,7 @@ def test_explain_needs_to_know_the_layers():
     assert "dense" in str(strategy.explain(model))
 
 
+@pytest.mark.fast
 def test_explain_replicas():
     """What each holds, before and after training; what is computed for all of them at once."""
 
@@ -108,6 +111,7 @@ def test_explain_replicas():
     assert after.rows == 64 and sum(after.slot_bytes) == 2 * sum(np.asarray(w).nbytes for w in model.trainable_weights)
 
 
+@pytest.mark.fast
 def test_size():
     texts = ["0 B", "999 B", "1.5 kB", "2.5 MB", "3 GB", "4 TB"]
     assert [in_units(n) for n in (0, 999, 1500, 2.5e6, 3e9, 4e12)] == texts
@@ -116,6 +120,7 @@ def test_size():
 # ---- how it looks
 
 
+@pytest.mark.fast
 def test_as_a_notebook_shows_it():
     strategy = tfpar.DataParallelStrategy(2)
     plan = strategy.explain(compiled(strategy, build=chain))
@@ -125,6 +130,7 @@ def test_as_a_notebook_shows_it():
     assert html.startswith("<pre") and "2 replicas" in html and "CPU:1" in html
 
 
+@pytest.mark.fast
 def test_names_are_listed():
     assert {*tfpar.__all__} <= {*dir(tfpar)} and "PipelineStrategy" in dir(tfpar)
 
@@ -144,6 +150,7 @@ def test_what_the_optimizer_will_hold_is_known_after_compile(make):
     assert strategy.explain(never).slot_bytes == () and "?" in str(strategy.explain(never))
 
 
+@pytest.mark.fast
 def test_why_a_layer_is_not_opened():
     class Hides(layers.Layer):
         def __init__(self, **options):

@@ -5,6 +5,8 @@ import pytest
 from tfpar.errors import ScheduleError
 from tfpar.planning.schedule import SCHEDULES, Action, Kind, Schedule, forward_only, gpipe, needs, one_f_one_b
 
+pytestmark = pytest.mark.fast
+
 SIZES = [(s, m) for s in (1, 2, 3, 4, 7) for m in (1, 2, 3, 8)]
 F, B = Kind.FORWARD, Kind.BACKWARD
 

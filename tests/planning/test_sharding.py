@@ -7,6 +7,8 @@ from tfpar.planning.layout_search import Option, choose, moved, replicated
 from tfpar.planning.op_graph import Op, OpGraph, Tensor, Variable
 from tfpar.planning.sharding import REPLICATED, Layout, bounds
 
+pytestmark = pytest.mark.fast
+
 LAST = Layout(1)
 
 

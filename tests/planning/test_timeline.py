@@ -7,6 +7,8 @@ from tfpar.planning.cost import StageCost
 from tfpar.planning.schedule import Action, Kind, gpipe, needs, one_f_one_b
 from tfpar.planning.timeline import Span, Timeline, simulate
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.mark.parametrize("make", [gpipe, one_f_one_b])
 @pytest.mark.parametrize("stages, micro_batches", [(1, 4), (2, 2), (4, 8), (3, 7)])

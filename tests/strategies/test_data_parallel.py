@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers, ops
-from training import ROWS, WIDTH, build, check, compiled, data, history
+from training import ROWS, WIDTH, build, check, compiled, data, history, some_fast
 
 import tfpar
 from tfpar.comm import collectives
@@ -34,7 +34,7 @@ def sgd(**options):
 # ---- silently wrong with MirroredStrategy
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("count", some_fast([1, 2, 3, 4], 3))
 def test_uneven_batches_and_clipping(count):
     """19 rows in batches of 8, and of 2, which is fewer than there are replicas; what callbacks see of each batch."""
     seen = []
@@ -51,6 +51,7 @@ def test_uneven_batches_and_clipping(count):
     assert len(seen[0]) == 13
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "options", [{"global_clipnorm": 0.2}, {"clipvalue": 0.05}, {"gradient_accumulation_steps": 2, "clipnorm": 0.1}]
 )
@@ -80,6 +81,7 @@ def own_loss():
     return OwnLoss(x, layers.Dense(3, activation="softmax")(layers.Dense(4)(x)))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("options", [{"loss": scalar_loss}, {"build": own_loss}])
 def test_scalar_losses(options):
     check(replicas(2), history(X, Y, batch_size=8, epochs=2), optimizer=sgd(), **options)
@@ -134,7 +136,9 @@ def with_block():
     return keras.Model(x, layers.Dense(3, activation="softmax")(Block(name="block")(x)))
 
 
-@pytest.mark.parametrize("make, name", [(with_block, "block"), (Unfollowable, "unfollowable")])
+@pytest.mark.parametrize(
+    "make, name", some_fast([(with_block, "block"), (Unfollowable, "unfollowable")], (with_block, "block"))
+)
 def test_batch_statistics_inside_of_layers(make, name):
     with pytest.warns(UserWarning, match=f"{name}.*computed for the whole batch on every replica"):
         check(replicas(3), history(X, Y, batch_size=8, epochs=2, validation_data=(X, Y)), build=make, optimizer=sgd())
@@ -146,6 +150,7 @@ def normalized():
     return keras.Model(x, layers.Dense(3, activation="softmax")(ops.tanh(h)))
 
 
+@pytest.mark.fast
 def test_local_batch_statistics():
     """Each replica normalises with its own; what `predict` uses moves by those of the whole batch."""
     model = compiled(replicas(2, batch_norm="local"), build=normalized)
@@ -164,6 +169,7 @@ def drops(seed=1):
     return keras.Model(x, layers.Dropout(0.5, seed=seed)(x))
 
 
+@pytest.mark.fast
 def test_dropout_is_independent_and_reproducible():
     def masks(count):
         model = compiled(replicas(count), build=drops, loss="mse")
@@ -187,6 +193,7 @@ def test_dropout_is_independent_and_reproducible():
         assert np.array_equal(one[0][:4], first[:4])  # the first replica draws what one device would for its rows
 
 
+@pytest.mark.fast
 def test_calls_on_batches():
     """The work is divided, and the results are those of one device."""
 
@@ -198,7 +205,7 @@ def test_calls_on_batches():
     assert model.predict_on_batch(X[:4]).shape == (4, 3)
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", some_fast([2, 3], 2))
 def test_infinity_on_one_replica(count):
     """Loss scaling skips the step on all of them."""
     x = X.copy()
@@ -220,6 +227,7 @@ def test_infinity_on_one_replica(count):
     assert_same(one, other, 1e-5, 1e-7)
 
 
+@pytest.mark.fast
 def test_generators():
     """Every batch is used, and each once."""
     served = []
@@ -248,6 +256,7 @@ def test_generators():
 # ---- raises with MirroredStrategy
 
 
+@pytest.mark.fast
 def test_first_batch_is_uneven():
     def use(model):
         fit = model.fit(X, Y, batch_size=7, shuffle=False, verbose=0, validation_data=(X[:3], Y[:3])).history
@@ -317,6 +326,7 @@ def test_unseeded_random_numbers():
     check(replicas(2), history(X, Y, batch_size=8), build=noisy)
 
 
+@pytest.mark.fast
 def test_layers_from_outside_of_the_scope():
     outside = layers.Dense(3, name="outsider")
     outside.build((None, WIDTH))
@@ -376,8 +386,14 @@ def recurrent():
     return keras.Model(x, layers.Dense(3, activation="softmax")(h))
 
 
-@pytest.mark.parametrize("make, name", [(contrastive, "centred"), (quantile, "quantile"), (recurrent, "memory")])
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize(
+    "jit, make, name",
+    some_fast(
+        [(jit, *c) for jit in (False, True)
+         for c in ((contrastive, "centred"), (quantile, "quantile"), (recurrent, "memory"))],
+        (False, contrastive, "centred"), (False, quantile, "quantile"),
+    ),
+)  # fmt: skip
 def test_operations_that_need_the_whole_batch(make, name, jit):
     x, y = (np.random.default_rng(0).normal(size=(18, 4, 2)).astype("float32"), Y[:18]) if make is recurrent else (X, Y)
     batch_size = 6 if make is recurrent else 8
@@ -434,6 +450,7 @@ def test_an_input_as_output():
         check(replicas(count), use, build=both, loss=losses, metrics=lambda: None)
 
 
+@pytest.mark.fast
 def test_targets_with_more_rows_than_inputs():
     def tokens():
         x = layers.Input((4, 2))
@@ -444,6 +461,7 @@ def test_targets_with_more_rows_than_inputs():
     check(replicas(3), lambda model: model.train_on_batch(x, y), build=tokens, optimizer=sgd())
 
 
+@pytest.mark.fast
 def test_a_scalar_in_the_batch():
     class Scaled(keras.Model):
         def __init__(self):
@@ -476,6 +494,7 @@ def test_dense_then_sparse():
     check(replicas(2), use)
 
 
+@pytest.mark.fast
 def test_threads():
     """Each with batches of its own size, so that they all trace."""
     model = compiled(replicas(2))
@@ -485,6 +504,7 @@ def test_threads():
     assert all(difference(expected[:n], found) < 1e-5 for n, found in enumerate(results, 3))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("aggregation, total", [("SUM", 18.0), ("MEAN", 6.0), ("ONLY_FIRST_REPLICA", 5.0)])
 def test_variables_that_replicas_assign(aggregation, total, eager):
@@ -528,7 +548,7 @@ class Penalized(keras.Model):
         return {"loss": loss, "norm": norm}
 
 
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("jit", some_fast([False, True], False))
 def test_own_training_step(jit):
     options = {"build": Penalized, "optimizer": sgd(), "loss": None, "metrics": lambda: None, "jit_compile": jit}
     check(replicas(3), history(X, Y, batch_size=8, epochs=2), **options)
@@ -586,6 +606,7 @@ def graph(strategy, make=build, **options):
     return made[0].get_concrete_function().graph, model
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("make", [build, normalized])
 def test_replicas_share_the_work(make):
     """Each device runs the same programs, traced once; weights and slots have equal copies."""
@@ -633,6 +654,7 @@ def test_statistics_of_a_batch_for_one_replica():
     check(strategy, history(X[:5], Y[:5], batch_size=4), build=normalized, optimizer=sgd())
 
 
+@pytest.mark.fast
 def test_sums_over_replicas():
     devices = ["CPU:0", "CPU:1", "CPU:2"]
     sparse = [tf.IndexedSlices(tf.ones((1, 2)) * n, tf.constant([n]), tf.constant([4, 2])) for n in range(3)]
@@ -671,6 +693,7 @@ def local_statistics(patch):
     patch.setattr("tfpar.trainer.planner.hidden_normalizations", lambda graph: set())
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("bug", [None, mean_for_sum, own_gradients, equal_shares, local_statistics])
 def test_planted_bugs_are_caught(bug):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(AssertionError) if bug else contextlib.nullcontext():

@@ -2,12 +2,15 @@
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from keras import layers
 from training import ROWS, WIDTH, check, compiled, data, history
 
 import tfpar
 from tfpar.testing import assert_same, difference
+
+pytestmark = pytest.mark.fast
 
 X, Y = data()
 TWO = ["CPU:0", "CPU:1"]

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
+from training import some_fast
 
 import tfpar
 from tfpar.compat import _keras
@@ -145,9 +146,11 @@ CASES = {  # a model, and which of its options must be chosen
 UNEVEN = [
     "einsum", "few groups", "grouped attention", "batch normalization", "separable", "elementary attention", "merging",
 ]  # fmt: skip
+COUNTS = [*((name, 2) for name in CASES), *((name, 3) for name in UNEVEN)]
+FAST = [("dense", 2), ("masked embedding", 2), ("attention", 2), ("layer normalization", 2), ("einsum", 3)]
 
 
-@pytest.mark.parametrize("name, count", [*((name, 2) for name in CASES), *((name, 3) for name in UNEVEN)])
+@pytest.mark.parametrize("name, count", some_fast(COUNTS, *FAST))
 def test_rule(name, count):
     build, wanted = CASES[name]
     strategy = tfpar.TensorParallelStrategy([f"CPU:{k}" for k in range(count)])
@@ -185,6 +188,7 @@ class Own(layers.Layer):
         return ops.sin(ops.matmul(x, self.kernel))
 
 
+@pytest.mark.fast
 def test_own_rule():
     build = model((5,), layer(Own), dense(5))
     x, y = np.random.default_rng(0).normal(size=(2, 8, 5))
@@ -210,6 +214,7 @@ def test_own_rule():
         del rules.RULES[Own]
 
 
+@pytest.mark.fast
 def test_a_changed_call_has_no_rule():
     class Changed(layers.Dense):
         def call(self, x):
@@ -224,6 +229,7 @@ def test_a_changed_call_has_no_rule():
     assert rules.rule_of(layers.Lambda(lambda x: x)) is None
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "before, after, ranks, pairs",
     [

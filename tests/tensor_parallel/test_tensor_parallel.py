@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers, ops
-from training import OPTIMIZERS, check, data, history, mostly
+from training import OPTIMIZERS, check, data, history, mostly, some_fast
 from zoo import ZOO
 
 import tfpar
@@ -104,7 +104,7 @@ def trained(strategy, build, optimizer="sgd", loss="mse", x=None, y=None, epochs
 # ---- what is divided
 
 
-@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("sequence", some_fast([False, True], False))
 def test_exchanges_are_megatrons(sequence):
     blocks, strategy = 3, ranks(2, sequence_parallel=sequence)
     x, y = reals()
@@ -231,7 +231,7 @@ def dense_model():
     return keras.Model(x, layers.Dense(D, bias_regularizer=keras.regularizers.L1(0.01))(h))
 
 
-@pytest.mark.parametrize("name", mostly(OPTIMIZERS, list(OPTIMIZERS)[1:12:4]))
+@pytest.mark.parametrize("name", mostly(OPTIMIZERS, list(OPTIMIZERS)[1:12:4], ["adamw, norms", "average"]))
 def test_optimizers(name):
     keras.config.set_floatx("float64")
     keras.config.set_dtype_policy("float64")
@@ -271,7 +271,7 @@ def test_planted_bugs_are_caught(bug, monkeypatch):
         assert_same(one, trained(ranks(2), encoder, optimizer, x=x, y=y), 1e-5, 1e-7)
 
 
-@pytest.mark.parametrize("loss", ["logits", "softmax", "ignored", "class 0 ignored", "weights"])
+@pytest.mark.parametrize("loss", some_fast(["logits", "softmax", "ignored", "class 0 ignored", "weights"], "softmax"))
 def test_loss_of_divided_logits(loss):
     options = {"ignored": {"ignore_class": 5}, "class 0 ignored": {"ignore_class": 0}}.get(loss, {})
     x, y = words()
@@ -302,6 +302,7 @@ def test_loss_of_divided_logits(loss):
     assert kinds == ["maximum", "all-reduce"]
 
 
+@pytest.mark.fast
 def test_two_classes_keep_their_precision():
     from tfpar.tensor_parallel.loss_parallel import CrossEntropy, Terms, TwoClasses
 
@@ -318,6 +319,7 @@ def test_two_classes_keep_their_precision():
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+@pytest.mark.fast
 def test_random_masks():
     """Where ranks have all of a tensor they drop the same elements, of parts each drops others."""
     x = np.ones((4, 2000), "float32")
@@ -372,6 +374,7 @@ def test_dropout_trains():
     assert history[-1] < history[0]
 
 
+@pytest.mark.fast
 def test_state_of_divided_channels():
     zoo = ZOO["normalized"]
     rng = np.random.default_rng(0)
@@ -681,12 +684,14 @@ class Normed(layers.Dense):
         return self._kernel / ops.norm(self._kernel, axis=0)
 
 
+@pytest.mark.fast
 def test_rules_are_for_what_a_layer_inherits_unchanged():
     from tfpar.tensor_parallel.rules import rule_of
 
     assert rule_of(Normed(3)) is None
 
 
+@pytest.mark.fast
 def test_layers_that_get_a_mask():
     def build():
         tokens = layers.Input((T,), dtype="int32")
@@ -784,6 +789,7 @@ class Causal(layers.Layer):
         return self.dense(self.attention(x, x, attention_mask=mask))
 
 
+@pytest.mark.fast
 def test_composites_that_ask_for_the_size_of_their_batch():
     def build():
         x = layers.Input((T, D))

@@ -178,6 +178,7 @@ def test_convert(whole):
         strategies[0].convert(model, strategies[1])
 
 
+@pytest.mark.fast
 def test_convert_with_all_its_optimizers():
     class Two(keras.Model):
         def __init__(self):
@@ -212,6 +213,7 @@ def test_convert_with_all_its_optimizers():
     assert len(found[0]) > 8 and all(difference(a, b) < 1e-5 for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.fast
 def test_convert_leaves_no_model_with_old_variables():
     x, strategy = keras.layers.Input((6,)), tfpar.DataParallelStrategy(["CPU:0", "CPU:1"])
     with strategy.scope():
@@ -234,6 +236,7 @@ def test_exported_before_it_is_used(name, whole, tmp_path):
     assert {c.device[-5:] for v in model.weights for c in v.value.copies} == {*strategy.mesh.devices}
 
 
+@pytest.mark.fast
 def test_a_function_that_reads_too_early():
     model = fresh("cube")
     tf.function(lambda: tf.reduce_sum(model.layers[1].kernel))()
@@ -241,6 +244,7 @@ def test_a_function_that_reads_too_early():
         fit(model, 1)
 
 
+@pytest.mark.fast
 def test_convert_between_replicas_and_stages():
     """Metrics of replicas are sums of their own; subclassed models have no configuration to build them from."""
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from training import compiled, data, deep, history
+from training import compiled, data, deep, history, some_fast
 
 import tfpar
 from tfpar import Mesh
@@ -71,7 +71,7 @@ def nines():
 
 @pytest.mark.filterwarnings("ignore:could not check")
 @pytest.mark.parametrize("fault, match", [("memory", "OOM when allocating"), ("raises", "does not like nines")])
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", some_fast(MESHES, "pipeline", "replicas"))
 def test_a_stage_that_fails(name, fault, match):
     strategy = MESHES[name]()
     model = model_with(strategy, Fragile)
@@ -89,7 +89,7 @@ def test_a_stage_that_fails(name, fault, match):
     assert np.isfinite(history(X, Y, batch_size=16)(model)["loss"]).all()  # the process goes on
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", some_fast(MESHES, "pipeline", "replicas"))
 def test_a_loss_that_is_not_finite(name):
     strategy = MESHES[name]()
     model = model_with(strategy, Overflows)
@@ -104,6 +104,7 @@ def test_a_loss_that_is_not_finite(name):
     assert np.isfinite(history(X, Y, batch_size=16)(model)["loss"]).all()
 
 
+@pytest.mark.fast
 def test_own_steps_that_compute_the_loss_are_checked():
     class Own(keras.Model):
         def train_step(self, batch):
@@ -137,6 +138,7 @@ def test_training_on_a_batch_in_a_callback():
     history(nines(), Y, batch_size=16, callbacks=[Train()])(model)
 
 
+@pytest.mark.fast
 def test_a_weight_that_is_not_finite():
     model = compiled(MESHES["pipeline"]())
     model.layers[1].kernel.assign(np.full((6, 5), np.nan))
@@ -144,12 +146,14 @@ def test_a_weight_that_is_not_finite():
         history(X, Y, callbacks=[tfpar.CheckNumerics()])(model)
 
 
+@pytest.mark.fast
 def test_a_loss_function_that_is_not_finite():
     model = compiled(MESHES["pipeline"](), loss=lambda y, p: keras.ops.log(p[:, 0] - 2.0))
     with pytest.raises(tfpar.StageError, match="the loss itself: what the model makes is finite"):
         history(X, Y, callbacks=[tfpar.CheckNumerics()])(model)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "node, where",
     [
@@ -171,6 +175,7 @@ def test_an_error_that_does_not_come_again(node, where):
     assert re.match(where, at_node(error, steps_of(model).engine, True))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", ["pipeline", "replicas"])
 def test_a_loss_that_fails(name):
     """It is named with the part of the batch and the stage that it belongs to."""
@@ -184,6 +189,7 @@ def test_a_loss_that_fails(name):
     assert last in str(raised.value) and f"stage {strategy.mesh.stage - 1}" in str(raised.value)
 
 
+@pytest.mark.fast
 def test_errors_while_tracing_have_a_note():
     class Wrong(layers.Layer):
         def call(self, x, training=None):

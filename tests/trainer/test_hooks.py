@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from training import ROWS, STRATEGIES, WIDTH, check, compiled, data, history, mostly
+from training import ROWS, STRATEGIES, WIDTH, check, compiled, data, history, mostly, some_fast
 
 from tfpar.errors import ModelError
 from tfpar.testing import assert_same, difference
 
 
+@pytest.mark.fast
 def test_arrays_with_validation(strategy):
     x, y = data()
     check(strategy, history(x, y, batch_size=8, epochs=2, validation_split=0.25))
@@ -44,7 +45,7 @@ INPUTS = {
 }
 
 
-@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.parametrize("kind", some_fast(INPUTS, "dataset", "generator"))
 def test_input(strategy, kind):
     steps = {"steps_per_epoch": 3} if kind == "generator" else {}
     check(strategy, lambda m: m.fit(INPUTS[kind](), epochs=2, verbose=0, shuffle=False, **steps).history)
@@ -57,11 +58,13 @@ def test_shuffling_is_that_of_one_device(strategy):
     )
 
 
+@pytest.mark.fast
 def test_class_weight(strategy):
     x, y = data()
     check(strategy, history(x, y, batch_size=8, class_weight={0: 0.2, 1: 1.0, 2: 3.0}), weighted_metrics=["accuracy"])
 
 
+@pytest.mark.fast
 def test_batches_of_the_user(strategy):
     x, y = data()
 
@@ -92,6 +95,7 @@ def test_steps_per_execution_counts_as_on_one_device(strategy):
     check(strategy, use, steps_per_execution=2)
 
 
+@pytest.mark.fast
 def test_run_eagerly(strategy):
     x, y = data(9)
     check(strategy, history(x, y, batch_size=4), run_eagerly=True)
@@ -127,6 +131,7 @@ def test_a_layer_that_assigns_what_is_trained(strategy, own_step, jit):
     check(strategy, history(x, y, batch_size=8, epochs=2), build=build, metrics=lambda: None, jit_compile=jit)
 
 
+@pytest.mark.fast
 def test_jit_compile_is_off_on_cpus(strategy):
     assert not compiled(strategy).jit_compile
 
@@ -152,7 +157,7 @@ OPTIMIZERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", mostly(OPTIMIZERS, list(OPTIMIZERS)[::2]))
+@pytest.mark.parametrize("name", mostly(OPTIMIZERS, list(OPTIMIZERS)[::2], ["global_clipnorm", "averaged"]))
 def test_optimizer(name):
     keras.config.set_floatx("float64")
     keras.config.set_dtype_policy("float64")
@@ -160,6 +165,7 @@ def test_optimizer(name):
     check(STRATEGIES["pipeline"](), history(x, y, batch_size=8, epochs=2), 1e-9, 1e-10, optimizer=OPTIMIZERS[name])
 
 
+@pytest.mark.fast
 def test_every_optimizer_is_tested():
     base = keras.optimizers.Optimizer
     kinds = {
@@ -169,7 +175,7 @@ def test_every_optimizer_is_tested():
     assert kinds - set(OPTIMIZERS) - {"LossScaleOptimizer"} <= {"ScheduleFreeAdamW", "MultiOptimizer"}
 
 
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("policy", some_fast(["mixed_float16", "mixed_bfloat16"], "mixed_bfloat16"))
 def test_mixed_precision(strategy, policy):
     keras.config.set_dtype_policy(policy)
     x, y = data()
@@ -179,6 +185,7 @@ def test_mixed_precision(strategy, policy):
     assert {v.dtype for v in other.weights} == {"float32"}
 
 
+@pytest.mark.fast
 def test_overflow_skips_the_update_everywhere(strategy):
     keras.config.set_dtype_policy("mixed_float16")
     x, y = data(8)
@@ -207,8 +214,11 @@ WHOLE = ("Dice", "Circle")  # one number for a batch: there is nothing for weigh
 
 @pytest.mark.parametrize(
     "name, weighted",
-    [(name, weighted) for name in LOSSES for weighted in (False, True) if not weighted or name not in WHOLE],
-)
+    some_fast(
+        [(name, weighted) for name in LOSSES for weighted in (False, True) if not weighted or name not in WHOLE],
+        ("mean_with_sample_weight", True), ("Dice", False),
+    ),
+)  # fmt: skip
 def test_loss(strategy, name, weighted):
     x, y = data()
     y = keras.utils.to_categorical(y, 3) if name == "Dice" else y
@@ -255,7 +265,7 @@ class OwnGradient(OwnSteps):
         return {"loss": loss, "slope": keras.ops.sum(keras.ops.abs(of_x))}
 
 
-@pytest.mark.parametrize("kind", [OwnLoss, OwnGradient])
+@pytest.mark.parametrize("kind", some_fast([OwnLoss, OwnGradient], OwnLoss))
 def test_overridden_steps(strategy, kind):
     x, y = data()
 
@@ -352,6 +362,7 @@ def test_metrics_see_the_whole_batch(strategy):
     )  # fmt: skip
 
 
+@pytest.mark.fast
 def test_a_model_that_shares_layers_with_a_trained_one(strategy):
     x, y = data()
     with strategy.scope():
@@ -496,6 +507,7 @@ def test_gradients_asked_for_twice(strategy):
     check(strategy, history(x, y, batch_size=8), build=build, metrics=lambda: None)
 
 
+@pytest.mark.fast
 def test_a_gradient_of_a_gradient(strategy):
     x, y = data()
 
@@ -531,6 +543,7 @@ class Adds(layers.Layer):
         return x
 
 
+@pytest.mark.fast
 def test_losses_and_state_of_negative_numbers(strategy):
     x, y = data()
     check(strategy, history(x, y, batch_size=8), build=with_a_layer(Adds))

@@ -12,6 +12,7 @@ from tfpar.trainer.input_feed import Feed, can_be_fed
 X, Y = data(19)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 @pytest.mark.parametrize("batch_size", [8, 2])
 def test_pieces(count, batch_size):
@@ -50,6 +51,7 @@ def test_training(monkeypatch, jit):
     check(tfpar.DataParallelStrategy(["CPU:0", "CPU:1", "CPU:2"][: 2 if jit else 3]), use, jit_compile=jit)
 
 
+@pytest.mark.fast
 def test_what_can_be_fed():
     arrays = tf.data.Dataset.from_tensor_slices((X, Y))
     assert can_be_fed(arrays.batch(4)) and not can_be_fed(arrays) and not can_be_fed(X)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers, ops
-from training import STRATEGIES, WIDTH, build, compiled, data, history
+from training import STRATEGIES, WIDTH, build, compiled, data, history, mostly, some_fast
 
 import tfpar
 from tfpar import Mesh
@@ -74,7 +74,7 @@ def composite():
     return keras.Model(x, layers.Dense(3)(Composite()(x)))
 
 
-@pytest.mark.parametrize("model", [Untold, Passing, composite])
+@pytest.mark.parametrize("model", some_fast([Untold, Passing, composite], Untold))
 @pytest.mark.parametrize("name", ["data", "tensor", "layers"])
 def test_training_reaches_every_layer(model, name):
     """The statistics of BatchNormalization move, and what it normalises with is that of the batch."""
@@ -87,6 +87,7 @@ def test_training_reaches_every_layer(model, name):
     assert moving and any(np.any(np.abs(w.numpy()) > 1e-3) for w in moving)
 
 
+@pytest.mark.fast
 def test_a_pipeline_moves_statistics_too():
     options = {"build": Untold, "loss": None, "metrics": lambda: None}
     one, other = compiled(**options), compiled(STRATEGIES["pipeline"](), **options)
@@ -125,7 +126,7 @@ class Unrepeatable(layers.Layer):
         return inputs[0] + 0.1 * tf.random.normal(tf.shape(inputs[1]))
 
 
-@pytest.mark.parametrize("make", [Sampling, Unseeded, Unrepeatable])
+@pytest.mark.parametrize("make", some_fast([Sampling, Unseeded, Unrepeatable], Sampling))
 @pytest.mark.parametrize("name", ["data", "pipeline"])
 def test_random_layers_are_divided(make, name, recwarn):
     def model():
@@ -140,6 +141,7 @@ def test_random_layers_are_divided(make, name, recwarn):
     assert not strategy.explain(other).global_batch and np.isfinite(other.predict(X, verbose=0)).all()
 
 
+@pytest.mark.fast
 def test_random_layers_that_mix_do_not_pass():
     class Mixing(layers.Layer):
         def call(self, x):
@@ -187,7 +189,7 @@ CASES = [(s, h) for s in DIVIDED for h in ("eager", "function", "run") if h != "
 
 
 @pytest.mark.parametrize(
-    "name, how", [pytest.param(*c, marks=[] if n % 2 == 0 else pytest.mark.every) for n, c in enumerate(CASES)]
+    "name, how", mostly(CASES, CASES[::2], [(name, "eager") for name in ("data", "tensor", "pipeline")])
 )
 def test_own_loops(name, how):
     strategy = DIVIDED[name]()
@@ -200,6 +202,7 @@ def test_own_loops(name, how):
     assert difference(looped(None, how)[0](X), model(X)) < 1e-5
 
 
+@pytest.mark.fast
 def test_the_work_of_a_loop_is_divided():
     with (strategy := STRATEGIES["pipeline"]()).scope():
         model = build()
@@ -207,11 +210,13 @@ def test_the_work_of_a_loop_is_divided():
     assert {op.device[-5:] for op in graph.get_operations() if "PartitionedCall" in op.type} == {*strategy.mesh.devices}
 
 
+@pytest.mark.fast
 def test_loops_on_several_replicas_without_whole_copies():
     with pytest.raises(tfpar.ModelError, match="call the model in your loop without strategy.run"):
         looped(DIVIDED["mesh"](), "run")
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", ["pipeline", "data"])
 def test_calls_that_are_not_divided(name):
     """In other functions than steps, the numbers are the same; what is compiled as one program cannot be."""

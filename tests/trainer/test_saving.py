@@ -34,6 +34,7 @@ def test_a_keras_file_is_read_on_one_device(trained, tmp_path):
     assert_same(loaded, trained, 1e-5, 1e-7)
 
 
+@pytest.mark.fast
 def test_a_keras_file_is_read_under_a_strategy(strategy, tmp_path):
     one = compiled(None, keras.optimizers.Adam)
     history(X, Y, batch_size=8)(one)
@@ -62,6 +63,7 @@ def test_positional_arguments_are_those_of_keras(trained, tmp_path):
         assert ours[:2] == theirs[1:3]
 
 
+@pytest.mark.fast
 def test_weights(trained, tmp_path):
     trained.save_weights(tmp_path / "model.weights.h5")
     one, other = compiled(), compiled(trained.distribute_strategy)
@@ -92,6 +94,7 @@ def summary(model):
     return lines
 
 
+@pytest.mark.fast
 def test_export(trained, tmp_path):
     trained.export(tmp_path / "exported", verbose=False)
     exported = tf.saved_model.load(tmp_path / "exported")

@@ -11,6 +11,8 @@ from training import WIDTH, build, compiled, data, history
 import tfpar
 from tfpar.variables.logical import LogicalVariable, follower_bytes
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture
 def variable(strategy):
