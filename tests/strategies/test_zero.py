@@ -11,7 +11,7 @@ from training import OPTIMIZERS, check, compiled, data, history, mostly, some_fa
 import tfpar
 from tfpar import Mesh
 from tfpar.comm import collectives
-from tfpar.planning.sharding import REPLICATED, UNSHARDED, Sharding, sharded
+from tfpar.planning.sharding import UNSHARDED, Sharding, sharded
 from tfpar.testing import assert_same
 from tfpar.variables import shard_view
 from tfpar.variables.logical import LogicalVariable, of_shards, parts_of
@@ -55,7 +55,7 @@ def test_bytes_on_each_device(zero, mesh):
         places = [strategy.mesh.device(lane._replace(stage=s)) for lane in mesh.lanes]
         ours = [w for w in weights if any(c.device.endswith(places[0]) for c in w.value.copies)]
         whole = sum(np.asarray(w).nbytes for w in ours)
-        ranks = sum(np.asarray(w).nbytes / (1 if w.value.layout == REPLICATED else mesh.tensor) for w in ours)
+        ranks = sum(np.asarray(w).nbytes / (1 if "tensor" not in w.value.sharding.dims else mesh.tensor) for w in ours)
         for place in places:
             assert held(weights, place) == pytest.approx(ranks / (mesh.data if zero == 3 else 1), rel=0.1)
             assert held(slots, place) == pytest.approx(2 * ranks / (mesh.data if zero else 1), rel=0.1)
@@ -140,7 +140,7 @@ def test_slots_in_host_memory(mesh):
     _, model = check(strategy, history(X, Y, batch_size=8, epochs=2), optimizer=adam, build=wide)
     assert {c.device[-5:] for v in model.optimizer.variables for c in v.value.copies} == {"CPU:0"}
     assert {c.device[-5:] for v in model.weights for c in v.value.copies} == {*strategy.mesh.devices}
-    slots = [v for v in model.optimizer.variables if len(v.shape) and v.value.layout == REPLICATED]
+    slots = [v for v in model.optimizer.variables if len(v.shape) and "tensor" not in v.value.sharding.dims]
     assert held(slots, "CPU:0") == sum(np.asarray(v).nbytes for v in slots) * mesh.tensor
 
 

@@ -223,6 +223,9 @@ def test_convert_leaves_no_model_with_old_variables():
     outer.predict(X, verbose=0)
     with pytest.raises(tfpar.ScopeError, match="outer has been used and shares variables"):
         strategy.convert(inner, tfpar.MeshStrategy(Mesh()))
+    with pytest.raises(tfpar.ScopeError, match="to another strategy of tfpar; received 3"):
+        strategy.convert(outer, 3)
+    outer.fit(X, X[:, :3], verbose=0)
     del outer
     strategy.convert(inner, tfpar.MeshStrategy(Mesh()))
 

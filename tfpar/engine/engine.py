@@ -52,7 +52,8 @@ def device_of(variable: keras.Variable, at: Coordinate = FIRST) -> str:
 
 def layout_of(variable: keras.Variable) -> Layout:
     """How a variable is divided between ranks."""
-    return getattr(_keras.stored(variable), "layout", REPLICATED)
+    value = _keras.stored(variable)
+    return value.sharding.layout("tensor") if isinstance(value, LogicalVariable) else REPLICATED
 
 
 def shards_of(variable: keras.Variable) -> Layout:

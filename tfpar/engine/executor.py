@@ -108,10 +108,6 @@ class Execution:
         """The share of a part in the batch."""
         return self.weights[self.part(m)]
 
-    def rows(self, m: MicroBatch) -> Any:
-        """The samples of a part."""
-        return micro_batch.count([self.values[m][next(filter(self.route.is_batched, self.graph.inputs))].value])
-
     @property
     def lanes(self) -> tuple[Coordinate, ...]:
         """Those that run the same programs side by side; replicas without a part of the batch do not."""
@@ -218,8 +214,12 @@ class Execution:
 
     def arrived(self, s: int, m: MicroBatch) -> dict[int, tf.Tensor]:
         """The cotangents of a segment's edges, summed over those that used them."""
-        parts = with_logits(self.cotangents[m], self.partition.edges(s))
-        return {t: tf.add_n(p) if len(p) > 1 else p[0] for t, p in parts.items()}
+        return {t: self.cotangent(m, t) for t in with_logits(self.cotangents[m], self.partition.edges(s))}
+
+    def cotangent(self, m: MicroBatch, t: int) -> tf.Tensor:
+        """The cotangent of a tensor, summed over the segments that used it."""
+        parts = self.cotangents[m][t]
+        return tf.add_n(parts) if len(parts) > 1 else parts[0]
 
 
 RUN: dict[Kind, Callable[[Execution, int, MicroBatch], None]] = {

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-import tensorflow as tf
-
+from tfpar.comm.collectives import on_each
 from tfpar.engine import micro_batch
 from tfpar.engine.engine import MicroBatch
 from tfpar.engine.program import Edge, with_logits
@@ -38,13 +37,10 @@ def backward_collective(run: "Execution", s: int, first: MicroBatch):
     for x, y in exchanged:
         for key in with_logits(run.values[first], [y]):
             source = x if key == y else ~x
-            arrived = [run.cotangents[m].get(key) for m in places]
-            if all(arrived) and (run.watch_inputs or run.route.is_learned(y)):
+            arrived = all(key in run.cotangents[m] for m in places)
+            if arrived and (run.watch_inputs or run.route.is_learned(y)):
                 edges = edges_of(run, s, places, [run.values[m].get(source, NOTHING) for m in places])
-                summed = []
-                for parts, device in zip(arrived, devices, strict=True):
-                    with tf.device(device):
-                        summed.append(tf.add_n(parts) if len(parts) > 1 else parts[0])
+                summed = on_each(devices, lambda n: run.cotangent(places[n], key))  # noqa: B023
                 gradients = collective.back(summed, devices, run.engine.reduce, edges)
                 for m, gradient in zip(places, gradients, strict=True):
                     run.send(m, {source: gradient})
@@ -66,8 +62,13 @@ def edges_of(run: "Execution", s: int, places: Sequence[MicroBatch], given: Sequ
         return None
     rows = [micro_batch.count(e.value) for e in given]
     if collective.forward == "slice":
-        rows = micro_batch.in_proportion(rows[0], [run.rows(m) for m in places])
+        rows = micro_batch.in_proportion(rows[0], [samples(run, m) for m in places])
     return [0, *accumulate(rows)]
+
+
+def samples(run: "Execution", m: MicroBatch) -> Any:
+    """The samples of a part."""
+    return micro_batch.count([run.values[m][next(filter(run.route.is_batched, run.graph.inputs))].value])
 
 
 COLLECTIVE = {Kind.FORWARD: forward_collective, Kind.BACKWARD: backward_collective}

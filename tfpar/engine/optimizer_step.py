@@ -185,7 +185,7 @@ class Update:
         if parts[FIRST] is None or not is_divided(self.weights[n]):
             return parts[FIRST]
         of_ranks = [parts[rank] for rank in self.mesh.along("tensor", FIRST)]
-        return of_parts(of_ranks, stored.layout, stored.shape.as_list())
+        return of_parts(of_ranks, layout_of(self.weights[n]), stored.shape.as_list())
 
     # ---- the optimizer
 

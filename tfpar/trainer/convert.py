@@ -23,8 +23,11 @@ def convert(model: keras.Model, other: Any):
         other: a strategy of tfpar.
 
     Raises:
-        ScopeError: another model, which has been used and stays behind, shares variables with this one.
+        ScopeError: `other` is no strategy of tfpar; or another model, which has been used and stays behind, shares
+            variables with this one. Nothing has moved then.
     """
+    if not hasattr(other, "_adopt"):
+        raise ScopeError(f"convert moves a model to another strategy of tfpar; received {other!r}")
     check_alone(model)
     for steps in family(model):
         inner = steps.model

@@ -15,7 +15,7 @@ from tfpar.compat._tf import record_gradient, recorded, tape_watches, unrecorded
 from tfpar.engine import batch_results, micro_batch
 from tfpar.engine.combination import shares_rows
 from tfpar.engine.device_order import DeviceOrder
-from tfpar.engine.engine import copy_of, device_of, read
+from tfpar.engine.engine import copy_of, device_of, layout_of, read
 from tfpar.engine.executor import Execution
 from tfpar.engine.loss import structured
 from tfpar.engine.program import Edge
@@ -110,7 +110,8 @@ def forward_on_tape(
 
 def of_lanes(run: Execution, s: int, v: int, found: Sequence[Any]) -> Any:
     """A variable's gradient in a segment from those of all lanes, of which each has the part of its own outputs."""
-    variable, mesh = _keras.stored(run.engine.graph.variables[v]), run.mesh
+    variable, mesh = run.engine.graph.variables[v], run.mesh
+    layout = layout_of(variable)
     found = [SharedRows(g.values, g.indices, g.dense_shape) if isinstance(g, tf.IndexedSlices) else g for g in found]
     sparse = any(map(is_sparse, found))
     replicas = []
@@ -119,8 +120,8 @@ def of_lanes(run: Execution, s: int, v: int, found: Sequence[Any]) -> Any:
         of_ranks = [g for g in of_replica if is_sparse(g) or not sparse]  # a tape fills gaps with zeros
         if not of_ranks:
             continue
-        if getattr(variable, "layout", REPLICATED) != REPLICATED:
-            replicas.append(of_parts(list(map(plain, of_ranks)), variable.layout, variable.shape.as_list()))
+        if layout != REPLICATED:
+            replicas.append(of_parts(list(map(plain, of_ranks)), layout, variable.shape))
         else:  # all look up the same rows, unless each has a part of the samples' dims
             replicas.append(plain(sum_of(map(plain, of_ranks) if v in run.engine.partial else of_ranks)))
     if sparse and shares_rows(run, s, v, replicas[0]):

@@ -22,7 +22,7 @@ from tfpar.compat._tf import (
 )
 from tfpar.errors import ModelError, ScopeError
 from tfpar.planning.mesh import AXES, Coordinate
-from tfpar.planning.sharding import UNSHARDED, Layout, Sharding
+from tfpar.planning.sharding import UNSHARDED, Sharding
 
 HOST = "CPU:0"
 
@@ -88,11 +88,6 @@ class LogicalVariable(AsNumber, MirroredVariable):
     def sharding(self) -> Sharding:
         """How the value is divided."""
         return self._sharding
-
-    @property
-    def layout(self) -> Layout:
-        """How ranks divide the value."""
-        return self._sharding.layout("tensor")
 
     @property
     def is_divided(self) -> bool:
