@@ -111,15 +111,21 @@ def with_loss(engine: Engine, y: Any, sample_weight: Any, several: bool) -> Exec
     Args:
         several: whether these are parts of a batch.
     """
-    symbols = tree.map_structure(_keras.symbolic, (y, sample_weight))
-    masked = has_masks(engine)
+    symbols, masked = tree.map_structure(_keras.symbolic, (y, sample_weight)), has_masks(engine)
     key = str(tree.map_structure(lambda s: None if s is None else (s.shape, s.dtype), symbols)), several, masked
-    if key in engine.losses:
-        return engine.losses[key]
+    if key not in engine.losses:
+        number = len(symbolic_calls(engine, y, sample_weight))
+        engine.losses[key] = extended(engine, *symbols, number, several, masked)
+    return engine.losses[key]
+
+
+def extended(
+    engine: Engine, y: Any, sample_weight: Any, number: int, several: bool, masked: bool
+) -> ExecutionGraph:  # fmt: skip
+    """The way through the model in training, with so many losses of these symbols at its end."""
     loss, base = engine.loss_parallel or (None, engine.training)
-    new = Rewriting(base.graph)
-    left = iter(new.inputs[-1:] if loss else ())  # ranks know the targets already
-    dtype, count = _keras.loss_dtype(engine.model), len(symbolic_calls(engine, y, sample_weight))
+    new, scalar = Rewriting(base.graph), keras.KerasTensor((), _keras.loss_dtype(engine.model))
+    new.ops, new.calls = list(base.graph.graph.ops), list(base.graph.calls)
 
     def tensor(symbol: keras.KerasTensor) -> int:
         kind = tf.as_dtype(symbol.dtype)
@@ -128,32 +134,20 @@ def with_loss(engine: Engine, y: Any, sample_weight: Any, several: bool) -> Exec
     def given(symbol: keras.KerasTensor | None) -> Ref | None:
         if symbol is None:
             return None
-        t = next(left, None)
-        if t is None:
-            new.inputs.append(t := tensor(symbol))
-        return Ref(t)
+        new.inputs.append(tensor(symbol))
+        return Ref(new.inputs[-1])
 
-    def scalars(number: int) -> list[int]:
-        return [tensor(keras.KerasTensor((), dtype)) for _ in range(number)]
-
-    y_ref, weight_ref = tree.map_structure(given, symbols)
-    totals = scalars(count if several else 0)
-    new.inputs += totals
+    targets = tree.map_structure(given, (y, sample_weight))
+    totals = [given(scalar) for _ in range(number)] if several else None
     y_pred = Ref(base.graph.graph.outputs[-1]) if loss else tree.map_structure(Ref, base.graph.outputs)
-    made = tuple(scalars(1 + count))
+    made = tuple(tensor(scalar) for _ in range(1 + number))
     new.ends += made
-    operation, given_totals = Loss(engine.model, loss, masked), list(map(Ref, totals)) if several else None
-    call = Call(operation, (y_pred, y_ref, weight_ref, given_totals), {}, made)
-    for op, known in zip(base.graph.graph.ops, base.graph.calls, strict=True):
-        new.add(op, known)
+    call = Call(Loss(engine.model, loss, masked), (y_pred, *targets, totals), {}, made)
     new.add(Op(NAME, call.inputs, made, stage=base.stages[-1]), call)
     graph, last = new.finish(), base.partition.stages - 1
     alone = last in base.collectives or last in base.global_batch
-    route = replace(
-        base, graph=graph, partition=Partition(graph.graph, (*base.partition.stage_of, last + alone)), loss=made
-    )
-    engine.losses[key] = route
-    return route
+    cut = Partition(graph.graph, (*base.partition.stage_of, last + alone))
+    return replace(base, graph=graph, partition=cut, loss=made)
 
 
 def has_masks(engine: Engine) -> bool:

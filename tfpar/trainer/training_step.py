@@ -92,7 +92,8 @@ class TrainingStep:
             route = with_loss(engine, *targets, several)
             divisors = totals(engine, *targets, inputs, told) if several else []
             for part, (_, *of_part) in zip(inputs, pieces, strict=True):
-                part += [Edge(leaf) for leaf in (*tree.flatten(of_part), *divisors) if leaf is not None]
+                ranks = tree.flatten(of_part)[:1] if engine.loss_parallel else []  # who find what the loss follows from
+                part += [Edge(leaf) for leaf in (*ranks, *tree.flatten(of_part), *divisors) if leaf is not None]
         shares = micro_batch.shares([micro_batch.count(part) for part, *_ in pieces])
         return Execution(engine, self.parts, inputs, shares, told, route=route, **options)
 
