@@ -13,8 +13,9 @@ from training import Spy, check, compiled, data, history
 
 import tfpar
 from tfpar.engine import executor
+from tfpar.engine.device_order import DeviceOrder
 from tfpar.engine.executor import RUN, Execution
-from tfpar.engine.group import COLLECTIVE, GLOBAL_BATCH
+from tfpar.engine.group import COLLECTIVE
 from tfpar.engine.loss import Loss
 from tfpar.graph.recording import UnknownVariables
 from tfpar.planning.schedule import Action, Kind, gpipe, one_f_one_b
@@ -199,7 +200,7 @@ def test_several_stages_on_a_device():
 
 
 def test_the_table_of_actions_is_total():
-    assert set(RUN) == set(GLOBAL_BATCH) == set(COLLECTIVE) == set(Kind)
+    assert set(RUN) == set(COLLECTIVE) == set(Kind)
 
 
 def test_unknown_variables_name_themselves():
@@ -278,11 +279,11 @@ def test_a_placement_on_one_device_is_caught():
 
 
 def test_a_schedule_that_is_ignored_is_caught():
-    def started(self, s, kind, m, values):
+    def started(self, action, at, values):
         return tf.nest.map_structure(lambda x: x, values)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(AssertionError, match="does not wait for"):
-        patch.setattr(Execution, "started", started)
+        patch.setattr(DeviceOrder, "started", started)
         test_every_action_runs_on_its_device_in_its_order("1f1b")
 
 
