@@ -84,7 +84,6 @@ class ExecutionGraph:
         probe: what is known of how the results of the model's own operations, of which `graph` was made, combine.
         global_batch: segments that take the parts of all replicas at once.
         drawn: states of random numbers from which the ranks of a replica draw differently.
-        learned: the tensors that depend on weights to train, if that is known.
         loss: scalars, if it ends with the loss: the weighted sum, and each output's.
     """
 
@@ -93,7 +92,6 @@ class ExecutionGraph:
     probe: Probe
     global_batch: Set[int] = frozenset()
     drawn: Set[int] = frozenset()
-    learned: Set[int] | None = None
     loss: tuple[int, ...] = ()
 
     @property
@@ -109,10 +107,6 @@ class ExecutionGraph:
     def is_batched(self, key: int) -> bool:
         """Whether dimension 0 of a tensor, or of its logits, is the batch."""
         return self.graph.is_batched(tensor_of(key))
-
-    def is_learned(self, t: int) -> bool:
-        """Whether a tensor depends on weights to train, so that its gradient is wanted."""
-        return t in (self.graph.graph.producer if self.learned is None else self.learned)
 
     def leads_on(self, s: int, t: int) -> bool:
         """Whether a later segment uses a tensor of this one."""

@@ -38,7 +38,7 @@ def backward_collective(run: "Execution", s: int, first: MicroBatch):
         for key in with_logits(run.values[first], [y]):
             source = x if key == y else ~x
             arrived = all(key in run.cotangents[m] for m in places)
-            if arrived and (run.watch_inputs or run.route.is_learned(y)):
+            if arrived and (run.watch_inputs or y in run.graph.learned):
                 edges = edges_of(run, s, places, [run.values[m].get(source, NOTHING) for m in places])
                 summed = on_each(devices, lambda n: run.cotangent(places[n], key))  # noqa: B023
                 gradients = collective.back(summed, devices, run.engine.reduce, edges)

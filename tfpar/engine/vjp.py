@@ -240,7 +240,7 @@ def watched(
     return {v: x for v, x in zip(program.variables, variables, strict=True) if v in run.engine.trainable}, {
         t: e.value
         for t, e in edges.items()
-        if differentiable(run.graph, t) and (run.watch_inputs or run.route.is_learned(tensor_of(t)))
+        if differentiable(run.graph, t) and (run.watch_inputs or tensor_of(t) in run.graph.learned)
     }
 
 

@@ -119,6 +119,15 @@ class OpGraph:
                 found[t].append(index)
         return {t: tuple(ops) for t, ops in found.items()}
 
+    @cached_property
+    def learned(self) -> frozenset[int]:
+        """The tensors that depend on weights to train, so that their gradients are wanted."""
+        found: set[int] = set()
+        for op in self.ops:
+            if found.intersection(op.inputs) or any(self.variables[v].trainable for v in op.variables):
+                found.update(t for t in op.outputs if self.tensors[t].differentiable)
+        return frozenset(found)
+
     def variable_bytes(self, ops: Iterable[int]) -> int:
         """Bytes of the variables that these operations use, each counted once."""
         used = {v for i in ops for v in self.ops[i].variables}

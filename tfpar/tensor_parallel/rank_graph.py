@@ -1,6 +1,6 @@
 """What each rank of a tensor axis runs: the model's graph with local operations, and collectives between them."""
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -29,7 +29,6 @@ class RankGraph:
         layouts: of the variables that are divided.
         partial: variables that all ranks have, of which each finds a part of the gradient.
         drawn: states of random numbers which ranks draw from differently, as each fills a part of a tensor.
-        learned: tensors that depend on weights to train.
         with_terms: the same with what ranks find of the loss together, if they do: the targets are one more input, and
             what the loss follows from is one more output.
     """
@@ -39,7 +38,6 @@ class RankGraph:
     layouts: dict[int, Layout]
     partial: frozenset[int]
     drawn: frozenset[int]
-    learned: frozenset[int]
     with_terms: "RankGraph | None" = None
 
 
@@ -202,40 +200,33 @@ class RankGraphBuilder:
         in_parts = {v for v, users in self.users.items() if users == {True}}
         partial = frozenset(v for v in in_parts if v not in layouts and variables[v].trainable)
         drawn = frozenset(v for v in in_parts if _keras.is_seed(source.variables[v]))
-        crossing = [*exchanges(self.ops, self.calls, self.full, self.tensors, self.learned)]
+        crossing = [*exchanges(local, self.full)]
         if partial:
             crossing.append(
                 Exchange("all-reduce", "weights", True, sum(variables[v].bytes for v in partial), "weights", False)
             )
-        return RankGraph(local, tuple(crossing), layouts, partial, drawn, frozenset(self.learned))
+        return RankGraph(local, tuple(crossing), layouts, partial, drawn)
 
 
-def exchanges(
-    ops: Sequence[Op],
-    calls: Sequence[Call],
-    shapes: Sequence[tuple],
-    tensors: Sequence[Tensor],
-    learned: Container[int],
-) -> Iterator[Exchange]:
+def exchanges(graph: KerasGraph, shapes: Sequence[tuple]) -> Iterator[Exchange]:
     """What crosses between devices for a batch, forward and then backward.
 
     Args:
         shapes: of tensors, whole; those of which the first dim is open are of samples.
-        learned: tensors that depend on weights to train.
     """
 
     def bytes_of(t: int) -> int:
         shape = shapes[t][1:] if is_batched(t) else shapes[t]
-        return prod(UNKNOWN if n is None else n for n in shape) * tensors[t].itemsize
+        return prod(UNKNOWN if n is None else n for n in shape) * graph.graph.tensors[t].itemsize
 
     def is_batched(t: int) -> bool:
         return shapes[t][:1] == (None,)
 
-    found = [(op, call.operation) for op, call in zip(ops, calls, strict=True) if is_collective(call)]
+    found = [(op, call.operation) for op, call in zip(graph.graph.ops, graph.calls, strict=True) if is_collective(call)]
     for backward in (False, True):
         for op, collective in found:
             kind = collective.backward if backward else collective.forward
-            if kind not in LOCAL and (not backward or op.outputs[0] in learned):
+            if kind not in LOCAL and (not backward or op.outputs[0] in graph.graph.learned):
                 where, size = op.name.rpartition("/")[0], sum(map(bytes_of, op.outputs))
                 yield Exchange(kind, where, backward, size, op.scope, is_batched(op.outputs[0]), collective.axis)
 

@@ -72,9 +72,8 @@ def planned(
     finals = [with_global_batch(graph, found) for graph, found in zip(graphs, names, strict=True)]
     if mesh.data > 1 and strategy.batch_norm == "global":
         finals[0] = with_shared_statistics(finals[0], names[0], mesh.data)
-    plain = finals[0].graph
     shapes = [tuple(symbol.shape) for symbol in finals[0].symbols]
-    between = {"exchanges": tuple(exchanges(plain.ops, finals[0].calls, shapes, plain.tensors, plain.producer))}
+    between = {"exchanges": tuple(exchanges(finals[0], shapes))}
     if mesh.tensor > 1:
         loss = crossentropy_of(model, y) if model.compiled else None
         finals, between = between_ranks(strategy, finals, names, closed, loss)
@@ -141,7 +140,7 @@ def route_of(
     """The way through what was made of a graph, in segments: of a stage, of a bucket, alone where lanes meet."""
     known = {}
     if isinstance(final, RankGraph):
-        known, final = {"drawn": final.drawn, "learned": final.learned}, final.graph
+        known, final = {"drawn": final.drawn}, final.graph
     ops, micro_rows = final.graph.ops, -(-rows // strategy.parts.fit(rows).count)
     buckets = balanced(final.graph, min(strategy.buckets, len(ops)), hardware(strategy), micro_rows).stage_of
     alone = {i for i, call in enumerate(final.calls) if is_collective(call)}
