@@ -61,7 +61,7 @@ class Strategy(MirroredStrategy):
             raise ScheduleError(f"micro_batches is a whole number of at least 1; received {micro_batches!r}")
         if not callable(schedule) and schedule not in SCHEDULES:
             raise ScheduleError(
-                f"the schedules are {', '.join(map(repr, SCHEDULES))} or a function (stages, micro_batches) -> "
+                f"the schedules are {', '.join(map(repr, SCHEDULES))} or a function (devices, micro_batches) -> "
                 f"Schedule; received {schedule!r}"
             )
         self.mesh, self.parts, self.placement = mesh, Parts(mesh.data, micro_batches), placement

@@ -112,7 +112,7 @@ KINDS = "|".join(kind for kind in EXCHANGES if kind not in LOCAL)
 
 
 def traced_exchanges(model: Any, *batch: Any) -> list[tuple[str, str]]:
-    """The collectives between ranks in the TensorFlow graph of a training step, which is traced and does not run.
+    """The collectives in the TensorFlow graph of a training step, which is traced and does not run.
 
     A collective counts if it has operations on every device of the mesh, so that there must be one stage.
 
@@ -138,7 +138,7 @@ def traced_exchanges(model: Any, *batch: Any) -> list[tuple[str, str]]:
 
 
 def planned_exchanges(plan: Any) -> list[tuple[str, str]]:
-    """The collectives between ranks that a plan announces, in the form of `traced_exchanges`.
+    """The collectives that a plan announces, in the form of `traced_exchanges`.
 
     Those of the loss are in it once the model has been traced or trained with targets.
 

@@ -668,6 +668,16 @@ def test_sums_over_replicas():
     assert results[2] == [None] * 3
 
 
+def test_sums_that_nccl_does_not_know_are_copies():
+    class Refusing(tf.distribute.ReductionToOneDevice):
+        def batch_reduce_implementation(self, reduce_op, pairs, options):
+            raise TypeError("no kernel")
+
+    values = [[tf.constant([1.0, n], tf.bfloat16) for n in range(2)]]
+    ((first, second),) = collectives.all_reduce_gradients(values, ["CPU:0", "CPU:1"], Refusing())
+    assert first.numpy().tolist() == second.numpy().tolist() == [2.0, 1.0]
+
+
 # ---- planted bugs
 
 

@@ -15,19 +15,21 @@ from tfpar.planning.sharding import bounds
 
 
 def all_reduce_gradients(values: Sequence[Sequence[Any]], devices: Sequence[str], ops: Any = None) -> list[list[Any]]:
-    """The sum over replicas of each gradient, on every replica's device.
+    """The sum over replicas, or ranks, of each gradient, on the device of each.
 
     Args:
         values: for each value, what each replica has of it; `None` for nothing. A batch with fewer rows than there are
-            replicas leaves the last ones without a part, and what was computed for all is on the first alone.
+            replicas leaves the last ones without a part.
         devices: of all replicas.
-        ops: the `tf.distribute.CrossDeviceOps` that reduce; tensors are copied and added if not given.
+        ops: the `tf.distribute.CrossDeviceOps` that reduce; tensors are copied and added if not given, and those of a
+            dtype that NCCL does not add up.
     """
     if len(devices) == 1:
         return [list(parts) for parts in values]
     found = [[part for part in parts if part is not None] for parts in values]
     result: list[Any] = [None if parts else [None] * len(devices) for parts in found]
-    complete = [n for n, parts in enumerate(found) if len(parts) == len(devices)]
+    known = [bool(parts) and plain(parts[0]).dtype in NCCL for parts in found]
+    complete = [n for n, parts in enumerate(found) if len(parts) == len(devices) and known[n]]
     if ops is not None and complete:
         tensors = [[p.values if isinstance(p, SharedRows) else p for p in found[n]] for n in complete]
         for n, reduced in zip(complete, batch_reduce(ops, tensors), strict=True):

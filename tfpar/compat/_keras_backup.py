@@ -1,4 +1,4 @@
-"""Private names of Keras' BackupAndRestore. Checked against Keras 3.15.1; `tests/test_killed.py` tests each."""
+"""Private names of Keras' BackupAndRestore. Checked against Keras 3.15.1; `tests/trainer/test_killed.py` tests each."""
 
 import json
 import os

@@ -1,6 +1,6 @@
 """Private names of Keras that dividing layers and losses between ranks needs. Checked against Keras 3.15.1.
 
-`tests/test_keras_parts.py` tests each.
+`tests/compat/test_keras_parts.py` tests each.
 """
 
 import contextlib

@@ -134,7 +134,7 @@ class ExecutionGraph:
 
     @cached_property
     def collectives(self) -> dict[int, Collective]:
-        """The exchanges between ranks, each a segment of its own."""
+        """The exchanges between devices, each a segment of its own."""
         calls = zip(self.partition.stage_of, self.graph.calls, strict=True)
         return {s: call.operation for s, call in calls if is_collective(call)}
 
@@ -160,7 +160,7 @@ class Engine:
             computed from, which is the last output; the targets are the last input.
         jit_compile, eager: how programs run.
         partial: variables that all ranks have, but find parts of the gradient of.
-        reduce: the `tf.distribute.CrossDeviceOps` that add up tensors of ranks; copies, if not given.
+        cross_device_ops: what adds up tensors of several devices; they are copied and added, if not given.
     """
 
     plan: Plan
@@ -171,7 +171,7 @@ class Engine:
     eager: bool = False
     loss_parallel: tuple[CrossEntropy, ExecutionGraph] | None = None
     partial: Set[int] = frozenset()
-    reduce: Any = None
+    cross_device_ops: tf.distribute.CrossDeviceOps | None = None
     has_masks: bool = False  # outputs have masks that their symbols do not show
     programs: dict[tuple[ExecutionGraph, int, bool | None], Program] = field(default_factory=dict)
     losses: dict[Any, ExecutionGraph] = field(default_factory=dict)  # ways to the loss, by kinds of targets

@@ -27,14 +27,12 @@ class GradientReduction:
         weights: those to train.
         numbers: the variable of the graph that each is.
         members: the weights of each stage.
-        ops: the `tf.distribute.CrossDeviceOps` that add up; tensors are copied and added if not given.
     """
 
     engine: Engine
     weights: Sequence[keras.Variable]
     numbers: Sequence[int | None]
     members: dict[int, list[int]]
-    ops: tf.distribute.CrossDeviceOps | None = None
 
     def reduce(self, run: Execution, in_parts: bool) -> list[dict[Coordinate, Any]]:
         """The gradient of each weight on each lane, or the shard that it updates.
@@ -80,7 +78,8 @@ class GradientReduction:
         if terms:
             devices = [device_of(self.weights[terms[0][0]], lane) for lane in lanes]
             values = [[term[lane] for lane in lanes] for _, term in terms]
-            for (_, term), totals in zip(terms, all_reduce_gradients(values, devices, self.ops), strict=True):
+            sums = all_reduce_gradients(values, devices, self.engine.cross_device_ops)
+            for (_, term), totals in zip(terms, sums, strict=True):
                 for lane, total in zip(lanes, totals, strict=True):
                     term[lane] = total
 

@@ -25,7 +25,7 @@ def forward_collective(run: "Execution", s: int, first: MicroBatch):
         for key in (x, ~x) if ~x in run.values[first] else (x,):
             given = [run.values[m].get(key, NOTHING) for m in places]
             edges = edges_of(run, s, places, given)
-            values = collective.there([e.value for e in given], devices, run.engine.reduce, edges)
+            values = collective.there([e.value for e in given], devices, run.engine.cross_device_ops, edges)
             masks = collective.of_mask([e.mask for e in given], devices, edges)
             for m, value, mask in zip(places, values, masks, strict=True):
                 run.values[m][y if key == x else ~y] = Edge(value, mask)
@@ -41,7 +41,7 @@ def backward_collective(run: "Execution", s: int, first: MicroBatch):
             if arrived and (run.watch_inputs or y in run.graph.learned):
                 edges = edges_of(run, s, places, [run.values[m].get(source, NOTHING) for m in places])
                 summed = on_each(devices, lambda n: run.cotangent(places[n], key))  # noqa: B023
-                gradients = collective.back(summed, devices, run.engine.reduce, edges)
+                gradients = collective.back(summed, devices, run.engine.cross_device_ops, edges)
                 for m, gradient in zip(places, gradients, strict=True):
                     run.send(m, {source: gradient})
 

@@ -88,7 +88,7 @@ class Update:
     @cached_property
     def reduction(self) -> GradientReduction:
         """Adds up gradients of lanes."""
-        return GradientReduction(self.engine, self.weights, self.numbers, self.members, self.strategy.cross_device_ops)
+        return GradientReduction(self.engine, self.weights, self.numbers, self.members)
 
     @cached_property
     def programs(self) -> dict[int, dict[str, Callable]]:

@@ -1,6 +1,5 @@
 """A model as plain data: its operations in order, the tensors between them, the variables they use."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -127,8 +126,3 @@ class OpGraph:
             if found.intersection(op.inputs) or any(self.variables[v].trainable for v in op.variables):
                 found.update(t for t in op.outputs if self.tensors[t].differentiable)
         return frozenset(found)
-
-    def variable_bytes(self, ops: Iterable[int]) -> int:
-        """Bytes of the variables that these operations use, each counted once."""
-        used = {v for i in ops for v in self.ops[i].variables}
-        return sum(self.variables[v].bytes for v in used)

@@ -1,6 +1,6 @@
 """What is on each device, and when it runs: the result of planning."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
 
@@ -70,11 +70,11 @@ class Plan:
         rows: samples in a full batch, over all replicas.
         slot_bytes: for each variable of the graph, the bytes of the optimizer's slots for it, undivided; empty if they
             are not known.
-        global_batch: names of the operations that run once for all replicas.
+        global_batch: names of the operations that every replica computes for the whole batch.
         segments: into how many segments the forward pass of training is cut.
         zero: what replicas divide, see `MeshStrategy`.
         weights: how ranks divide each variable of the graph; empty without ranks.
-        exchanges: the collectives between ranks in a training step; empty without ranks.
+        exchanges: the collectives in a training step, but for the sums of gradients over replicas.
 
     Example:
         >>> plan = strategy.explain(model, batch_size=64)  # doctest: +SKIP
@@ -184,7 +184,7 @@ class Plan:
         """How lanes divide a variable, or its slots or gradient; `v` and `zero` as for `part`."""
         variable = self.partition.graph.variables[v]
         dim = self.weights[v].layout.dim if v < len(self.weights) else None
-        sharding = Sharding({} if dim is None else {"tensor": dim}, Mesh(self.mesh.data, 1, self.mesh.tensor))
+        sharding = Sharding({} if dim is None else {"tensor": dim}, replace(self.mesh, stage=1, devices=()))
         divides = variable.trainable and self.zero >= zero
         return sharded(variable.shape, sharding) if divides else sharding
 

@@ -249,7 +249,7 @@ def with_tensors(call: Call, tensors: Sequence[int]) -> tuple[Any, Any]:
 
 
 def is_collective(call: Call) -> bool:
-    """Whether ranks exchange something here."""
+    """Whether devices exchange something here."""
     return isinstance(call.operation, Collective)
 
 

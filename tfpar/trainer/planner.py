@@ -92,7 +92,7 @@ def planned(
     return Engine(
         plan, model, training, inference, bool(model.jit_compile), model.run_eagerly,
         loss_parallel=(loss, with_loss[0]) if with_loss else None,
-        reduce=strategy.cross_device_ops, **between,
+        cross_device_ops=strategy.cross_device_ops, **between,
     )  # fmt: skip
 
 
@@ -199,7 +199,7 @@ def cut_of(strategy: Description, graph: KerasGraph, schedule: Schedule, rows: i
 
 
 def batch_wide(strategy: Description, graph: KerasGraph) -> set[str]:
-    """Operations that mix the samples of a batch, or keep something for each: replicas run them together."""
+    """Operations that mix the samples of a batch, or keep something for each: every replica computes all of it."""
     if strategy.mesh.data == 1 or strategy.parts.micro_batches > 1:
         return set()
     stateful = {i for i, call in enumerate(graph.calls) if any(map(is_stateful, _keras.layers_in(call.operation)))}
