@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import unittest.mock
 
 import keras
 import numpy as np
@@ -669,13 +670,17 @@ def test_sums_over_replicas():
 
 
 def test_sums_that_nccl_does_not_know_are_copies():
-    class Refusing(tf.distribute.ReductionToOneDevice):
+    class Refusing(tf.distribute.NcclAllReduce):
         def batch_reduce_implementation(self, reduce_op, pairs, options):
             raise TypeError("no kernel")
 
     values = [[tf.constant([1.0, n], tf.bfloat16) for n in range(2)]]
     ((first, second),) = collectives.all_reduce_gradients(values, ["CPU:0", "CPU:1"], Refusing())
     assert first.numpy().tolist() == second.numpy().tolist() == [2.0, 1.0]
+    own = tf.distribute.ReductionToOneDevice()  # a user's, of which nothing is known, is asked for every dtype
+    with unittest.mock.patch.object(own, "batch_reduce", wraps=own.batch_reduce) as asked:
+        collectives.all_reduce_gradients(values, ["CPU:0", "CPU:1"], own)
+    assert asked.call_count == 1
 
 
 # ---- planted bugs

@@ -22,14 +22,15 @@ def all_reduce_gradients(values: Sequence[Sequence[Any]], devices: Sequence[str]
             replicas leaves the last ones without a part.
         devices: of all replicas.
         ops: the `tf.distribute.CrossDeviceOps` that reduce; tensors are copied and added if not given, and those of a
-            dtype that NCCL does not add up.
+            dtype that NCCL does not add up, if it is NCCL.
     """
     if len(devices) == 1:
         return [list(parts) for parts in values]
     found = [[part for part in parts if part is not None] for parts in values]
     result: list[Any] = [None if parts else [None] * len(devices) for parts in found]
-    known = [bool(parts) and plain(parts[0]).dtype in NCCL for parts in found]
-    complete = [n for n, parts in enumerate(found) if len(parts) == len(devices) and known[n]]
+    every = not isinstance(ops, tf.distribute.NcclAllReduce)  # dtypes
+    complete = [n for n, parts in enumerate(found) if len(parts) == len(devices)]
+    complete = [n for n in complete if every or plain(found[n][0]).dtype in NCCL]
     if ops is not None and complete:
         tensors = [[p.values if isinstance(p, SharedRows) else p for p in found[n]] for n in complete]
         for n, reduced in zip(complete, batch_reduce(ops, tensors), strict=True):
