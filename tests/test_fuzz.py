@@ -70,7 +70,7 @@ def gradient_sums(patch):
     def kept(values, devices, ops):
         return [list(parts) for parts in values]
 
-    patch.setattr("tfpar.engine.gradient_reduction.all_reduce_gradients", kept)
+    patch.setattr("tfpar.engine.weight_edge.all_reduce_gradients", kept)
 
 
 def shares_of_uneven_batches(patch):

@@ -695,7 +695,7 @@ def own_gradients(patch):
     def kept(values, devices, ops=None):
         return [[v[r % len(v)] for r in range(len(devices))] for v in values]
 
-    patch.setattr("tfpar.engine.gradient_reduction.all_reduce_gradients", kept)
+    patch.setattr("tfpar.engine.weight_edge.all_reduce_gradients", kept)
 
 
 def equal_shares(patch):

@@ -162,7 +162,7 @@ def no_sum_over_replicas(patch):
     def kept(values, devices, ops):
         return [list(parts) for parts in values]
 
-    patch.setattr("tfpar.engine.gradient_reduction.all_reduce_gradients", kept)
+    patch.setattr("tfpar.engine.weight_edge.all_reduce_gradients", kept)
 
 
 def no_sum_over_ranks(patch):

@@ -193,7 +193,7 @@ def shards_in_another_order(patch):
 def gradients_of_one_replica(patch):
     original = collectives.reduce_scatter_gradient
     wrong = lambda parts, *a: original(parts[:1], *a)  # noqa: E731
-    patch.setattr("tfpar.engine.engine.reduce_scatter_gradient", wrong)
+    patch.setattr("tfpar.engine.weight_edge.reduce_scatter_gradient", wrong)
 
 
 def same_weights_again(patch):

@@ -18,7 +18,7 @@ from tfpar.engine.executor import Execution
 from tfpar.engine.global_batch import TakeMoments
 from tfpar.engine.program import Edge, tensor_of, with_logits
 from tfpar.graph.batch_probe import Combine
-from tfpar.planning.mesh import Coordinate
+from tfpar.planning.mesh import FIRST, Coordinate
 from tfpar.planning.sharding import REPLICATED
 from tfpar.variables.logical import HOST
 
@@ -37,7 +37,7 @@ def added_losses(run: Execution) -> dict[tuple[int, int], tf.Tensor]:
     """What layers added to the loss, for the whole batch."""
     total: dict[tuple[int, int], tf.Tensor] = {}
     for (_, m), result in run.results.items():
-        for (i, k), weight in weights(run, result, run.share(m)).items() if not m.lane.tensor else ():
+        for (i, k), weight in weights(run, result, run.share(m)).items() if m.lane == m.lane.replica else ():
             loss = result.losses[i][k]
             part = tf.math.multiply_no_nan(loss, tf.cast(weight, loss.dtype))  # no rows have no mean
             total[i, k] = total[i, k] + part if (i, k) in total else part
@@ -81,16 +81,16 @@ def write_state(run: Execution):
         if layout_of(variable) != REPLICATED:
             for lane in run.mesh.lanes:  # every rank has a value of its own
                 with tf.device(device_of(variable, lane)):
-                    copy_of(variable, lane).assign(combined(run, v, lane.tensor))
+                    copy_of(variable, lane).assign(combined(run, v, lane.rank))
         else:
             with tf.device(device_of(variable)):
                 variable.assign(combined(run, v))
 
 
-def combined(run: Execution, v: int, rank: int = 0) -> tf.Tensor:
+def combined(run: Execution, v: int, rank: Coordinate = FIRST) -> tf.Tensor:
     """The value of a variable, or of a rank's part, after the batch, from those after each part."""
     variable = run.engine.graph.variables[v]
-    places = [m for m in run.all if m.lane.tensor == rank and v in run.state[m]]
+    places = [m for m in run.all if m.lane.rank == rank and v in run.state[m]]
     parts = [run.state[m][v] for m in places]
     if len(parts) == 1 or _keras.is_seed(variable):
         return parts[0]
@@ -102,7 +102,7 @@ def combined(run: Execution, v: int, rank: int = 0) -> tf.Tensor:
     if kind is Combine.MEAN:
         return tf.add_n([p * tf.cast(run.share(m), p.dtype) for p, m in zip(parts, places, strict=True)])
     if kind is Combine.SUM:
-        before = read(variable, Coordinate(tensor=rank))
+        before = read(variable, rank)
         return before + tf.add_n([p - before for p in parts])
     raise needs_whole(
         run,
@@ -129,29 +129,29 @@ def statistics(run: Execution) -> Iterator[tuple[Any, _moments.Moments]]:
     def moves(layer: Any) -> bool:
         return places.get(id(layer.moving_mean)) in written
 
-    def of_ranks(layer: Any, of: Callable[[int], _moments.Moments]) -> _moments.Moments:
-        count = run.ranks if layout_of(layer.moving_mean) != REPLICATED else 1
-        mean, variance, divisors = zip(*(of(rank) for rank in range(count)), strict=True)
+    def of_ranks(layer: Any, of: Callable[[Coordinate], _moments.Moments]) -> _moments.Moments:
+        ranks = run.mesh.ranks if layout_of(layer.moving_mean) != REPLICATED else (FIRST,)
+        mean, variance, divisors = zip(*map(of, ranks), strict=True)
         return _moments.Moments(tf.concat(mean, -1), tf.concat(variance, -1), divisors[0])
 
     for op, call in zip(run.graph.ops, run.route.graph.calls, strict=True):
         if isinstance(call.operation, TakeMoments) and moves(layer := call.operation.call.operation):
 
-            def taken(rank: int, outputs: Any = op.outputs) -> _moments.Moments:
-                parts = [run.values[m] for m in run.all if m.lane.tensor == rank]
+            def taken(rank: Coordinate, outputs: Any = op.outputs) -> _moments.Moments:
+                parts = [run.values[m] for m in run.all if m.lane.rank == rank]
                 return _moments.Moments(*(tf.concat([values[t].value for values in parts], 0) for t in outputs))
 
             yield layer, of_ranks(layer, taken)
     for s in range(run.partition.stages):
         for number, layer in enumerate([] if s in run.route.collectives else run.program(s).normalizations):
-            results = [(m.lane.tensor, found) for (of, m), found in run.results.items() if of == s]
+            results = [(m.lane.rank, found) for (of, m), found in run.results.items() if of == s]
             calls = len(results[0][1].moments.get(number, []))
             if s in run.route.global_batch:  # it has moved by itself
                 continue
             for n in range(calls):
 
-                def recorded(rank: int, n: int = n, number: int = number, results: Any = results) -> _moments.Moments:
-                    parts = [found.moments[number][n] for of, found in results if of == rank]
+                def recorded(rank: Coordinate, at: Any = (number, n), results: Any = results) -> _moments.Moments:
+                    parts = [found.moments[at[0]][at[1]] for of, found in results if of == rank]
                     return _moments.Moments(*(tf.stack(values) for values in zip(*parts, strict=True)))
 
                 yield layer, of_ranks(layer, recorded)

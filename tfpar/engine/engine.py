@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from tfpar.comm.collectives import Collective, reduce_scatter_gradient
+from tfpar.comm.collectives import Collective
 from tfpar.compat import _keras
 from tfpar.compat._tf import independent
 from tfpar.engine import micro_batch
@@ -54,19 +54,6 @@ def layout_of(variable: keras.Variable) -> Layout:
     """How a variable is divided between ranks."""
     value = _keras.stored(variable)
     return value.sharding.layout("tensor") if isinstance(value, LogicalVariable) else REPLICATED
-
-
-def shards_of(variable: keras.Variable) -> Layout:
-    """How replicas divide what updates a variable."""
-    value = _keras.stored(variable)
-    return value.slot_sharding.layout("data") if isinstance(value, LogicalVariable) else REPLICATED
-
-
-def scattered(variable: keras.Variable, gradients: Sequence[Any], lanes: Sequence[Coordinate]) -> list[Any]:
-    """To each of these lanes its shard of the sum of what they have of a variable's gradient."""
-    value = _keras.stored(variable)
-    shape = value.sharding.along("tensor").shape(value.shape.as_list(), lanes[0])
-    return reduce_scatter_gradient(gradients, [device_of(variable, at) for at in lanes], shards_of(variable).dim, shape)
 
 
 def read(variable: keras.Variable, at: Coordinate = FIRST) -> tf.Tensor:
@@ -222,11 +209,6 @@ class Engine:
     def mesh(self) -> Mesh:
         """The devices."""
         return self.plan.mesh
-
-    def gathers(self, v: int) -> bool:
-        """Whether replicas have shards of a variable."""
-        value = _keras.stored(self.graph.variables[v])
-        return isinstance(value, LogicalVariable) and "data" in value.sharding.dims
 
     def traced(self, function: Callable, compiled: bool = True) -> Callable:
         """A function of tensors as programs run: traced once, compiled where asked."""

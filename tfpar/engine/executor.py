@@ -18,7 +18,7 @@ from tfpar.engine.group import COLLECTIVE
 from tfpar.engine.program import Edge, Program, Result, with_logits
 from tfpar.engine.reading import value_of
 from tfpar.engine.vjp import again_of, fused, keep, vjp
-from tfpar.planning.mesh import FIRST, Coordinate
+from tfpar.planning.mesh import AXES, FIRST, Coordinate
 from tfpar.planning.schedule import Action, Kind, Schedule
 
 
@@ -58,7 +58,6 @@ class Execution:
         self.route = self.route or self.engine.route(self.training)
         self.graph, self.partition = self.route.graph.graph, self.route.partition
         self.mesh = self.engine.mesh
-        self.ranks = self.mesh.tensor
         of_lane = range(self.parts.micro_batches)
         self.all = [MicroBatch(lane, n) for lane in self.lanes for n in of_lane]
         self.values: dict[MicroBatch, dict[int, Edge]] = {
@@ -72,7 +71,7 @@ class Execution:
             m: {t: [self.loss_cotangent] for t in ends} for m in self.all
         }
         self.gradients: dict[tuple[int, Coordinate, int], Any] = {}  # by segment, lane and variable
-        self.waiting: dict[tuple, dict[Coordinate, Any]] = {}  # gradients that lack those of other replicas
+        self.waiting: dict[int, dict[Coordinate, Any]] = {}  # by variable: gradients that lack those of other replicas
         self.known: dict[tuple[int, Coordinate, int], tf.Tensor] = {}  # by segment, lane and variable
         self.order = DeviceOrder(self.clock)
 
@@ -111,7 +110,8 @@ class Execution:
     @property
     def lanes(self) -> tuple[Coordinate, ...]:
         """Those that run the same programs side by side; replicas without a part of the batch do not."""
-        return self.mesh.lanes[: self.parts.replicas * self.ranks]
+        replicas = self.mesh.replicas[: self.parts.replicas]
+        return tuple(lane for lane in self.mesh.lanes if lane.replica in replicas)
 
     def at(self, s: int, lane: Coordinate = FIRST) -> Coordinate:
         """Where a segment of a lane runs."""
@@ -123,11 +123,9 @@ class Execution:
 
     def scope(self, s: int, kind: Kind, m: MicroBatch) -> str:
         """The name of an action, as profiles show it."""
-        replica, _, rank = m.lane
         exchange = self.route.collectives.get(s)
-        axis = exchange.axis if exchange else None
-        where = f"replica{replica}/" if self.parts.replicas > 1 and axis != "data" else ""
-        where += f"rank{rank}/" if self.ranks > 1 and axis != "tensor" else ""
+        axes = [axis for axis in self.several if exchange is None or axis != exchange.axis]
+        where = "".join(f"{AXES[axis].member}{getattr(m.lane, axis)}/" for axis in axes)
         if exchange is not None:
             name = self.graph.ops[self.partition.ops(s)[0]].scope
             return f"{where}{exchange.forward if kind is Kind.FORWARD else exchange.backward}/{name}"
@@ -136,18 +134,23 @@ class Execution:
         segment = f"segment{s}/" if len(stages) > stages[-1] + 1 else ""
         return f"{where}stage{stages[s]}/{segment}mb{m.micro_batch}/{what}"
 
+    @property
+    def several(self) -> list[str]:
+        """The axes, but for `stage`, along which several devices run."""
+        return [axis for axis in AXES if len({getattr(lane, axis) for lane in self.lanes}) > 1]
+
     def program(self, s: int) -> Program:
         """What a segment runs."""
         return self.engine.program(self.route, s, self.training)
 
     def part(self, m: MicroBatch) -> int:
         """Which part of the batch this is."""
-        return m.lane.data * self.parts.micro_batches + m.micro_batch
+        return self.mesh.replicas.index(m.lane.replica) * self.parts.micro_batches + m.micro_batch
 
     @property
     def firsts(self) -> list[MicroBatch]:
         """The micro-batches of the first rank of each replica: each part of the batch once."""
-        return [m for m in self.all if not m.lane.tensor]
+        return [m for m in self.all if m.lane == m.lane.replica]
 
     # ---- actions, under the device of their stage
 

@@ -13,12 +13,12 @@ from tfpar.comm.collectives import all_reduce, on_each
 from tfpar.comm.gradients import of_parts
 from tfpar.compat import _keras, _keras_parts
 from tfpar.engine.description import Description
-from tfpar.engine.engine import Engine, device_of, each, full_value, layout_of, shards_of
+from tfpar.engine.engine import Engine, device_of, each, full_value, layout_of
 from tfpar.engine.executor import Execution
 from tfpar.engine.gradient_reduction import GradientReduction
 from tfpar.engine.stage_update import StageUpdate, apply
-from tfpar.planning.mesh import FIRST, Coordinate
-from tfpar.planning.sharding import REPLICATED
+from tfpar.engine.weight_edge import WeightEdge
+from tfpar.planning.mesh import AXES, FIRST, Coordinate
 from tfpar.variables.logical import HOST, LogicalVariable
 from tfpar.variables.shard_view import shard_of, write_shards
 
@@ -62,7 +62,7 @@ class Update:
 
     def __call__(self, run: Execution, scale: Any):
         """Reduce the gradients of a pass and apply them."""
-        reduced = self.reduction.reduce(run, self.in_parts)
+        reduced = self.reduction.reduce(run)
         as_one = len(self.mesh.lanes) == 1 and not self.engine.jit_compile and not self.away
         nothing = all(gradient is None for lanes in reduced for gradient in lanes.values())
         as_one = as_one or nothing  # Keras says what is wrong
@@ -86,9 +86,15 @@ class Update:
                 self.copy(variable, place).assign(self.copy(variable, busy[0]).read_value())
 
     @cached_property
+    def edges(self) -> list[WeightEdge]:
+        """What lanes exchange of the gradient of each weight."""
+        partial = self.engine.partial
+        return [WeightEdge(w, v in partial, self.in_parts) for w, v in zip(self.weights, self.numbers, strict=True)]
+
+    @cached_property
     def reduction(self) -> GradientReduction:
         """Adds up gradients of lanes."""
-        return GradientReduction(self.engine, self.weights, self.numbers, self.members)
+        return GradientReduction(self.engine, self.edges, self.numbers, self.members)
 
     @cached_property
     def programs(self) -> dict[int, dict[str, Callable]]:
@@ -215,11 +221,8 @@ class Update:
 
     def counted(self, place: Place) -> tf.Tensor:
         """With what weight each gradient of a device counts in a norm."""
-        replica, _, rank = place.lane
-        weights = [self.weights[n] for n in self.members[place.stage]]
-        counts = [
-            (rank == 0 or layout_of(w) != REPLICATED) and (replica == 0 or shards_of(w) != REPLICATED) for w in weights
-        ]
+        shardings = [self.edges[n].sharding for n in self.members[place.stage]]
+        counts = [all(n == 0 or axis in of.dims for axis, n in zip(AXES, place.lane, strict=True)) for of in shardings]
         return tf.cast(tf.constant(counts), tf.float64)
 
 

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from tfpar.compat import _keras
 from tfpar.engine.engine import MicroBatch, read
+from tfpar.engine.weight_edge import edge_of
 
 if TYPE_CHECKING:
     from tfpar.engine.executor import Execution
@@ -19,7 +20,7 @@ def value_of(run: "Execution", s: int, m: MicroBatch, v: int) -> tf.Tensor:
     if v in run.state[m]:
         return tf.identity(run.state[m][v])
     if (s, lane, v) not in run.known:
-        if run.engine.gathers(v):  # for this action alone, while the one before it runs
+        if is_gathered(run, v):  # for this action alone, while the one before it runs
             with tf.control_dependencies(run.order.before.get(run.at(s, lane), [])):
                 return before_batch(run, s, m, v)
         run.known[s, lane, v] = before_batch(run, s, m, v)
@@ -27,9 +28,14 @@ def value_of(run: "Execution", s: int, m: MicroBatch, v: int) -> tf.Tensor:
     if not _keras.is_seed(run.engine.graph.variables[v]):
         return value
     if s in run.route.global_batch:  # every replica computes the same
-        m = m._replace(lane=lane._replace(data=0))
+        m = m._replace(lane=lane.rank)
     # ranks that fill the same tensor draw the same numbers
     return _keras.nth_seed(value, run.all.index(m) if v in run.route.drawn else run.part(m))
+
+
+def is_gathered(run: "Execution", v: int) -> bool:
+    """Whether replicas have shards of a variable, which are put together for each action that reads it."""
+    return edge_of(run.engine, v, run.scatters).forward("data") == "all-gather"
 
 
 def before_batch(run: "Execution", s: int, m: MicroBatch, v: int) -> tf.Tensor:

@@ -13,13 +13,13 @@ from tfpar.comm.gradients import SharedRows, add, cast
 from tfpar.compat._tf import made_again
 from tfpar.engine import added_losses
 from tfpar.engine.combination import shares_rows
-from tfpar.engine.engine import MicroBatch, device_of, scattered, shards_of, tensors_of
+from tfpar.engine.engine import MicroBatch, device_of, tensors_of
 from tfpar.engine.program import Edge, Program, Result, differentiable, key_of, packed, tensor_of
-from tfpar.engine.reading import value_of
+from tfpar.engine.reading import is_gathered, value_of
 from tfpar.engine.remat import SplitProgram, makers
+from tfpar.engine.weight_edge import edge_of, exchange
 from tfpar.graph.recording import UnusedResults
 from tfpar.planning.mesh import Coordinate
-from tfpar.planning.sharding import REPLICATED
 
 if TYPE_CHECKING:
     from tfpar.engine.executor import Execution
@@ -31,20 +31,23 @@ def keep(run: "Execution", s: int, m: MicroBatch, gradients: dict[int, Any]):
     """Add gradients of variables to those of earlier micro-batches; of those that replicas divide, the shards."""
     whole = {}
     for v, gradient in gradients.items():
-        variable = run.engine.graph.variables[v]
         if shares_rows(run, s, v, gradient):
             gradient = SharedRows(gradient.values, gradient.indices, gradient.dense_shape)
-        if not run.scatters or shards_of(variable) == REPLICATED:
+        edge = edge_of(run.engine, v, True)
+        if run.scatters and edge.backward("data") == "reduce-scatter":
+            run.waiting.setdefault(v, {})[m.lane] = cast(gradient, edge.variable.dtype)
+        else:
             whole[v] = gradient
-            continue
-        waiting = run.waiting.setdefault((s, m.micro_batch, m.lane.tensor, v), {})
-        waiting[m.lane] = cast(gradient, variable.dtype)
-        if len(waiting) == run.parts.replicas:
-            every = run.mesh.along("data", m.lane)
-            for lane, part in zip(every, scattered(variable, list(waiting.values()), every), strict=True):
-                with tf.device(device_of(variable, lane)):
-                    count(run, s, lane, {v: part})
     count(run, s, m.lane, whole)
+    if m.lane == run.lanes[-1]:
+        for v, found in run.waiting.items():
+            edge = edge_of(run.engine, v, True)
+            for lanes in (run.mesh.along("data", rank) for rank in run.mesh.ranks):
+                (shards,) = exchange([edge], "data", lanes, [[found.get(lane) for lane in lanes]], None)
+                for lane, shard in zip(lanes, shards, strict=True):
+                    with tf.device(device_of(edge.variable, lane)):
+                        count(run, s, lane, {v: shard})
+        run.waiting.clear()
 
 
 def count(run: "Execution", s: int, lane: Coordinate, gradients: dict[int, Any]):
@@ -90,7 +93,7 @@ def again_of(
         return tf.identity(before) if v in run.state[m] else value_of(run, s, m, v)
 
     return [
-        partial(again, v, before) if before.dtype.is_floating and (copies or run.engine.gathers(v)) else None
+        partial(again, v, before) if before.dtype.is_floating and (copies or is_gathered(run, v)) else None
         for v, before in zip(program.variables, variables, strict=True)
     ]
 

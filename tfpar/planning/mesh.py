@@ -1,8 +1,10 @@
-"""The devices, arranged along the three axes on which work can be divided."""
+"""The devices, arranged along the axes on which work can be divided."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
+from math import prod
 from typing import NamedTuple
 
 from tfpar.errors import DeviceError
@@ -25,8 +27,31 @@ class Coordinate(NamedTuple):
     stage: int = 0
     tensor: int = 0
 
+    @property
+    def replica(self) -> "Coordinate":
+        """The first of those that have the same samples: 0 along every axis that does not divide samples."""
+        return FIRST._replace(**{axis: getattr(self, axis) for axis in AXES if AXES[axis].divides == "samples"})
 
-AXES = Coordinate._fields
+    @property
+    def rank(self) -> "Coordinate":
+        """The first of those that have the same part of the model: 0 along every axis that divides samples."""
+        return self._replace(**{axis: 0 for axis in AXES if AXES[axis].divides == "samples"})
+
+
+class Axis(NamedTuple):
+    """An axis of a mesh.
+
+    Args:
+        divides: what of the work: `"samples"` of a batch, `"operations"` of the model, or `"weights"`, with what each
+            operation does.
+        member: what one along it is called.
+    """
+
+    divides: str
+    member: str
+
+
+AXES = {"data": Axis("samples", "replica"), "stage": Axis("operations", "stage"), "tensor": Axis("weights", "rank")}
 FIRST = Coordinate()
 
 
@@ -72,14 +97,14 @@ class Mesh:
             raise DeviceError(f"{self} has {self.size} places, but {len(self.devices)} devices were given")
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         """The sizes of `data`, `stage` and `tensor`."""
-        return self.data, self.stage, self.tensor
+        return tuple(getattr(self, axis) for axis in AXES)
 
     @property
     def size(self) -> int:
         """The number of coordinates: data x stage x tensor."""
-        return self.data * self.stage * self.tensor
+        return prod(self.shape)
 
     @property
     def on_gpus(self) -> bool:
@@ -92,12 +117,27 @@ class Mesh:
         Raises:
             IndexError: the mesh names no devices.
         """
-        return self.devices[(at.data * self.stage + at.stage) * self.tensor + at.tensor]
+        return self.devices[number_of(at, self.shape)]
 
     @property
+    def lane_shape(self) -> tuple[int, ...]:
+        """The sizes of the axes, 1 for `stage`."""
+        return tuple(1 if axis == "stage" else getattr(self, axis) for axis in AXES)
+
+    @cached_property
     def lanes(self) -> tuple[Coordinate, ...]:
         """The coordinate of each lane on stage 0: a lane is a rank of a replica, on all its stages."""
-        return tuple(Coordinate(data=r, tensor=k) for r, k in product(range(self.data), range(self.tensor)))
+        return tuple(Coordinate(*at) for at in product(*map(range, self.lane_shape)))
+
+    @property
+    def replicas(self) -> tuple[Coordinate, ...]:
+        """The first lane of each replica: every part of a batch once."""
+        return tuple(lane for lane in self.lanes if lane == lane.replica)
+
+    @property
+    def ranks(self) -> tuple[Coordinate, ...]:
+        """The lanes of the first replica: every part of a layer's weights once."""
+        return tuple(lane for lane in self.lanes if lane == lane.rank)
 
     def along(self, axis: str, at: Coordinate) -> tuple[Coordinate, ...]:
         """The coordinates that differ from `at` along an axis only, `at` itself among them.
@@ -113,7 +153,15 @@ class Mesh:
         Raises:
             DeviceError: as the constructor.
         """
-        return Mesh(*self.shape, devices=tuple(devices))
+        return replace(self, devices=tuple(devices))
 
     def __str__(self) -> str:
         return f"Mesh({', '.join(f'{a}={n}' for a, n in zip(AXES, self.shape, strict=True) if n > 1) or 'data=1'})"
+
+
+def number_of(at: Coordinate, shape: Sequence[int]) -> int:
+    """The place of a coordinate in a list of all of a grid, the last axis counting fastest."""
+    number = 0
+    for size, place in zip(shape, at, strict=True):
+        number = number * size + place
+    return number

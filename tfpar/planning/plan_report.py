@@ -8,7 +8,7 @@ from rich.box import SIMPLE
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
-from tfpar.planning.mesh import Coordinate
+from tfpar.planning.mesh import AXES, Coordinate
 from tfpar.planning.sharding import bounds
 
 if TYPE_CHECKING:
@@ -33,11 +33,11 @@ def printed(plan: "Plan") -> Console:
 def devices(plan: "Plan") -> Table:
     """What is on each device."""
     mesh, stages = plan.mesh, plan.partition.stages
-    counts = {"replicas": mesh.data, "stages": stages, "ranks": mesh.tensor}
-    several = [f"{n} {axis}" for axis, n in counts.items() if n > 1] or ["1 device"]
+    counts = {AXES[axis].member: n for axis, n in zip(AXES, mesh.shape, strict=True)} | {"stage": stages}
+    several = [f"{n} {member}s" for member, n in counts.items() if n > 1] or ["1 device"]
     several += [f"{plan.schedule.micro_batches} micro-batches"] if stages * plan.schedule.micro_batches > 1 else []
     table = Table(title=", ".join(several), box=SIMPLE, padding=(0, 1, 0, 0))
-    names = [axis[:-1] for axis, n in counts.items() if n > 1] + ["device"]
+    names = [member for member, n in counts.items() if n > 1] + ["device"]
     names += ["first layer"] if stages > 1 else []
     numbers = ["layers", "time"] if stages > 1 else []
     numbers += ["samples"] if mesh.data > 1 else []
@@ -49,15 +49,15 @@ def devices(plan: "Plan") -> Table:
         table.add_column(name, justify="right")
     seconds, rows = sum(plan.cost.forward) or 1.0, bounds(plan.rows, mesh.data)
     whole = sum(v.bytes for v in plan.partition.graph.variables) or 1
-    for r, s, k in product(range(mesh.data), range(stages), range(mesh.tensor)):
-        at, ops = Coordinate(r, s, k), plan.partition.ops(s)
+    for at in (Coordinate(*places) for places in product(*map(range, counts.values()))):
+        s, ops = at.stage, plan.partition.ops(at.stage)
         held = plan.parameter_bytes(s, at)
-        cells = [str(n) for n, count in zip((r, s, k), counts.values(), strict=True) if count > 1]
+        cells = [str(n) for n, count in zip(at, counts.values(), strict=True) if count > 1]
         cells.append(plan.device(s, at))
         if stages > 1:
             first = plan.partition.graph.ops[ops[0]].layer
             cells += [first, str(len(ops)), f"{plan.cost.forward[s] / seconds:.0%}"]
-        cells += [str(rows[r + 1] - rows[r])] if mesh.data > 1 else []
+        cells += [str(rows[at.data + 1] - rows[at.data])] if mesh.data > 1 else []
         cells += [in_units(held)] + ([f"{held / whole:.0%}"] if mesh.tensor > 1 or plan.zero == 3 else [])
         slots = in_units(plan.optimizer_bytes(s, at)) if plan.slot_bytes else "?"
         cells += [in_units(plan.gradient_bytes(s, at)), slots, in_units(plan.activation_bytes(s))]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from tfpar.planning.mesh import AXES, FIRST, Coordinate, Mesh
+from tfpar.planning.mesh import AXES, FIRST, Coordinate, Mesh, number_of
 
 
 def bounds(count: Any, parts: int) -> list[Any]:
@@ -75,12 +75,18 @@ class Sharding:
 
     def lanes(self, copies: int) -> list[Coordinate]:
         """Whose each of so many copies or parts is."""
-        ranks = self.mesh.tensor
-        return [Coordinate(data=n // ranks, tensor=n % ranks) for n in range(copies)]
+        (_, *sizes), found = self.mesh.lane_shape, []
+        for number in range(copies):
+            at = []
+            for size in reversed(sizes):
+                number, place = divmod(number, size)
+                at.append(place)
+            found.append(Coordinate(number, *reversed(at)))
+        return found
 
     def number(self, at: Coordinate) -> int:
         """Which of the copies or parts is that of a lane."""
-        return at.data * self.mesh.tensor + at.tensor
+        return number_of(at, self.mesh.lane_shape)
 
     def region(self, shape: Sequence[int], at: Coordinate) -> tuple[tuple[int, int], ...]:
         """Where the part of a lane begins and ends, along each dim; replicas divide what a rank has."""

@@ -14,6 +14,7 @@ from tfpar.engine.executor import Execution
 from tfpar.engine.program import Edge, Program, with_logits
 from tfpar.engine.reading import value_of
 from tfpar.errors import Caught, StageError
+from tfpar.planning.mesh import AXES
 from tfpar.planning.schedule import Kind
 from tfpar.trainer.training_step import NOT_FINITE, TrainingStep
 
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
     from tfpar.trainer.hooks import KerasHooks
 
 ACTION = re.compile(  # as `Execution.scope` names it
-    r"(?:replica(?P<replica>\d+)/)?(?:rank(?P<rank>\d+)/)?stage(?P<stage>\d+)/(?:segment(?P<segment>\d+)/)?mb(?P<mb>\d+)/"
-    r"(?P<kind>\w+)"
+    r"(?P<lane>(?:[a-z]+\d+/)*?)stage(?P<stage>\d+)/(?:segment(?P<segment>\d+)/)?mb(?P<mb>\d+)/(?P<kind>\w+)"
 )
+MEMBER = re.compile(r"([a-z]+)(\d+)/")
 
 
 def explained(
@@ -87,15 +88,13 @@ def layer(run: Execution, s: int, m: MicroBatch, finite: bool) -> str:
 
 def described(run: Execution, s: int, m: MicroBatch, name: str) -> str:
     """An action in words."""
-    replica, _, rank = m.lane
-    replica, rank = replica if run.parts.replicas > 1 else None, rank if run.ranks > 1 else None
-    where = in_words(run.route.stages[s], m.micro_batch, replica, rank)
+    lane = {AXES[axis].member: getattr(m.lane, axis) for axis in run.several}
+    where = in_words({"stage": run.route.stages[s], "micro-batch": m.micro_batch, **lane})
     return f"{where} on {run.device(s, m.lane)}, in {name}"
 
 
-def in_words(stage: Any, micro_batch: Any, replica: Any, rank: Any) -> str:
+def in_words(places: dict[str, Any]) -> str:
     """Where an action belongs, in words; `None` for what there is one of."""
-    places = {"stage": stage, "micro-batch": micro_batch, "replica": replica, "rank": rank}
     return ", ".join(f"{name} {number}" for name, number in places.items() if number is not None)
 
 
@@ -125,7 +124,8 @@ def at_node(error: tf.errors.OpError, engine: Any, training: bool) -> str:
     node, device = re.search(r"{{node (.*?)}}", error.message), re.search(r"device:((?:GPU|CPU):\d+)", error.message)
     on = f" on {device[1]}" if device else ""
     if node and (action := ACTION.match(node[1])):
-        where = in_words(action["stage"], action["mb"], action["replica"], action["rank"])
+        lane = dict(MEMBER.findall(action["lane"]))
+        where = in_words({"stage": action["stage"], "micro-batch": action["mb"], **lane})
         names = engine.route(training).names(int(action["segment"] or action["stage"]))
         return f"{where}{on}, {action['kind'].replace('_', ' and ')} in {', '.join(names)}"
     unknown, cut = "the backward pass or the update", engine.plan.partition

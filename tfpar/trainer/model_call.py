@@ -115,8 +115,8 @@ def of_lanes(run: Execution, s: int, v: int, found: Sequence[Any]) -> Any:
     found = [SharedRows(g.values, g.indices, g.dense_shape) if isinstance(g, tf.IndexedSlices) else g for g in found]
     sparse = any(map(is_sparse, found))
     replicas = []
-    for replica in mesh.along("data", FIRST):
-        of_replica = [g for lane, g in zip(mesh.lanes, found, strict=True) if lane.data == replica.data]
+    for replica in mesh.replicas:
+        of_replica = [g for lane, g in zip(mesh.lanes, found, strict=True) if lane.replica == replica]
         of_ranks = [g for g in of_replica if is_sparse(g) or not sparse]  # a tape fills gaps with zeros
         if not of_ranks:
             continue
