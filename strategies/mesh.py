@@ -38,14 +38,17 @@ class MeshStrategy(Strategy):
             or 3.
         cross_device_ops: how tensors of replicas and ranks are added up, as for `tf.distribute.MirroredStrategy`; if
             not given, by NCCL if there are several replicas and each device is a GPU of its own, else by copies.
+        collectives: where devices exchange tensors in training: `"inside"` the programs, one for each stage and device;
+            `"between"` programs, which end there; `"auto"`: inside where XLA compiles them and each device is a GPU of
+            its own. The numbers are the same. `explain` says why programs end where they could go on.
 
     Raises:
         DeviceError: `mesh` is no `Mesh`, has a device that does not exist, is of another host or repeats, or is larger
             than there are devices.
         TypeError: an unknown argument.
         ScheduleError, PartitionError, LayoutError: as for `PipelineStrategy` and `TensorParallelStrategy`.
-        ModelError: an unknown `batch_norm`, `zero` or `offload`, or `buckets` that is no whole number of at least 1;
-            when the model is first used, as for `PipelineStrategy`.
+        ModelError: an unknown `batch_norm`, `zero`, `offload` or `collectives`, or `buckets` that is no whole number of
+            at least 1; when the model is first used, as for `PipelineStrategy`.
 
     Example:
         >>> strategy = tfpar.MeshStrategy(tfpar.Mesh(data=2, stage=2, tensor=2), micro_batches=8)  # doctest: +SKIP
@@ -66,6 +69,7 @@ class MeshStrategy(Strategy):
         batch_norm: str = "global",
         buckets: int | None = None,
         cross_device_ops: tf.distribute.CrossDeviceOps | None = None,
+        collectives: str = "auto",
         **axes: int,
     ):
         if not isinstance(mesh, Mesh):
@@ -79,5 +83,5 @@ class MeshStrategy(Strategy):
             raise DeviceError(f"{mesh} has {mesh.size} places; there are {len(names)} devices: {', '.join(names)}")
         super().__init__(
             mesh.on(names[: mesh.size]), micro_batches, schedule, placement, batch_norm, buckets, cross_device_ops,
-            layout, sequence_parallel, zero, offload,
+            layout, sequence_parallel, zero, offload, collectives,
         )  # fmt: skip

@@ -19,6 +19,8 @@ RUNS = {  # the batch, of one GPU's, and the strategy on n GPUs with m micro-bat
     "stage": (lambda n: 1, lambda tfpar, n, m: tfpar.PipelineStrategy(micro_batches=8)),
     "stage, 4 batches": (lambda n: 4, lambda tfpar, n, m: tfpar.PipelineStrategy(micro_batches=m)),
     "tensor": (lambda n: 1, lambda tfpar, n, m: tfpar.TensorParallelStrategy()),
+    "tensor, cut": (lambda n: 1, lambda tfpar, n, m: tfpar.MeshStrategy(tfpar.Mesh(tensor=n), collectives="between")),
+    "data, cut": (lambda n: n, lambda tfpar, n, m: tfpar.MeshStrategy(tfpar.Mesh(data=n), collectives="between")),
     "data x stage": (lambda n: 2, lambda tfpar, n, m: tfpar.MeshStrategy(tfpar.Mesh(data=2, stage=n // 2), 8)),
     "data x tensor": (lambda n: 2, lambda tfpar, n, m: tfpar.MeshStrategy(tfpar.Mesh(data=2, tensor=n // 2))),
     "large": (lambda n: 2, lambda tfpar, n, m: tfpar.PipelineStrategy(micro_batches=m)),

@@ -207,5 +207,9 @@ class Collective:
         """The Keras masks of what each has afterwards."""
         if masks[0] is None or self.dim >= masks[0].shape.rank:
             return list(masks)
-        exchange = {"reduce-scatter": "slice", "all-reduce": "identity"}.get(self.forward, self.forward)
-        return EXCHANGES[exchange](masks, devices, self.dim, edges or self.edges(len(devices)))
+        return EXCHANGES[self.kind_of_masks](masks, devices, self.dim, edges or self.edges(len(devices)))
+
+    @property
+    def kind_of_masks(self) -> str:
+        """What is exchanged of Keras' masks: what is added up has the same mask everywhere."""
+        return {"reduce-scatter": "slice", "all-reduce": "identity"}.get(self.forward, self.forward)

@@ -29,7 +29,8 @@ def outputs(run: Execution) -> dict[int, Edge]:
     for t in with_logits(run.values[run.all[0]], tree.flatten(run.route.graph.outputs)):
         source = run.graph.producer.get(tensor_of(t))
         with tf.device(HOST if source is None else run.device(run.partition.stage_of[source])):
-            found[t] = run.gather(t, run.firsts)
+            parts = [run.values[m][t] for m in run.firsts]
+            found[t] = micro_batch.joined(parts) if run.route.is_batched(t) else parts[0]
     return found
 
 

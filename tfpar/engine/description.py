@@ -23,6 +23,7 @@ class Description(Protocol):
     buckets: int
     zero: int
     offload: str | None
+    collectives: str
     cross_device_ops: tf.distribute.CrossDeviceOps | None
     extended: Any  # its side of `tf.distribute`: `tfpar.variables.distribute.Extended`
 

@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 
 from tfpar.comm.collectives import Collective
+from tfpar.comm.in_program import Gang
 from tfpar.compat import _keras
 from tfpar.compat._tf import independent
 from tfpar.engine import micro_batch
@@ -72,6 +73,8 @@ class ExecutionGraph:
         global_batch: segments that take the parts of all replicas at once.
         drawn: states of random numbers from which the ranks of a replica draw differently.
         loss: scalars, if it ends with the loss: the weighted sum, and each output's.
+        gangs: for each segment, who runs it at once and exchanges tensors in it, if its collectives are in it.
+        lane: the input that is the number of the lane, if collectives need it.
     """
 
     graph: KerasGraph
@@ -80,6 +83,8 @@ class ExecutionGraph:
     global_batch: Set[int] = frozenset()
     drawn: Set[int] = frozenset()
     loss: tuple[int, ...] = ()
+    gangs: tuple[Gang, ...] = ()
+    lane: int | None = None
 
     @property
     def source(self) -> KerasGraph:
@@ -148,6 +153,7 @@ class Engine:
         jit_compile, eager: how programs run.
         partial: variables that all ranks have, but find parts of the gradient of.
         cross_device_ops: what adds up tensors of several devices; they are copied and added, if not given.
+        cut_because: why programs end at collectives; `None` if they hold them.
     """
 
     plan: Plan
@@ -159,9 +165,11 @@ class Engine:
     loss_parallel: tuple[CrossEntropy, ExecutionGraph] | None = None
     partial: Set[int] = frozenset()
     cross_device_ops: tf.distribute.CrossDeviceOps | None = None
+    cut_because: str | None = "there is one lane"
     has_masks: bool = False  # outputs have masks that their symbols do not show
     programs: dict[tuple[ExecutionGraph, int, bool | None], Program] = field(default_factory=dict)
     losses: dict[Any, ExecutionGraph] = field(default_factory=dict)  # ways to the loss, by kinds of targets
+    whole: dict[ExecutionGraph, ExecutionGraph] = field(default_factory=dict)  # of ways, those in whole programs
 
     def __post_init__(self):
         trainable = {id(v) for v in self.model.trainable_weights}
@@ -182,7 +190,7 @@ class Engine:
         if key not in self.programs:
             self.programs[key] = Program(
                 route.graph, route.partition.ops(segment), route.partition.edges(segment), self.model, training,
-                self.jit_compile, self.eager, route.unused(segment),
+                self.jit_compile, self.eager, route.unused(segment), route.gangs[segment] if route.gangs else None,
             )  # fmt: skip
         return self.programs[key]
 
@@ -190,10 +198,12 @@ class Engine:
     def routes(self) -> list[ExecutionGraph]:
         """All ways through the model."""
         terms = [self.loss_parallel[1]] if self.loss_parallel else []
-        return [self.training, self.inference, *terms, *self.losses.values()]
+        return [self.training, self.inference, *terms, *self.losses.values(), *self.whole.values()]
 
     def extended(self, unknown: UnknownVariables) -> "Engine":
         """The same model, in which a call has the variables that it was found to use."""
+        for route, whole in self.whole.items():  # the same operations
+            unknown.graph = route.graph if whole.graph is unknown.graph else unknown.graph
         if any(route.graph is unknown.graph for route in self.losses.values()):  # which begins with the way without
             unknown.graph = (self.loss_parallel[1] if self.loss_parallel else self.training).graph
         training, inference = self.training.knowing(unknown), self.inference.knowing(unknown)
@@ -202,8 +212,17 @@ class Engine:
         graph = replace(cut.graph, variables=training.source.graph.variables)
         plan = replace(self.plan, partition=Partition(graph, cut.stage_of))
         return replace(
-            self, plan=plan, training=training, inference=inference, loss_parallel=parallel, programs={}, losses={}
-        )
+            self, plan=plan, training=training, inference=inference, loss_parallel=parallel, programs={}, losses={},
+            whole={},
+        )  # fmt: skip
+
+    @cached_property
+    def first_used(self) -> list[int]:
+        """For each variable, the first operation that uses it: gradients come in the opposite order."""
+        ops = self.graph.graph.ops
+        return [
+            next((i for i, op in enumerate(ops) if v in op.variables), 0) for v, _ in enumerate(self.graph.variables)
+        ]
 
     @property
     def mesh(self) -> Mesh:

@@ -38,7 +38,7 @@ class Execution:
         read: a variable's value in a segment for a lane, on the current device, if a tape is to see it.
         clock: whether to note when each action starts and stops.
         route: the way through the model; that of `training`, if not given.
-        scatters: whether replicas divide gradients between them as soon as they are there.
+        in_parts: whether each device updates its shards alone.
     """
 
     engine: Engine
@@ -52,7 +52,7 @@ class Execution:
     read: Callable[[int, int, Coordinate], tf.Tensor] | None = None
     clock: bool = False
     route: ExecutionGraph | None = None
-    scatters: bool = False
+    in_parts: bool = False
 
     def __post_init__(self):
         self.route = self.route or self.engine.route(self.training)
@@ -60,9 +60,12 @@ class Execution:
         self.mesh = self.engine.mesh
         of_lane = range(self.parts.micro_batches)
         self.all = [MicroBatch(lane, n) for lane in self.lanes for n in of_lane]
+        given = [t for t in self.graph.inputs if t != self.route.lane]
         self.values: dict[MicroBatch, dict[int, Edge]] = {
-            m: dict(zip(self.graph.inputs, self.inputs[self.part(m)], strict=True)) for m in self.all
+            m: dict(zip(given, self.inputs[self.part(m)], strict=True)) for m in self.all
         }
+        for m in self.all if self.route.lane is not None else ():
+            self.values[m][self.route.lane] = Edge(tf.constant(self.mesh.lanes.index(m.lane)))
         self.state: dict[MicroBatch, dict[int, tf.Tensor]] = {m: {} for m in self.all}
         self.results: dict[tuple[int, MicroBatch], Result] = {}
         self.pullbacks: dict[tuple[int, MicroBatch], Callable] = {}
@@ -71,6 +74,7 @@ class Execution:
             m: {t: [self.loss_cotangent] for t in ends} for m in self.all
         }
         self.gradients: dict[tuple[int, Coordinate, int], Any] = {}  # by segment, lane and variable
+        self.exchanged: set[tuple[int, str]] = set()  # gradients of variables and the axes over which that is done
         self.waiting: dict[int, dict[Coordinate, Any]] = {}  # by variable: gradients that lack those of other replicas
         self.known: dict[tuple[int, Coordinate, int], tf.Tensor] = {}  # by segment, lane and variable
         self.order = DeviceOrder(self.clock)
@@ -103,6 +107,11 @@ class Execution:
         lanes = self.mesh.along(self.route.collectives[s].axis, m.lane)
         return [n for lane in lanes if (n := m._replace(lane=lane)) in self.values]
 
+    @property
+    def scatters(self) -> bool:
+        """Whether replicas divide gradients between them as soon as they are there (ZeRO 2 and 3)."""
+        return self.engine.plan.zero >= 2 and self.in_parts
+
     def share(self, m: MicroBatch) -> Any:
         """The share of a part in the batch."""
         return self.weights[self.part(m)]
@@ -124,7 +133,7 @@ class Execution:
     def scope(self, s: int, kind: Kind, m: MicroBatch) -> str:
         """The name of an action, as profiles show it."""
         exchange = self.route.collectives.get(s)
-        axes = [axis for axis in self.several if exchange is None or axis != exchange.axis]
+        axes = [axis for axis in several(self.lanes) if exchange is None or axis != exchange.axis]
         where = "".join(f"{AXES[axis].member}{getattr(m.lane, axis)}/" for axis in axes)
         if exchange is not None:
             name = self.graph.ops[self.partition.ops(s)[0]].scope
@@ -133,11 +142,6 @@ class Execution:
         stages = self.route.stages
         segment = f"segment{s}/" if len(stages) > stages[-1] + 1 else ""
         return f"{where}stage{stages[s]}/{segment}mb{m.micro_batch}/{what}"
-
-    @property
-    def several(self) -> list[str]:
-        """The axes, but for `stage`, along which several devices run."""
-        return [axis for axis in AXES if len({getattr(lane, axis) for lane in self.lanes}) > 1]
 
     def program(self, s: int) -> Program:
         """What a segment runs."""
@@ -210,11 +214,6 @@ class Execution:
         for t, cotangent in cotangents.items():
             self.cotangents[m].setdefault(t, []).append(cotangent)
 
-    def gather(self, t: int, places: Sequence[MicroBatch]) -> Edge:
-        """A tensor of several parts as one."""
-        parts = [self.values[m][t] for m in places]
-        return micro_batch.joined(parts) if self.route.is_batched(t) else parts[0]
-
     def arrived(self, s: int, m: MicroBatch) -> dict[int, tf.Tensor]:
         """The cotangents of a segment's edges, summed over those that used them."""
         return {t: self.cotangent(m, t) for t in with_logits(self.cotangents[m], self.partition.edges(s))}
@@ -223,6 +222,11 @@ class Execution:
         """The cotangent of a tensor, summed over the segments that used it."""
         parts = self.cotangents[m][t]
         return tf.add_n(parts) if len(parts) > 1 else parts[0]
+
+
+def several(lanes: Sequence[Coordinate]) -> list[str]:
+    """The axes along which there are several of these lanes."""
+    return [axis for axis in AXES if len({getattr(lane, axis) for lane in lanes}) > 1]
 
 
 RUN: dict[Kind, Callable[[Execution, int, MicroBatch], None]] = {

@@ -66,9 +66,10 @@ class GradientReduction:
             return [{lane: each(tf.identity, g) for lane, g in parts.items()} for parts in found]
 
     def is_done(self, run: Execution, n: int, axis: str) -> bool:
-        """Whether there is nothing to exchange, or it was done after each micro-batch."""
+        """Whether there is nothing to exchange, or it was done in a program or after each micro-batch."""
         kind = self.edges[n].backward(axis)
-        return kind == "identity" or (kind == "reduce-scatter" and run.scatters)
+        early = kind == "reduce-scatter" and run.scatters
+        return kind == "identity" or early or (self.numbers[n], axis) in run.exchanged
 
     def exchange(self, terms: Sequence[tuple[int, dict]], axis: str, lanes: Sequence[Coordinate]):
         """Replace gradients of these lanes by what they have after the exchange."""

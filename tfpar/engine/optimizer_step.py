@@ -143,11 +143,6 @@ class Update:
         plain = all(v.constraint is None and (v.regularizer is None or type(v.regularizer) in SUMS) for v in divided)
         return kind in ELEMENTWISE and plain
 
-    @property
-    def scatters(self) -> bool:
-        """Whether gradients are divided between replicas as soon as they are there (ZeRO 2)."""
-        return self.engine.plan.zero >= 2 and self.in_parts
-
     def is_detached(self, n: int) -> bool:
         """Whether a weight is updated away from its copies: its slots cover another part of it, or are elsewhere."""
         stored = _keras.stored(self.weights[n])

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from tfpar.comm.in_program import Gang
 from tfpar.compat import _keras, _keras_calls, _keras_parts, _moments
 from tfpar.compat._tf import call_flat, fingerprint, without_device
 from tfpar.graph.keras_graph import KerasGraph
@@ -144,6 +145,7 @@ class Program:
         jit_compile: whether to compile with XLA.
         eager: whether to run operation by operation, untraced.
         unused: which of `gives` have no gradient.
+        gang: who runs it at once and exchanges tensors in it, if it holds collectives.
     """
 
     def __init__(
@@ -156,8 +158,9 @@ class Program:
         jit_compile: bool,
         eager: bool,
         unused: Container[int] = (),
+        gang: Gang | None = None,
     ):
-        self.unused = unused
+        self.unused, self.gang = unused, gang
         self.graph, self.ops, self.gives = graph, ops, gives
         self.model, self.training = model, training
         self.variables = tuple(sorted({v for i in ops for v in graph.graph.ops[i].variables}))
@@ -166,6 +169,7 @@ class Program:
         self.writers: dict[int, int] = {}  # of each variable that changes, the operation that wrote it last
         self.halves: dict[tuple, Any] = {}  # the ways forward and back, by the kind of arguments
         self.fused: dict[Any, Callable] = {}  # both at once, by how the batch is divided
+        self.exchanged: set[tuple[int, str]] = set()  # gradients of variables and the axes over which it sums them
         self.targets: Any = None  # of its results, those that lead to a loss, if some are known not to
         self.call = self.run if eager else Function(self.run, jit_compile, differentiated=True)
 
@@ -190,11 +194,17 @@ class Program:
 
     def run(self, variables: list[tf.Tensor], edges: dict[int, Edge]) -> Result:
         """Run the operations; `variables` are the values of `self.variables`."""
+        self.meet()
         try:
             return self.emit(variables, edges)
         except UnknownVariables as unknown:
             unknown.graph = self.graph
             raise
+
+    def meet(self):
+        """Say at the beginning of a function that it exchanges tensors, if it does."""
+        if self.gang:
+            self.gang.meet()
 
     def emit(self, variables: list[tf.Tensor], edges: dict[int, Edge]) -> Result:
         """The operations, without the context of errors."""

@@ -33,7 +33,7 @@ def keep(run: "Execution", s: int, m: MicroBatch, gradients: dict[int, Any]):
     for v, gradient in gradients.items():
         if shares_rows(run, s, v, gradient):
             gradient = SharedRows(gradient.values, gradient.indices, gradient.dense_shape)
-        edge = edge_of(run.engine, v, True)
+        edge = edge_of(run.engine, v, run.in_parts)
         if run.scatters and edge.backward("data") == "reduce-scatter":
             run.waiting.setdefault(v, {})[m.lane] = cast(gradient, edge.variable.dtype)
         else:
@@ -144,7 +144,7 @@ def fused(
         cotangents: of the result's edges, which must not depend on it.
     """
 
-    def both(variables, edges, cotangents, loss_cotangent, share):
+    def both(variables, edges, cotangents, loss_cotangent, share, lane):
         inside, outside = watched(run, program, variables, edges)
         sources = [*inside.values(), *outside.values()]
         with tf.GradientTape() as tape:
@@ -153,11 +153,33 @@ def fused(
         added = added_losses.cotangents(run, result, share, loss_cotangent)
         targets = [result.edges[t].value for t in cotangents] + [result.losses[i][k] for i, k in added]
         found = tape.gradient(targets, sources, [*cotangents.values(), *added.values()])
-        return result, present(inside, found), present(outside, found[len(inside) :])
+        of_weights = exchanged_in_program(run, program, present(inside, found), lane)
+        return result, of_weights, present(outside, found[len(inside) :])
 
+    lane = run.values[m][run.route.lane].value if program.gang else None
     if run.parts not in program.fused:
         program.fused[run.parts] = run.engine.traced(both)
-    return program.fused[run.parts](variables, edges, cotangents, run.loss_cotangent, run.share(m))
+    found = program.fused[run.parts](variables, edges, cotangents, run.loss_cotangent, run.share(m), lane)
+    run.exchanged |= program.exchanged
+    return found
+
+
+def exchanged_in_program(
+    run: "Execution", program: Program, gradients: dict[int, Any], lane: tf.Tensor | None
+) -> dict[int, Any]:
+    """The gradients of weights, summed over axes where the program can do it; which are said in `run.exchanged`."""
+    gang, found = program.gang, dict(gradients)
+    if gang is None:
+        return found
+    last_first = sorted(gradients, key=run.engine.first_used.__getitem__, reverse=True)
+    for axis in gang.groups:
+        edges = {v: edge_of(run.engine, v, run.in_parts) for v in last_first if isinstance(found[v], tf.Tensor)}
+        summed = {v: found[v] for v, edge in edges.items() if edge.backward(axis) == "all-reduce"}
+        for dtype in dict.fromkeys(x.dtype for x in summed.values()):
+            for some in groups({v: x for v, x in summed.items() if x.dtype == dtype}):
+                found.update(zip(some, gang.added_up(axis, [found[v] for v in some], lane), strict=True))
+                program.exchanged.update((v, axis) for v in some)
+    return found
 
 
 def halves_of(

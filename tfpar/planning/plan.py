@@ -75,6 +75,7 @@ class Plan:
         zero: what replicas divide, see `MeshStrategy`.
         weights: how ranks divide each variable of the graph; empty without ranks.
         exchanges: the collectives in a training step, but for the sums of gradients over replicas.
+        cut_because: why programs end at these; `None` if they are inside the programs.
 
     Example:
         >>> plan = strategy.explain(model, batch_size=64)  # doctest: +SKIP
@@ -93,6 +94,7 @@ class Plan:
     zero: int = 0
     weights: tuple[Weight, ...] = ()
     exchanges: tuple[Exchange, ...] = ()
+    cut_because: str | None = None
 
     def device(self, stage: int, at: Coordinate = FIRST) -> str:
         """The name of the device of a stage, in the lane of `at`: its replica and rank."""

@@ -69,6 +69,9 @@ def devices(plan: "Plan") -> Table:
         notes.append(f"{reduced} of gradients added up over replicas, from {programs}")
     if mesh.data > 1 and plan.zero:
         notes.append(f"replicas divide {ZERO[plan.zero]} (ZeRO {plan.zero})")
+    if len(mesh.lanes) > 1:
+        where = f"between programs: {plan.cut_because}" if plan.cut_because else "inside the programs of training"
+        notes.append(f"collectives are {where}")
     if plan.global_batch:
         notes.append(f"computed by every replica for the whole batch: {', '.join(plan.global_batch)}")
     table.caption = "\n".join(notes) or None

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from tfpar.engine import micro_batch
 from tfpar.engine.engine import MicroBatch
-from tfpar.engine.executor import Execution
+from tfpar.engine.executor import Execution, several
 from tfpar.engine.program import Edge, Program, with_logits
 from tfpar.engine.reading import value_of
 from tfpar.errors import Caught, StageError
@@ -41,7 +41,7 @@ def explained(
     with steps.strategy.extended.as_one():
         try:
             step = TrainingStep(steps, data, parts)
-            run = step.execution(training, training and step.is_scheduled(), shares=False)
+            run = step.execution(training, training and step.is_scheduled(), alone=True)
             where = where or located(run, steps.engine.schedule(steps.strategy, parts, run.route), finite)
         except Exception as again:  # it cannot be run again
             Caught.log.debug("a step that failed could not be repeated", exc_info=again)
@@ -88,7 +88,7 @@ def layer(run: Execution, s: int, m: MicroBatch, finite: bool) -> str:
 
 def described(run: Execution, s: int, m: MicroBatch, name: str) -> str:
     """An action in words."""
-    lane = {AXES[axis].member: getattr(m.lane, axis) for axis in run.several}
+    lane = {AXES[axis].member: getattr(m.lane, axis) for axis in several(run.lanes)}
     where = in_words({"stage": run.route.stages[s], "micro-batch": m.micro_batch, **lane})
     return f"{where} on {run.device(s, m.lane)}, in {name}"
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from tfpar.compat import _keras, _keras_parts
+from tfpar.engine.whole_program import why_cut
 from tfpar.errors import ModelError
 from tfpar.planning.plan import Plan
 from tfpar.trainer.hooks import KerasHooks, family
@@ -43,4 +44,7 @@ def explained(hooks: KerasHooks, batch_size: int | None = None) -> Plan:
         expected = _keras_parts.slot_bytes_of(model.optimizer, weights) if known else {}
         slots = tuple(expected.get(id(v), 0) for v in engine.graph.variables) if known else ()
     schedule = strategy.schedule(strategy.parts.fit(rows).micro_batches)
-    return replace(engine.plan, rows=rows, schedule=schedule, slot_bytes=slots)
+    way = engine.loss_parallel[1] if engine.loss_parallel else engine.training
+    return replace(
+        engine.plan, rows=rows, schedule=schedule, slot_bytes=slots, cut_because=why_cut(engine, way)
+    )  # fmt: skip

@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 from keras import tree
 
+from tfpar.comm.devices import each_gpu_is_one_device
 from tfpar.compat import _keras, _keras_calls, _moments
 from tfpar.engine import micro_batch
 from tfpar.engine.description import Description
@@ -92,8 +93,22 @@ def planned(
     return Engine(
         plan, model, training, inference, bool(model.jit_compile), model.run_eagerly,
         loss_parallel=(loss, with_loss[0]) if with_loss else None,
-        cross_device_ops=strategy.cross_device_ops, **between,
+        cross_device_ops=strategy.cross_device_ops, cut_because=cut_because(strategy, model), **between,
     )  # fmt: skip
+
+
+def cut_because(strategy: Description, model: keras.Model) -> str | None:
+    """Why programs end at collectives, whatever these are; `None` if they can hold them."""
+    mesh = strategy.mesh
+    if len(mesh.lanes) == 1:
+        return "there is nothing to exchange"
+    if mesh.stage > 1 or strategy.parts.micro_batches > 1:
+        return "programs of several stages or micro-batches would meet others that exchange tensors at the same time"
+    if model.run_eagerly:
+        return "the model runs eagerly"
+    if strategy.collectives == "auto" and not (mesh.on_gpus and model.jit_compile and each_gpu_is_one_device()):
+        return "only programs that XLA compiles, each for a GPU of its own, hold them"
+    return 'collectives="between" was asked for' if strategy.collectives == "between" else None
 
 
 def of_distinct(graphs: Sequence[Any], make: Callable[[Any], Any]) -> list[Any]:

@@ -13,6 +13,7 @@ from tfpar.engine import batch_results, micro_batch
 from tfpar.engine.executor import Execution
 from tfpar.engine.loss import of_batch, separable, structured, totals, with_loss
 from tfpar.engine.program import Edge
+from tfpar.engine.whole_program import whole
 from tfpar.errors import user_level
 from tfpar.planning.schedule import Kind
 
@@ -52,7 +53,7 @@ class TrainingStep:
         with following_inputs():
             scale = model.optimizer.scale_loss(tf.ones((), _keras.loss_dtype(model)))
             run = self.execution(
-                True, True, differentiate=True, loss_cotangent=scale, clock=clock, scatters=hooks.update.scatters
+                True, True, differentiate=True, loss_cotangent=scale, clock=clock, in_parts=hooks.update.in_parts
             )
             run.run(hooks.engine.schedule(hooks.strategy, self.parts, run.route), Kind.FORWARD, Kind.BACKWARD)
             compiled, *each_loss = of_batch(run)
@@ -72,12 +73,13 @@ class TrainingStep:
             y_pred = structured(run.route.graph, outputs)
             return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight), run
 
-    def execution(self, training: bool, loss: bool, shares: bool = True, **options: Any) -> Execution:
+    def execution(self, training: bool, loss: bool, alone: bool = False, **options: Any) -> Execution:
         """The batch before its first action.
 
         Args:
             loss: whether the pass goes on to the loss.
-            shares: whether losses of parts are to be those of the batch together, not each a loss of its own.
+            alone: whether actions are run one by one: the loss of a part is its own, and no program waits for others.
+            options: of `Execution`.
         """
         model, engine = self.hooks.model, self.hooks.engine
         pieces = [_keras.unpack_x_y_sample_weight(part) for part in self.data.parts(self.parts.count)]
@@ -88,12 +90,14 @@ class TrainingStep:
         route = engine.route(training)
         if loss:
             _, *targets = _keras.unpack_x_y_sample_weight(self.data.whole)
-            several = shares and self.parts.count > 1
+            several = not alone and self.parts.count > 1
             route = with_loss(engine, *targets, several)
             divisors = totals(engine, *targets, inputs, told) if several else []
             for part, (_, *of_part) in zip(inputs, pieces, strict=True):
                 ranks = tree.flatten(of_part)[:1] if engine.loss_parallel else []  # who find what the loss follows from
                 part += [Edge(leaf) for leaf in (*ranks, *tree.flatten(of_part), *divisors) if leaf is not None]
+        if loss and not alone and not options.get("clock"):
+            route = whole(engine, route, self.parts)
         shares = micro_batch.shares([micro_batch.count(part) for part, *_ in pieces])
         return Execution(engine, self.parts, inputs, shares, told, route=route, **options)
 

@@ -1,0 +1,149 @@
+"""Programs that hold their collectives: the numbers of one device, what is in them, and that a bug would be seen.
+
+On CPUs the collectives are TensorFlow's own, in programs that are not compiled; `tests/on_gpus.py` runs XLA's.
+"""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+from training import check, data, history
+
+import tfpar
+from tfpar import Mesh
+from tfpar.comm import in_program
+from tfpar.compat import _xla
+from tfpar.trainer.hooks import steps_of
+
+pytestmark = pytest.mark.fast
+X, Y = data(16)
+
+
+def inside(**shape):
+    options = {k: shape.pop(k) for k in ("zero", "sequence_parallel") if k in shape}
+    return tfpar.MeshStrategy(Mesh(**shape), collectives="inside", **options)
+
+
+def encoder():
+    x = layers.Input((4,), dtype="int32")
+    h = layers.Embedding(8, 8)(x) + layers.Embedding(4, 8)(keras.ops.arange(4))
+    h = layers.LayerNormalization()(h + layers.MultiHeadAttention(4, 2)(h, h))
+    return keras.Model(x, layers.Dense(8, "softmax")(layers.Dense(8)(layers.Dense(16, activation="relu")(h))))
+
+
+def normalized():
+    x = layers.Input((6,))
+    h = layers.LayerNormalization()(layers.Dense(16, activation="tanh")(x))
+    return keras.Model(x, layers.Dense(4, activation="softmax")(layers.Dense(12)(h)))
+
+
+def words(rows=16):
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 8, (rows, 4)), rng.integers(0, 8, (rows, 4))
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        {"tensor": 2},
+        {"tensor": 4},
+        {"tensor": 2, "sequence_parallel": True},
+        {"data": 2},
+        {"data": 2, "tensor": 2},
+        {"data": 2, "tensor": 2, "zero": 1},
+        {"data": 2, "tensor": 2, "zero": 3, "sequence_parallel": True},
+    ],
+    ids=str,
+)
+def test_numbers_are_those_of_one_device(strategy):
+    adam = lambda: keras.optimizers.Adam(0.01, epsilon=1e-4, global_clipnorm=0.5)  # noqa: E731
+    fit = history(*words(20), batch_size=8, epochs=2)  # the last batch is half as large
+    _, model = check(inside(**strategy), fit, build=encoder, optimizer=adam, rtol=1e-4, atol=1e-5)
+    assert steps_of(model).engine.whole
+
+
+def test_each_device_runs_one_program():
+    keras.utils.set_random_seed(0)
+    with (strategy := inside(data=2, tensor=2)).scope():
+        model = encoder()
+        model.compile("sgd", "sparse_categorical_crossentropy")
+    model.fit(*words(), batch_size=16, verbose=0)
+    (whole,) = steps_of(model).engine.whole.values()
+    assert whole.partition.stages == 1 and not whole.collectives
+    assert "collectives are inside the programs of training" in str(strategy.explain(model))
+
+
+@pytest.mark.parametrize(
+    "strategy, build, why",
+    [
+        (lambda: tfpar.MeshStrategy(Mesh(tensor=2)), encoder, "only programs that XLA compiles"),
+        (lambda: tfpar.MeshStrategy(Mesh(tensor=2), collectives="between"), encoder, "was asked for"),
+        (lambda: tfpar.MeshStrategy(Mesh(1, 2, 2), 2, collectives="inside"), encoder, "several stages"),
+        (lambda: inside(tensor=3), encoder, "elements make no equal parts for 3 devices"),
+    ],
+)
+def test_where_programs_are_cut_explain_says_why(strategy, build, why):
+    with (strategy := strategy()).scope():
+        model = build()
+    said = strategy.explain(model)
+    assert why in said.cut_because and "collectives are between programs" in str(said)
+
+
+def test_a_short_batch_leaves_no_program_waiting():
+    """Of fewer samples than replicas; programs that hold collectives would wait for those without a part."""
+    fit = history(X[:9], Y[:9], batch_size=4, epochs=1)
+    check(inside(data=4), fit)
+
+
+def test_a_step_that_fails_is_explained():
+    def wrong(x):
+        with tf.control_dependencies([tf.debugging.assert_less(tf.reduce_max(x), 0.0)]):
+            return tf.identity(x)
+
+    with inside(tensor=2).scope():
+        x = layers.Input((6,))
+        h = layers.Lambda(wrong, name="wrong", output_shape=(6,))(layers.Dense(6)(x))
+        model = keras.Model(x, layers.Dense(3)(h))
+        model.compile("sgd", "mse")
+    with pytest.raises(tfpar.StageError, match="wrong failed"):
+        model.fit(X, X[:, :3], batch_size=8, verbose=0)
+
+
+def test_unknown_place_is_refused():
+    with pytest.raises(tfpar.ModelError, match='"inside" or "between"; received 3'):
+        tfpar.MeshStrategy(Mesh(tensor=2), collectives=3)
+
+
+@pytest.mark.parametrize("kind", ["all-reduce", "all-gather", "reduce-scatter"])
+def test_planted_bugs_are_caught(kind, monkeypatch):
+    original = in_program.EXCHANGES[kind]
+
+    def wrong(gang, axis, x, lane, dim):
+        return original(gang, axis, x * (1 + 1e-3 * tf.cast(lane, x.dtype)), lane, dim)
+
+    monkeypatch.setitem(in_program.EXCHANGES, kind, wrong)
+    with pytest.raises(AssertionError):
+        check(inside(tensor=2), history(X, Y, batch_size=8), build=normalized)
+
+
+def test_planted_gradient_sums_are_caught(monkeypatch):
+    monkeypatch.setattr(in_program.Gang, "added_up", lambda self, axis, values, lane: list(values))
+    with pytest.raises(AssertionError):
+        check(inside(data=2), history(X, Y, batch_size=8))
+
+
+def test_stablehlo_is_what_it_says():
+    """The text, without running it: that takes GPUs."""
+
+    @tf.function
+    def program(x, y):
+        (a, b) = _xla.exchanged("add", [x, y], [[0, 1], [2, 3]])
+        return _xla.exchanged("all_gather", [a], [[0, 2], [1, 3]], 1)[0] + b[0, 0]
+
+    traced = program.get_concrete_function(tf.TensorSpec([2, 3]), tf.TensorSpec([4, 3]))
+    first, second = (op for op in traced.graph.get_operations() if op.type == "XlaCallModule")
+    assert [x.shape.as_list() for x in (*first.outputs, *second.outputs)] == [[2, 3], [4, 3], [2, 6]]
+    assert second.inputs[1] is first.outputs[0]  # in this order on every device
+    text = second.get_attr("module").decode()
+    assert "tensor<2x3xf32>) -> (tensor<2x6xf32>)" in text and "dense<[[0, 2], [1, 3]]> : tensor<2x2xi64>" in text

@@ -1,0 +1,207 @@
+"""Collectives as operations of a program, seen from the lane that runs it.
+
+All lanes run the same program at once, each on its own device. On GPUs the collectives are compiled into it; without
+XLA they are TensorFlow's own.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import count
+from math import prod
+from typing import Any
+
+import tensorflow as tf
+
+from tfpar.comm.collectives import Collective
+from tfpar.compat import _keras, _xla
+from tfpar.planning.mesh import AXES, Mesh, number_of
+
+KEYS: dict[tuple, int] = {}  # of groups of devices that meet in programs
+INSTANCES = count(1)  # of TensorFlow's own collectives
+
+
+def key_of(*group: Any) -> int:
+    """A number for a group of devices, in this process always the same."""
+    return KEYS.setdefault(group, 70001 + len(KEYS))
+
+
+@dataclass(frozen=True)
+class Gang:
+    """The devices that run a program at once.
+
+    Args:
+        devices: one for each lane.
+        mesh: of the lanes.
+        compiled: whether XLA compiles the program.
+    """
+
+    devices: tuple[str, ...]
+    mesh: Mesh
+    compiled: bool
+    key: int = field(init=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "key", key_of("gang", *self.devices))
+
+    def meet(self):
+        """Say at the beginning of a compiled program which others it meets."""
+        if self.compiled:
+            _xla.gather_gang(len(self.devices), self.key)
+
+    @cached_property
+    def groups(self) -> dict[str, list[list[int]]]:
+        """For each axis, the numbers of the lanes of each group along it."""
+        shape, lanes = self.mesh.lane_shape, self.mesh.lanes
+        return {
+            axis: [[number_of(at, shape) for at in self.mesh.along(axis, lane)] for lane in lanes if not lane[n]]
+            for n, axis in enumerate(AXES)
+        }
+
+    def place(self, axis: str, lane: tf.Tensor) -> tf.Tensor:
+        """The place of a lane, given by its number, along an axis."""
+        after = self.mesh.lane_shape[list(AXES).index(axis) + 1 :]
+        return lane // prod(after) % getattr(self.mesh, axis)
+
+    def exchanged(self, kind: str, axis: str, x: tf.Tensor, lane: tf.Tensor, dim: int = 0) -> tf.Tensor:
+        """A collective along an axis; `kind` as for `compat._xla.exchanged`."""
+        groups = self.groups[axis]
+        if len(groups[0]) == 1:
+            return x
+        if self.compiled:
+            return _xla.exchanged(kind, [x], groups, dim)[0]
+        keys = [key_of(*(self.devices[lane] for lane in group)) for group in groups]
+        of_lane = [keys[n] for lane in range(len(self.devices)) for n, group in enumerate(groups) if lane in group]
+        options = {
+            "group_size": len(groups[0]), "group_key": tf.gather(of_lane, lane), "instance_key": instance_of(x),
+            "ordering_token": [],
+        }  # fmt: skip
+        if kind == "all_gather":
+            order = [dim, *(d for d in range(x.shape.rank) if d != dim)]
+            found = tf.raw_ops.CollectiveGatherV2(input=tf.transpose(wide(x), order), **options)
+            back = sorted(range(len(order)), key=order.__getitem__)
+            return tf.cast(tf.transpose(found, back), x.dtype)
+        merge = "Max" if kind == "maximum" else "Add"
+        found = tf.cast(tf.raw_ops.CollectiveReduceV2(input=wide(x), merge_op=merge, final_op="Id", **options), x.dtype)
+        return self.own_part(axis, found, lane, dim) if kind == "reduce_scatter" else found
+
+    def added_up(self, axis: str, values: Sequence[tf.Tensor], lane: tf.Tensor) -> list[tf.Tensor]:
+        """The sums along an axis of tensors of one dtype; compiled, in one collective."""
+        if self.compiled and len(self.groups[axis][0]) > 1:
+            return _xla.exchanged("add", values, self.groups[axis])
+        return [self.exchanged("add", axis, x, lane) for x in values]
+
+    def own_part(self, axis: str, x: tf.Tensor, lane: tf.Tensor, dim: int) -> tf.Tensor:
+        """Of what all have, a lane's part of equal ones along `dim`."""
+        rows = (tf.shape(x)[dim] if x.shape[dim] is None else x.shape[dim]) // getattr(self.mesh, axis)
+        first = [self.place(axis, lane) * rows if d == dim else 0 for d in range(x.shape.rank)]
+        return tf.slice(x, first, [rows if d == dim else -1 for d in range(x.shape.rank)])
+
+
+def instance_of(x: tf.Tensor) -> tf.Tensor:
+    """A number for one of TensorFlow's own collectives; it is another for each size, as TensorFlow wants it."""
+    number = next(INSTANCES) * 1000003 + tf.size(x, tf.int64)
+    return tf.cast(number % (2**31 - 1), tf.int32)
+
+
+def wide(x: tf.Tensor) -> tf.Tensor:
+    """A tensor in a dtype that TensorFlow's own collectives take."""
+    return tf.cast(x, {tf.bool: tf.int32, tf.bfloat16: tf.float32}.get(x.dtype, x.dtype))
+
+
+def identity(gang: Gang, axis: str, x: tf.Tensor, lane: tf.Tensor, dim: int) -> tf.Tensor:
+    """The same."""
+    return tf.identity(x)
+
+
+def all_reduce(gang: Gang, axis: str, x: tf.Tensor, lane: tf.Tensor, dim: int) -> tf.Tensor:
+    """The sum, everywhere."""
+    return gang.exchanged("add", axis, x, lane)
+
+
+def all_gather(gang: Gang, axis: str, x: tf.Tensor, lane: tf.Tensor, dim: int) -> tf.Tensor:
+    """All parts along `dim`, everywhere."""
+    return gang.exchanged("all_gather", axis, x, lane, dim)
+
+
+def reduce_scatter(gang: Gang, axis: str, x: tf.Tensor, lane: tf.Tensor, dim: int) -> tf.Tensor:
+    """Of the sum, each its part."""
+    return gang.exchanged("reduce_scatter", axis, x, lane, dim)
+
+
+def own_part(gang: Gang, axis: str, x: tf.Tensor, lane: tf.Tensor, dim: int) -> tf.Tensor:
+    """Of what all have, each its part."""
+    return gang.own_part(axis, x, lane, dim)
+
+
+def maximum(gang: Gang, axis: str, x: tf.Tensor, lane: tf.Tensor, dim: int) -> tf.Tensor:
+    """The largest of one element that each has along the last dim, everywhere."""
+    return gang.exchanged("maximum", axis, x, lane)
+
+
+EXCHANGES: dict[str, Callable] = {
+    "identity": identity, "all-reduce": all_reduce, "all-gather": all_gather, "slice": own_part,
+    "reduce-scatter": reduce_scatter, "maximum": maximum,
+}  # fmt: skip
+DIVIDING = ("all-gather", "slice", "reduce-scatter")  # for equal parts only
+
+
+class InProgram:
+    """A `Collective` as an operation of a program, on what a lane has and the lane's number.
+
+    Args:
+        collective: what is exchanged.
+        gang: the devices.
+    """
+
+    variables = ()
+
+    def __init__(self, collective: Collective, gang: Gang):
+        self.collective, self.gang = collective, gang
+
+    def __call__(self, *args: tf.Tensor) -> tf.Tensor:
+        *given, lane = args
+        if not given:
+            return self.gang.place(self.collective.axis, lane)
+        (x,) = given
+        y = self.exchanged(x, lane)
+        logits, activation = _keras.logits_of(x)
+        if logits is not None and activation is None:
+            _keras.set_logits(y, self.exchanged(logits, lane))
+        elif logits is not None:
+            y = activation(self.exchanged(logits, lane))
+        mask, kind = _keras.get_keras_mask(x), self.collective.kind_of_masks
+        if mask is not None:
+            if self.collective.dim < mask.shape.rank:
+                mask = self.emit(kind, mask, lane)
+            _keras.set_keras_mask(y, mask)
+        return y
+
+    def exchanged(self, x: tf.Tensor, lane: tf.Tensor) -> tf.Tensor:
+        """What the lane has afterwards, with the transpose as its gradient."""
+
+        @tf.custom_gradient
+        def forward(x):
+            y = self.emit(self.collective.forward, x, lane)
+            return y, lambda g: self.emit(self.collective.backward, tf.ensure_shape(g, y.shape), lane)
+
+        return forward(tf.convert_to_tensor(x))
+
+    def emit(self, kind: str, x: tf.Tensor, lane: tf.Tensor) -> tf.Tensor:
+        """One direction of the exchange."""
+        return EXCHANGES[kind](self.gang, self.collective.axis, x, lane, self.collective.dim)
+
+
+def fits(collective: Collective, parts: int) -> str | None:
+    """Why a collective between so many devices cannot be in a program; `None` if it can."""
+    kinds = {collective.forward, collective.backward}
+    if not kinds <= {*EXCHANGES, "rank"}:
+        return f"{', '.join(sorted(kinds - {*EXCHANGES}))} is exchanged between programs"
+    if kinds & {*DIVIDING} and (collective.extent is None or collective.extent % parts):
+        return f"{collective.extent or 'an unknown number of'} elements make no equal parts for {parts} devices"
+    return None
+
+
+def of_equal_parts(collectives: Sequence[Collective], mesh: Mesh) -> str | None:
+    """Why one of these cannot be in a program; `None` if all can."""
+    return next((why for c in collectives if (why := fits(c, getattr(mesh, c.axis)))), None)
