@@ -112,7 +112,7 @@ class Strategy(MirroredStrategy):
                 f"{type(self).__name__}: a model has one strategy. Leave the one before entering the other; to divide "
                 "batches, layers and weights at once use one MeshStrategy(Mesh(data=2, stage=2, tensor=2))"
             )
-        with _keras_calls.Adoption.in_scope(), super().scope():
+        with _keras_calls.ADOPTION.inside(), super().scope():
             yield self
 
     @contextlib.contextmanager

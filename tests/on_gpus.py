@@ -14,6 +14,7 @@ import tensorflow as tf
 from keras import layers
 
 import tfpar
+from tfpar.compat import _keras_attention
 
 STEPS, BATCH, TOKENS, WIDTH, WORDS = 6, 16, 8, 32, 40
 TOLERANCE = 2e-5  # of float32, relative to the largest of a weight
@@ -75,12 +76,73 @@ def cases(gpus):
                 yield name, lambda mesh=mesh, more=more: tfpar.MeshStrategy(mesh, **more)
 
 
+def attentions():
+    """Names, and shapes and options of attentions."""
+    for dtype in ("bfloat16", "float16"):
+        for heads in ((4, 4), (4, 2), (4, 1)):
+            for masks in (
+                "none",
+                "causal",
+                "padding",
+                "padding of each head",
+                "causal and padding",
+                "bias",
+                "one bias",
+            ):
+                yield f"attention {dtype} heads={heads} {masks}", dtype, heads, masks
+
+
+def attention_off(dtype, heads, masks):
+    """How far cuDNN and the plain formula are from the formula in float32: the largest of output and gradients."""
+    rng, (n, k), (b, t, s, h) = np.random.default_rng(0), heads, (2, 64, 96, 32)
+    x = [tf.constant(rng.normal(size=size), tf.float32) for size in ([b, t, n, h], [b, s, k, h], [b, s, k, h])]
+    biases = {"bias": [b, n, t, s], "one bias": [1, 1, t, s]}
+    x += [tf.constant(rng.normal(size=biases[masks]), tf.float32)] if masks in biases else []
+    x = [tf.cast(tf.cast(v, dtype), tf.float32) for v in x]
+    mask = (
+        tf.constant(rng.integers(0, 3, [b, n if "each head" in masks else 1, t, s]) > 0) if "padding" in masks else None
+    )
+    cotangent = tf.constant(rng.normal(size=[b, t, n, h]), tf.float32)
+
+    def passed(dtype, fused):
+        @tf.function(jit_compile=True, autograph=False)
+        def run(values):
+            values = [tf.cast(v, dtype) for v in values]
+            given = dict(bias=values[3] if len(values) > 3 else None, mask=mask, is_causal="causal" in masks)
+            told = []
+            with _keras_attention.fused(256 if fused else 0, told.append), tf.GradientTape() as tape:
+                tape.watch(values)
+                q, key, v = values[:3]
+                if k == 1 and not fused:  # which Keras' formula does not take on TensorFlow
+                    key, v = tf.repeat(key, n, 2), tf.repeat(v, n, 2)
+                y = keras.ops.dot_product_attention(q, key, v, flash_attention=fused or None, **given)
+            assert not any(told), told
+            return [y, *tape.gradient(y, values, tf.cast(cotangent, dtype))]
+
+        return [tf.cast(v, tf.float32) for v in run(x)]
+
+    exact, plain, fused = passed("float32", False), passed(dtype, False), passed(dtype, True)
+    return [
+        max(float(tf.reduce_max(tf.abs(a - e)) / tf.reduce_max(tf.abs(e))) for a, e in zip(found, exact, strict=True))
+        for found in (fused, plain)
+    ]
+
+
 def main():
     tf.config.experimental.enable_tensor_float_32_execution(False)
     gpus = tf.config.list_physical_devices("GPU")
     for gpu in gpus:
         tf.config.experimental.set_memory_growth(gpu, True)
     wrong = 0
+    for name, *options in attentions():
+        if all(part in name for part in sys.argv[1:]):
+            try:
+                off, plain = attention_off(*options)
+                verdict = "ok" if off < 1.5 * plain else "WRONG"
+            except Exception as error:
+                off, plain, verdict = float("nan"), 0.0, f"FAILED {type(error).__name__}: {str(error)[:300]}"
+            wrong += verdict != "ok"
+            print(f"{name}: {off:.1e}, the plain formula {plain:.1e} {verdict}", flush=True)
     for build in (encoder, images):
         for jit_compile in (True, False):
             expected = None

@@ -15,6 +15,7 @@ import harness
 PEAK = 989e12  # products of an H100 or H200 in bfloat16, per second, by NVIDIA's data sheet
 RUNS = {  # the batch, of one GPU's, and the strategy on n GPUs with m micro-batches
     "keras": (lambda n: 1, lambda tfpar, n, m: None),
+    "one device": (lambda n: 1, lambda tfpar, n, m: tfpar.MeshStrategy(tfpar.Mesh())),
     "data": (lambda n: n, lambda tfpar, n, m: tfpar.DataParallelStrategy()),
     "stage": (lambda n: 1, lambda tfpar, n, m: tfpar.PipelineStrategy(micro_batches=8)),
     "stage, 4 batches": (lambda n: 4, lambda tfpar, n, m: tfpar.PipelineStrategy(micro_batches=m)),
@@ -52,7 +53,7 @@ def measure(options):
     strategy, large = strategy(tfpar, len(gpus), options.micro_batches), options.run == "large"
     found = harness.measured(options, strategy, gpus, optimizer="adam" if large else None)
     products = 6 * found["weights"] + 12 * options.blocks * options.tokens * options.width  # for a token, PaLM, app. B
-    used = len(gpus) if strategy else 1
+    used = strategy.mesh.size if strategy else 1
     rate = products * options.batch * options.tokens / found["step"] / used / PEAK
     return {**found, "sample": found["step"] / options.batch, "batch": options.batch, "rate": rate}
 

@@ -32,7 +32,8 @@ def test_every_name_is_tested():
 
 
 def test_adoption_touches_keras_only_inside_scopes():
-    before = {(owner, name): vars(owner)[name] for owner, name in _keras_calls.Adoption.methods}
+    """`adopt` and `of_this_scope`."""
+    before = {(owner, name): vars(owner)[name] for owner, name in _keras_calls.ADOPTION.methods}
 
     def is_touched():
         same = {vars(owner)[name] is method for (owner, name), method in before.items()}
@@ -286,7 +287,8 @@ def test_set_value_and_strategy():
 
 
 def test_replicas_touch_keras_only_while_they_run():
-    names = list(_keras_run.METHODS)
+    """`running_replicas`."""
+    names = list(_keras_run.REPLICAS.methods)
     before = [vars(owner)[name] for owner, name in names]
     strategy = tfpar.DataParallelStrategy(["CPU:0", "CPU:1"])
 
@@ -298,8 +300,7 @@ def test_replicas_touch_keras_only_while_they_run():
     keras.config.set_dtype_policy("mixed_bfloat16")
     strategy.run(inside)  # `as_in_this_thread`: threads of replicas see this thread's policy
     assert [vars(owner)[name] for owner, name in names] == before
-    assert _keras_run.one_of_several() is None and _keras_run.Replicas.running == 0
-    assert _keras_calls.replaced(layers.Dense, "call", None)[0] is layers.Dense.call
+    assert _keras_run.one_of_several() is None and _keras_run.REPLICAS.users == 0
     assert not _keras_run.is_one_of_several()
 
 

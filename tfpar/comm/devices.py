@@ -14,6 +14,19 @@ def each_gpu_is_one_device() -> bool:
     return len(tf.config.get_visible_devices("GPU")) == len(tf.config.list_logical_devices("GPU"))
 
 
+def largest_fused_head(devices: Sequence[str]) -> int:
+    """The largest attention head that cuDNN's fused kernels take on these devices; 0 if they have none.
+
+    Source:
+        The support matrix of cuDNN's scaled dot-product attention.
+    """
+    if not all("GPU" in device for device in devices):
+        return 0
+    details = map(tf.config.experimental.get_device_details, tf.config.get_visible_devices("GPU"))
+    capability = min((d.get("compute_capability", (0, 0)) for d in details), default=(0, 0))
+    return 256 if capability >= (9, 0) else 128 if capability >= (8, 0) else 0
+
+
 Devices = Sequence[Any] | str | int | None
 
 

@@ -5,8 +5,6 @@
 
 import contextlib
 import contextvars
-import functools
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,75 +15,42 @@ from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 from keras.src.layers.layer import CallContext
 from keras.src.trainers.trainer import Trainer
 
+from tfpar.compat._replaced import Replacement, replaced
 from tfpar.errors import ScopeError
 
 
-class Adoption:
-    """While any strategy's scope is open, `TensorFlowTrainer.__init__` hands each new model to its strategy.
-
-    Keras reads the strategy there, and nowhere tells it of the model. A model of another strategy, or of none, is not
-    compiled or trained in the scope. Outside of scopes nothing is replaced.
-    """
-
-    open_scopes = 0
-    lock = threading.Lock()
-
-    @staticmethod
-    def init(original: Callable, model: Any):
-        original(model)
-        adopt = getattr(model._distribute_strategy, "_adopt", None)
-        if adopt is not None:
-            adopt(model)
-
-    @staticmethod
-    def check(original: Callable, model: Any, *args: Any, **options: Any) -> Any:
-        """A method of a model, if the model belongs to the scope around here."""
-        scope = tf.distribute.get_strategy()
-        if hasattr(scope, "_adopt") and getattr(model._distribute_strategy, "extended", None) is not scope.extended:
-            whose = "of none" if not hasattr(model._distribute_strategy, "_adopt") else "of another strategy"
-            raise ScopeError(
-                f"{model.name} was constructed outside of this {type(scope).__name__}'s scope, so it is {whose}, and "
-                f"{original.__name__} would not divide it. Construct it inside:\n"
-                "    with strategy.scope():\n        model = ...\n        model.compile(...)"
-            )
-        return original(model, *args, **options)
-
-    @classmethod
-    @contextlib.contextmanager
-    def in_scope(cls) -> Iterator[None]:
-        with cls.lock:
-            cls.open_scopes += 1
-            for (owner, name), (_, replacement) in cls.methods.items():
-                setattr(owner, name, replacement)
-        try:
-            yield
-        finally:
-            with cls.lock:
-                cls.open_scopes -= 1
-                if not cls.open_scopes:
-                    for (owner, name), (original, _) in cls.methods.items():
-                        setattr(owner, name, original)
+def adopt(original: Callable, model: Any):
+    """A model's `__init__`, which reads the strategy of the scope around it; Keras nowhere tells that of the model."""
+    original(model)
+    adopt = getattr(model._distribute_strategy, "_adopt", None)
+    if adopt is not None:
+        adopt(model)
 
 
-def replaced(owner: type, name: str, by: Callable) -> tuple[Callable, Callable]:
-    """A method, and what takes its place: `by(method, self, ...)`."""
-    original = vars(owner)[name]
+def of_this_scope(original: Callable, model: Any, *args: Any, **options: Any) -> Any:
+    """A method of a model, if the model belongs to the scope around here."""
+    scope = tf.distribute.get_strategy()
+    if hasattr(scope, "_adopt") and getattr(model._distribute_strategy, "extended", None) is not scope.extended:
+        whose = "of none" if not hasattr(model._distribute_strategy, "_adopt") else "of another strategy"
+        raise ScopeError(
+            f"{model.name} was constructed outside of this {type(scope).__name__}'s scope, so it is {whose}, and "
+            f"{original.__name__} would not divide it. Construct it inside:\n"
+            "    with strategy.scope():\n        model = ...\n        model.compile(...)"
+        )
+    return original(model, *args, **options)
 
-    @functools.wraps(original)
-    def method(self, *args, **kwargs):
-        return by(original, self, *args, **kwargs)
 
-    return original, method
-
-
-Adoption.methods = {
-    (owner, name): replaced(owner, name, by)
-    for owner, name, by in (
-        (TensorFlowTrainer, "__init__", Adoption.init),
-        (Trainer, "compile", Adoption.check),
-        (TensorFlowTrainer, "fit", Adoption.check),
-    )
-}
+# while any strategy's scope is open: new models come to their strategy, and models of others are refused
+ADOPTION = Replacement(
+    {
+        (owner, name): replaced(owner, name, by)
+        for owner, name, by in (
+            (TensorFlowTrainer, "__init__", adopt),
+            (Trainer, "compile", of_this_scope),
+            (TensorFlowTrainer, "fit", of_this_scope),
+        )
+    }
+)
 
 
 # ---- calls

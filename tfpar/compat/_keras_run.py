@@ -7,7 +7,6 @@ update; batch statistics are those of all replicas; random numbers differ betwee
 
 import contextlib
 import functools
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,33 +18,17 @@ from keras.src.optimizers.loss_scale_optimizer import LossScaleOptimizer
 from keras.src.optimizers.multi_optimizer import MultiOptimizer
 from keras.src.random.seed_generator import SeedGenerator, global_seed_generator
 
-from tfpar.compat import _keras, _keras_calls, _moments
+from tfpar.compat import _keras, _moments
+from tfpar.compat._replaced import Replacement, replaced
 from tfpar.compat._tf import LogicalReplica, has_shared_rows
 
 
-class Replicas:
-    """While any strategy runs several replicas, these methods of Keras look whether they are in one."""
-
-    running = 0
-    lock = threading.Lock()
-
-    @classmethod
-    @contextlib.contextmanager
-    def run(cls) -> Iterator[None]:
-        global_seed_generator()  # its variable cannot be created in a replica
-        with cls.lock:
-            cls.running += 1
-            if cls.running == 1:
-                for (owner, name), (_, in_replica) in METHODS.items():
-                    setattr(owner, name, in_replica)
-        try:
-            yield
-        finally:
-            with cls.lock:
-                cls.running -= 1
-                if not cls.running:
-                    for (owner, name), (original, _) in METHODS.items():
-                        setattr(owner, name, original)
+@contextlib.contextmanager
+def running_replicas() -> Iterator[None]:
+    """Inside, optimizers, BatchNormalization and seeds look whether they are in one of several replicas."""
+    global_seed_generator()  # its variable cannot be created in a replica
+    with REPLICAS.inside():
+        yield
 
 
 def is_one_of_several() -> bool:
@@ -97,16 +80,18 @@ def next_seed(original: Callable, self: SeedGenerator, ordered: bool = True) -> 
     return seed if replica is None else _keras.nth_seed(seed, replica._replica_id)
 
 
-METHODS = {
-    (owner, name): _keras_calls.replaced(owner, name, by)
-    for owner, name, by in (
-        (BaseOptimizer, "apply", apply),
-        (LossScaleOptimizer, "apply", apply),
-        (MultiOptimizer, "apply", apply),
-        (keras.layers.BatchNormalization, "_moments", moments),
-        (SeedGenerator, "next", next_seed),
-    )
-}
+REPLICAS = Replacement(
+    {
+        (owner, name): replaced(owner, name, by)
+        for owner, name, by in (
+            (BaseOptimizer, "apply", apply),
+            (LossScaleOptimizer, "apply", apply),
+            (MultiOptimizer, "apply", apply),
+            (keras.layers.BatchNormalization, "_moments", moments),
+            (SeedGenerator, "next", next_seed),
+        )
+    }
+)
 
 
 def as_in_this_thread(function: Callable) -> Callable:

@@ -154,6 +154,7 @@ class Engine:
         partial: variables that all ranks have, but find parts of the gradient of.
         cross_device_ops: what adds up tensors of several devices; they are copied and added, if not given.
         cut_because: why programs end at collectives; `None` if they hold them.
+        fused_head: the largest attention head that programs have cuDNN compute; 0 for none.
     """
 
     plan: Plan
@@ -166,6 +167,7 @@ class Engine:
     partial: Set[int] = frozenset()
     cross_device_ops: tf.distribute.CrossDeviceOps | None = None
     cut_because: str | None = "there is one lane"
+    fused_head: int = 0
     has_masks: bool = False  # outputs have masks that their symbols do not show
     programs: dict[tuple[ExecutionGraph, int, bool | None], Program] = field(default_factory=dict)
     losses: dict[Any, ExecutionGraph] = field(default_factory=dict)  # ways to the loss, by kinds of targets
@@ -191,6 +193,7 @@ class Engine:
             self.programs[key] = Program(
                 route.graph, route.partition.ops(segment), route.partition.edges(segment), self.model, training,
                 self.jit_compile, self.eager, route.unused(segment), route.gangs[segment] if route.gangs else None,
+                self.fused_head,
             )  # fmt: skip
         return self.programs[key]
 
@@ -215,6 +218,11 @@ class Engine:
             self, plan=plan, training=training, inference=inference, loss_parallel=parallel, programs={}, losses={},
             whole={},
         )  # fmt: skip
+
+    @property
+    def attention(self) -> dict[str, str | None]:
+        """For each operation with attention, as far as it was traced, why cuDNN does not compute it, or `None`."""
+        return {name: why for program in self.programs.values() for name, why in program.attention.items()}
 
     @cached_property
     def first_used(self) -> list[int]:

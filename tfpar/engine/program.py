@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from tfpar.comm.in_program import Gang
-from tfpar.compat import _keras, _keras_calls, _keras_parts, _moments
+from tfpar.compat import _keras, _keras_attention, _keras_calls, _keras_parts, _moments
 from tfpar.compat._tf import call_flat, fingerprint, without_device
 from tfpar.graph.keras_graph import KerasGraph
 from tfpar.graph.recording import RecordingScope, UnknownVariables
@@ -146,6 +146,10 @@ class Program:
         eager: whether to run operation by operation, untraced.
         unused: which of `gives` have no gradient.
         gang: who runs it at once and exchanges tensors in it, if it holds collectives.
+        fused_head: the largest attention head that cuDNN is to compute; 0 for none.
+
+    Attributes:
+        attention: for each operation with attention, why cuDNN does not compute it; `None` if it does.
     """
 
     def __init__(
@@ -159,8 +163,10 @@ class Program:
         eager: bool,
         unused: Container[int] = (),
         gang: Gang | None = None,
+        fused_head: int = 0,
     ):
-        self.unused, self.gang = unused, gang
+        self.unused, self.gang, self.fused_head = unused, gang, fused_head
+        self.attention: dict[str, str | None] = {}
         self.graph, self.ops, self.gives = graph, ops, gives
         self.model, self.training = model, training
         self.variables = tuple(sorted({v for i in ops for v in graph.graph.ops[i].variables}))
@@ -212,13 +218,14 @@ class Program:
         values = [(self.graph.variables[v], value) for v, value in zip(self.variables, variables, strict=True)]
         tensors = {t: restored(t, edges, self.graph) for t in edges if t >= 0}
         found: list[tuple[int, _moments.Moments]] = []
-        losses = {}
+        losses, told, names = {}, self.attention, [op.name for op in self.graph.graph.ops]
         with (
             RecordingScope(values, strict=True) as scope,
             _keras_parts.shaped(values),
             _keras.autocast_of(self.model),
             _keras_calls.telling(self.model, self.training),
             _moments.recorded(self.normalizations, found),
+            _keras_attention.fused(self.fused_head, lambda why: told.update({names[scope.call]: why})),
         ):
             for scope.call in self.ops:
                 scope.losses = []  # Keras takes a layer's losses out again when it is called once more

@@ -25,6 +25,7 @@ CHEAP = """
     StridedSlice Sub Tanh Transpose Unpack Xdivy Xlogy ZerosLike
 """.split()  # noqa: SIM905
 SHAPES = ("Shape", "ShapeN")
+PURE = ("ReadVariableOp", "XlaCallModule")  # though TensorFlow says that they have state
 SAME = ("Identity", "PreventGradient", "StopGradient")
 
 
@@ -54,7 +55,7 @@ class SplitProgram:
         self.constants = dict(zip(names, self.trace.captured_inputs, strict=True))
         self.found = tensors_of(self.gradients)
         made = makers([*self.outputs, *self.found])
-        state = any(op.op_def.is_stateful and op.type != "ReadVariableOp" for op in self.trace.graph.get_operations())
+        state = any(op.op_def.is_stateful and op.type not in PURE for op in self.trace.graph.get_operations())
         self.can = bool(self.found) and not state and not any(map(is_bound, made))
         if self.can:
             self.divide(made)
@@ -156,7 +157,7 @@ def is_bound(op: tf.Operation) -> bool:
     functions = any(a.HasField("func") or a.list.func for a in op.node_def.attr.values())
     strange = any(x.dtype in (tf.resource, tf.variant, tf.string) for x in (*op.inputs, *op.outputs))
     dynamic = op.type in SHAPES and not all(x.shape.is_fully_defined() for x in op.inputs)  # XLA would wait for it
-    stateful = any(x.op_def.is_stateful for x in (op, *op.control_inputs))
+    stateful = any(x.op_def.is_stateful and x.type not in PURE for x in (op, *op.control_inputs))
     return bool(functions or strange or dynamic or stateful)
 
 

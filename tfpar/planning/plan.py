@@ -76,6 +76,8 @@ class Plan:
         weights: how ranks divide each variable of the graph; empty without ranks.
         exchanges: the collectives in a training step, but for the sums of gradients over replicas.
         cut_because: why programs end at these; `None` if they are inside the programs.
+        attention: for each operation with attention that has been compiled for GPUs, why it is computed by the formula;
+            `None` if by cuDNN's fused kernels.
 
     Example:
         >>> plan = strategy.explain(model, batch_size=64)  # doctest: +SKIP
@@ -95,6 +97,7 @@ class Plan:
     weights: tuple[Weight, ...] = ()
     exchanges: tuple[Exchange, ...] = ()
     cut_because: str | None = None
+    attention: tuple[tuple[str, str | None], ...] = ()
 
     def device(self, stage: int, at: Coordinate = FIRST) -> str:
         """The name of the device of a stage, in the lane of `at`: its replica and rank."""

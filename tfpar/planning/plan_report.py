@@ -72,6 +72,9 @@ def devices(plan: "Plan") -> Table:
     if len(mesh.lanes) > 1:
         where = f"between programs: {plan.cut_because}" if plan.cut_because else "inside the programs of training"
         notes.append(f"collectives are {where}")
+    for why in dict.fromkeys(why for _, why in plan.attention):
+        those = ", ".join(name for name, because in plan.attention if because == why)
+        notes.append(f"attention by {f'the formula ({why})' if why else 'cuDNN'}: {those}")
     if plan.global_batch:
         notes.append(f"computed by every replica for the whole batch: {', '.join(plan.global_batch)}")
     table.caption = "\n".join(notes) or None

@@ -46,5 +46,6 @@ def explained(hooks: KerasHooks, batch_size: int | None = None) -> Plan:
     schedule = strategy.schedule(strategy.parts.fit(rows).micro_batches)
     way = engine.loss_parallel[1] if engine.loss_parallel else engine.training
     return replace(
-        engine.plan, rows=rows, schedule=schedule, slot_bytes=slots, cut_because=why_cut(engine, way)
+        engine.plan, rows=rows, schedule=schedule, slot_bytes=slots, cut_because=why_cut(engine, way),
+        attention=tuple(engine.attention.items()),
     )  # fmt: skip

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 from keras import tree
 
-from tfpar.comm.devices import each_gpu_is_one_device
+from tfpar.comm.devices import each_gpu_is_one_device, largest_fused_head
 from tfpar.compat import _keras, _keras_calls, _moments
 from tfpar.engine import micro_batch
 from tfpar.engine.description import Description
@@ -93,7 +93,9 @@ def planned(
     return Engine(
         plan, model, training, inference, bool(model.jit_compile), model.run_eagerly,
         loss_parallel=(loss, with_loss[0]) if with_loss else None,
-        cross_device_ops=strategy.cross_device_ops, cut_because=cut_because(strategy, model), **between,
+        cross_device_ops=strategy.cross_device_ops, cut_because=cut_because(strategy, model),
+        fused_head=largest_fused_head(strategy.mesh.devices) if model.jit_compile and not model.run_eagerly else 0,
+        **between,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfpar.compat._keras_run import Replicas
+from tfpar.compat._keras_run import running_replicas
 from tfpar.compat._tf import (
     LogicalReplica,
     MirroredExtended,
@@ -114,7 +114,7 @@ class Extended(MirroredExtended):
 
     def _call_for_each_replica(self, fn, args, kwargs):
         if not self.is_one:
-            with Replicas.run():
+            with running_replicas():
                 return super()._call_for_each_replica(fn, args, kwargs)
         with LogicalReplica(self.strategy):
             return fn(*args, **kwargs)

@@ -1,0 +1,200 @@
+"""Attention by cuDNN: what it is asked for, with a formula in its place; `tests/on_gpus.py` runs cuDNN itself."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers, ops
+from keras.src.backend.tensorflow import nn
+
+from tfpar.comm.devices import largest_fused_head
+from tfpar.compat import _cudnn_attention, _keras_attention
+from tfpar.compat._keras_attention import FORMULA, fused
+
+pytestmark = pytest.mark.fast
+
+
+def formula(query, key, value, bias, scale, causal):
+    """What cuDNN computes, in float32: its bias may be that of one sample or head for all."""
+    q, k, v = (tf.cast(x, tf.float32) for x in (query, key, value))
+    groups = q.shape[2] // k.shape[2]
+    logits = tf.einsum("btnh,bsnh->bnts", q, tf.repeat(k, groups, 2)) * scale
+    logits = logits if bias is None else logits + tf.cast(bias, tf.float32)
+    if causal:
+        seen = tf.linalg.band_part(tf.ones(logits.shape[2:], tf.bool), -1, 0)
+        logits = tf.where(seen, logits, -1e30)
+    return tf.cast(tf.einsum("bnts,bsnh->btnh", tf.nn.softmax(logits), tf.repeat(v, groups, 2)), query.dtype)
+
+
+@pytest.fixture(autouse=True)
+def in_place_of_cudnn(monkeypatch):
+    calls = []
+
+    def forward(query, key, value, bias, scale, causal):
+        calls.append("causal" if causal else "bias" if bias is not None else "plain")
+        return formula(query, key, value, bias, scale, causal), tf.zeros(query.shape[:3])
+
+    def backward(query, key, value, bias, statistics, output, gradient, scale, causal, of_bias):
+        sources = [query, key, value, *([bias] if of_bias else [])]
+        with tf.GradientTape() as tape:
+            tape.watch(sources)
+            y = formula(*sources[:3], bias if bias is None or not of_bias else sources[3], scale, causal)
+        return tape.gradient(y, sources, gradient)
+
+    monkeypatch.setattr(_cudnn_attention, "forward", forward)
+    monkeypatch.setattr(_cudnn_attention, "backward", backward)
+    monkeypatch.setattr(_keras_attention, "SHORT", 0)
+    return calls
+
+
+def random(*shape, seed=0, dtype="bfloat16"):
+    return tf.cast(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def both(call, *sources):
+    """What a call gives by the formula and by cuDNN, and the gradients of its sources; why it is not by cuDNN."""
+    found, told = [], []
+    for inside in (False, True):
+        with fused(256 if inside else 0, told.append), tf.GradientTape() as tape:
+            tape.watch(sources)
+            y = tf.cast(call(*sources), tf.float32)
+            loss = tf.reduce_sum(y * tf.cast(random(*y.shape, seed=9), tf.float32))
+        found.append([y, *tape.gradient(loss, sources)])
+    return found, told
+
+
+def assert_alike(found):
+    for a, b in zip(*found, strict=True):
+        a, b = (np.asarray(tf.cast(x, tf.float32)) for x in (a, b))
+        assert np.abs(a - b).max() < 0.02 * max(1.0, np.abs(a).max())
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=str)
+@pytest.mark.parametrize("mask", [None, (2, 1, 6, 8), (1, 1, 6, 8), (2, 4, 6, 8), (2, 1, 1, 8)], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_masks_and_grouped_heads(heads, mask, causal, in_place_of_cudnn):
+    n, k = heads
+    given = None if mask is None else tf.cast(np.random.default_rng(1).integers(0, 3, mask), tf.bool)
+    found, told = both(
+        lambda q, k, v: ops.dot_product_attention(q, k, v, mask=given, is_causal=causal),
+        random(2, 6, n, 16), random(2, 8, k, 16, seed=1), random(2, 8, k, 16, seed=2),
+    )  # fmt: skip
+    kind = "plain" if mask is None else "bias"
+    assert told == [None] and in_place_of_cudnn == ["causal" if causal and mask is None else kind]
+    assert_alike(found)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 6, 6), (1, 4, 6, 6), (1, 1, 6, 6), (4, 6, 6), (1, 4, 1, 6)], ids=str)
+def test_learned_biases_have_gradients(shape):
+    mask = tf.linalg.band_part(tf.ones([6, 6], tf.bool), -1, 0)
+    found, told = both(
+        lambda q, k, v, b: ops.dot_product_attention(q, k, v, bias=b, mask=mask, scale=0.3),
+        *(random(2, 6, 4, 16, seed=n) for n in range(3)), random(*shape, seed=3),
+    )  # fmt: skip
+    assert told == [None]
+    assert_alike(found)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rows_without_keys_see_all_alike(dtype):
+    """As by the formula: what masks everything masks nothing."""
+    mask = np.ones((2, 1, 6, 6), bool)
+    mask[:, :, 2] = False
+    found, _ = both(
+        lambda q, k, v: ops.dot_product_attention(q, k, v, mask=tf.constant(mask)),
+        *(random(2, 6, 4, 16, seed=n, dtype=dtype) for n in range(3)),
+    )
+    assert_alike(found)
+
+
+@pytest.mark.parametrize(
+    "options, why",
+    [
+        ({"dtype": "float32"}, "float32, not bfloat16"),
+        ({"head": 12}, "heads of 12"),
+        ({"head": 264}, "up to 256"),
+        ({"tokens": 5, "mask": True}, "not even numbers"),
+        ({"asked": False}, "disabled"),
+    ],
+)
+def test_what_cudnn_cannot_is_computed_by_the_formula(options, why, in_place_of_cudnn):
+    tokens, head = options.get("tokens", 6), options.get("head", 16)
+    q = random(2, tokens, 4, head, dtype=options.get("dtype", "bfloat16"))
+    mask = tf.ones([tokens, tokens], tf.bool) if "mask" in options else None
+    found, told = both(
+        lambda q: ops.dot_product_attention(q, q, q, mask=mask, flash_attention=options.get("asked")), q
+    )  # fmt: skip
+    assert why in told[0] and not in_place_of_cudnn
+    assert_alike(found)
+
+
+def test_few_tokens_are_left_to_the_formula(monkeypatch):
+    monkeypatch.undo()
+    (_, told) = both(lambda q: ops.dot_product_attention(q, q, q), random(2, 6, 4, 16))
+    assert "are few" in told[0]
+
+
+def test_switches_of_keras():
+    q = random(2, 6, 4, 16)
+    keras.config.disable_flash_attention()
+    try:
+        assert "disabled" in both(lambda q: ops.dot_product_attention(q, q, q), q)[1][0]
+    finally:
+        keras.config.enable_flash_attention()
+    with fused(256, lambda why: None):  # Keras alone refuses it on TensorFlow
+        ops.dot_product_attention(q, q, q, flash_attention=True)
+
+
+@pytest.mark.parametrize(
+    "make, kind",
+    [
+        (lambda: layers.MultiHeadAttention(4, 16, dtype="bfloat16"), "plain"),
+        (lambda: layers.GroupQueryAttention(16, 4, 2, dtype="bfloat16"), "plain"),
+    ],
+    ids=["multi-head", "grouped"],
+)
+@pytest.mark.parametrize("options", [{}, {"use_causal_mask": True}], ids=str)
+def test_layers(make, kind, options, in_place_of_cudnn):
+    layer = make()
+    x = random(2, 6, 32)
+    layer(x, x)
+    found, told = both(lambda x: layer(x, x, **options), x)
+    assert told == [None] and in_place_of_cudnn == (["causal"] if options else [kind])
+    assert_alike(found)
+
+
+def test_keras_is_touched_only_inside():
+    original = nn.dot_product_attention
+    with fused(256, print):
+        assert nn.dot_product_attention is not original and FORMULA.users == 1
+    assert nn.dot_product_attention is original
+    assert largest_fused_head(["CPU:0"]) == 0
+
+
+def test_planted_bug_is_caught(monkeypatch):
+    monkeypatch.setattr(_keras_attention, "LARGE", {tf.bfloat16: -1.0})
+    mask = tf.linalg.band_part(tf.ones([6, 6], tf.bool), -1, 0)
+    found, _ = both(lambda q: ops.dot_product_attention(q, q, q, mask=mask), random(2, 6, 4, 16))
+    with pytest.raises(AssertionError):
+        assert_alike(found)
+
+
+def test_stablehlo_is_what_it_says(monkeypatch):
+    """The text, without running it: that takes GPUs."""
+    monkeypatch.undo()
+
+    @tf.function
+    def program(q, k, bias):
+        with tf.GradientTape() as tape:
+            tape.watch([q, k, bias])
+            with fused(256, lambda why: None):
+                y = ops.dot_product_attention(q, k, k, bias=bias, is_causal=True, flash_attention=True)
+        return y, tape.gradient(y, [q, k, bias])
+
+    specs = [tf.TensorSpec(shape, tf.bfloat16) for shape in ([2, 6, 4, 16], [2, 8, 2, 16], [1, 4, 6, 8])]
+    traced = program.get_concrete_function(*specs)
+    there, back = (op for op in traced.graph.get_operations() if op.type == "XlaCallModule")
+    assert [x.shape.as_list() for x in there.outputs] == [[2, 6, 4, 16], [2, 4, 6]]
+    assert [x.shape.as_list() for x in back.outputs] == [[2, 6, 4, 16], [2, 8, 2, 16], [2, 8, 2, 16], [1, 4, 6, 8]]
+    text = there.get_attr("module").decode()
+    assert "@__cudnn$fmhaScaleBiasSoftmax(" in text and "CAUSAL" in text and "tensor<2x4x6x16xbf16>" in text

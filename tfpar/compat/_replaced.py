@@ -1,0 +1,46 @@
+"""Functions of Keras that are others for as long as somebody needs it."""
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+
+class Replacement:
+    """Attributes of classes and modules that are replaced while somebody is inside.
+
+    Args:
+        methods: for each owner and name, what is there, and what takes its place.
+    """
+
+    def __init__(self, methods: Mapping[tuple[Any, str], tuple[Callable, Callable]]):
+        self.methods, self.users, self.lock = methods, 0, threading.Lock()
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        """Inside, all are replaced; when the last one is outside, none is."""
+        with self.lock:
+            self.users += 1
+            if self.users == 1:
+                for (owner, name), (_, replacement) in self.methods.items():
+                    setattr(owner, name, replacement)
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.users -= 1
+                if not self.users:
+                    for (owner, name), (original, _) in self.methods.items():
+                        setattr(owner, name, original)
+
+
+def replaced(owner: Any, name: str, by: Callable) -> tuple[Callable, Callable]:
+    """A function of a class or module, and what takes its place: `by(function, ...)`."""
+    original = vars(owner)[name]
+
+    @functools.wraps(original)
+    def replacement(*args, **kwargs):
+        return by(original, *args, **kwargs)
+
+    return original, replacement
