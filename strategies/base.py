@@ -35,12 +35,13 @@ class Strategy(MirroredStrategy):
     Args:
         mesh: with the name of a device for each coordinate.
         micro_batches, schedule, placement, batch_norm, buckets, cross_device_ops, layout, sequence_parallel, zero,
-            offload, collectives: as for `MeshStrategy`.
+            offload, collectives, reduce_dtype: as for `MeshStrategy`.
 
     Raises:
         IndexError: a mesh that names no devices.
         ScheduleError: `micro_batches` is no whole number of at least 1, or `schedule` is not known.
-        ModelError: an unknown `batch_norm`, `zero`, `offload` or `collectives`, or `buckets` that is no whole number of
+        ModelError: an unknown `batch_norm`, `zero`, `offload`, `collectives` or
+            `reduce_dtype`, or `buckets` that is no whole number of
             at least 1.
     """
 
@@ -58,6 +59,7 @@ class Strategy(MirroredStrategy):
         zero: int = 0,
         offload: str | None = None,
         collectives: str = "auto",
+        reduce_dtype: str | None = None,
     ):
         if not isinstance(micro_batches, int) or micro_batches < 1:
             raise ScheduleError(f"micro_batches is a whole number of at least 1; received {micro_batches!r}")
@@ -77,6 +79,8 @@ class Strategy(MirroredStrategy):
             raise ModelError(f'offload is None or "optimizer"; received {offload!r}')
         if collectives not in ("auto", "inside", "between"):
             raise ModelError(f'collectives is "auto", "inside" or "between"; received {collectives!r}')
+        if reduce_dtype not in (None, "bfloat16", "float16", "float32"):
+            raise ModelError(f'reduce_dtype is None, "bfloat16", "float16" or "float32"; received {reduce_dtype!r}')
         if buckets is not None and (not isinstance(buckets, int) or buckets < 1):
             raise ModelError(f"buckets is a whole number of at least 1; received {buckets!r}")
         if zero and mesh.data == 1:
@@ -85,6 +89,7 @@ class Strategy(MirroredStrategy):
             )
         self.zero, self.offload = (max(zero, 1) if offload else zero) if mesh.data > 1 else 0, offload
         self.batch_norm, self.cross_device_ops, self.collectives = batch_norm, cross_device_ops, collectives
+        self.reduce_dtype = reduce_dtype
         self.buckets = buckets or SEGMENTS[zero if mesh.data > 1 else 0]
         self.layout, self.sequence_parallel = layout, sequence_parallel
         self._schedule = schedule if callable(schedule) else SCHEDULES[schedule]

@@ -23,10 +23,12 @@ class DataParallelStrategy(Strategy):
         cross_device_ops: how gradients are added up, as for `tf.distribute.MirroredStrategy`; if not given, by NCCL
             where each device is a GPU of its own, else by copies.
         zero, offload: what replicas divide in place of each having all of it, see `MeshStrategy`.
+        reduce_dtype: in which gradients are sent and added up, see `MeshStrategy`; their own, if not given.
 
     Raises:
         DeviceError: a device that does not exist, is of another host or repeats; no devices, or more than there are.
-        ModelError: an unknown `batch_norm`, `zero` or `offload`, or `buckets` that is no whole number of at least 1.
+        ModelError: an unknown `batch_norm`, `zero`, `offload` or `reduce_dtype`, or `buckets` that is no whole number
+            of at least 1.
 
     Example:
         >>> strategy = tfpar.DataParallelStrategy()  # doctest: +SKIP
@@ -42,9 +44,10 @@ class DataParallelStrategy(Strategy):
         cross_device_ops: tf.distribute.CrossDeviceOps | None = None,
         zero: int = 0,
         offload: str | None = None,
+        reduce_dtype: str | None = None,
     ):
         names = local_devices(devices, type(self).__name__)
         super().__init__(
             Mesh(data=len(names), devices=names), schedule="gpipe", batch_norm=batch_norm, buckets=buckets,
-            cross_device_ops=cross_device_ops, zero=zero, offload=offload,
+            cross_device_ops=cross_device_ops, zero=zero, offload=offload, reduce_dtype=reduce_dtype,
         )  # fmt: skip

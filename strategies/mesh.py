@@ -41,14 +41,17 @@ class MeshStrategy(Strategy):
         collectives: where devices exchange tensors in training: `"inside"` the programs, one for each stage and device;
             `"between"` programs, which end there; `"auto"`: inside where XLA compiles them and each device is a GPU of
             its own. The numbers are the same. `explain` says why programs end where they could go on.
+        reduce_dtype: in which gradients of weights are sent and added up, `"bfloat16"` for instance, in place of their
+            own. That halves what replicas exchange of float32 gradients and changes them: a sum over replicas then has
+            8 bits, a relative error of up to 0.4 % in each; weights, slots and the update keep theirs.
 
     Raises:
         DeviceError: `mesh` is no `Mesh`, has a device that does not exist, is of another host or repeats, or is larger
             than there are devices.
         TypeError: an unknown argument.
         ScheduleError, PartitionError, LayoutError: as for `PipelineStrategy` and `TensorParallelStrategy`.
-        ModelError: an unknown `batch_norm`, `zero`, `offload` or `collectives`, or `buckets` that is no whole number of
-            at least 1; when the model is first used, as for `PipelineStrategy`.
+        ModelError: an unknown `batch_norm`, `zero`, `offload`, `collectives` or `reduce_dtype`, or `buckets` that is no
+            whole number of at least 1; when the model is first used, as for `PipelineStrategy`.
 
     Example:
         >>> strategy = tfpar.MeshStrategy(tfpar.Mesh(data=2, stage=2, tensor=2), micro_batches=8)  # doctest: +SKIP
@@ -70,6 +73,7 @@ class MeshStrategy(Strategy):
         buckets: int | None = None,
         cross_device_ops: tf.distribute.CrossDeviceOps | None = None,
         collectives: str = "auto",
+        reduce_dtype: str | None = None,
         **axes: int,
     ):
         if not isinstance(mesh, Mesh):
@@ -83,5 +87,5 @@ class MeshStrategy(Strategy):
             raise DeviceError(f"{mesh} has {mesh.size} places; there are {len(names)} devices: {', '.join(names)}")
         super().__init__(
             mesh.on(names[: mesh.size]), micro_batches, schedule, placement, batch_norm, buckets, cross_device_ops,
-            layout, sequence_parallel, zero, offload, collectives,
+            layout, sequence_parallel, zero, offload, collectives, reduce_dtype,
         )  # fmt: skip

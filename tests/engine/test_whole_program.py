@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from training import check, data, history
+from training import check, compiled, data, history
 
 import tfpar
 from tfpar import Mesh
@@ -108,6 +108,25 @@ def test_a_step_that_fails_is_explained():
         model.compile("sgd", "mse")
     with pytest.raises(tfpar.StageError, match="wrong failed"):
         model.fit(X, X[:, :3], batch_size=8, verbose=0)
+
+
+@pytest.mark.parametrize("where", ["inside", "between"])
+@pytest.mark.parametrize("zero", [0, 2])
+def test_gradients_are_exchanged_in_another_dtype(where, zero):
+    """Sums over two replicas have 8 bits then; those of one, none of it."""
+    strategy = tfpar.MeshStrategy(Mesh(data=2), collectives=where, zero=zero, reduce_dtype="bfloat16")
+    one, other = (compiled(s, keras.optimizers.SGD(1.0)) for s in (None, strategy))
+    before = one.get_weights()
+    for model in (one, other):
+        model.fit(X, Y, batch_size=16, verbose=0)
+    moved = [(a - b, c - b) for a, b, c in zip(one.get_weights(), before, other.get_weights(), strict=True)]
+    off = max(np.abs(a - b).max() / np.abs(a).max() for a, b in moved)
+    assert 1e-5 < off < 2**-7
+
+
+def test_unknown_dtype_is_refused():
+    with pytest.raises(tfpar.ModelError, match="\"float32\"; received 'int8'"):
+        tfpar.DataParallelStrategy(2, reduce_dtype="int8")
 
 
 def test_unknown_place_is_refused():

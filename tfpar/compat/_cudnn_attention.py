@@ -127,16 +127,9 @@ def custom_call(
         + "\n".join(body)
         + f"\nreturn {', '.join(names)} : {', '.join(final)} }} }}"
     )
-    return list(
-        xla.call_module(
-            list(inputs),
-            version=STABLEHLO,
-            module=text,
-            Tout=[dtype for _, dtype, _ in results],
-            Sout=shapes,
-            platforms=(),
-        )  # fmt: skip
-    )
+    dtypes = [dtype for _, dtype, _ in results]
+    found = xla.call_module(list(inputs), version=STABLEHLO, module=text, Tout=dtypes, Sout=shapes, platforms=())
+    return list(found)
 
 
 def index(values: Sequence[int]) -> str:

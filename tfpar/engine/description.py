@@ -24,6 +24,7 @@ class Description(Protocol):
     zero: int
     offload: str | None
     collectives: str
+    reduce_dtype: str | None
     cross_device_ops: tf.distribute.CrossDeviceOps | None
     extended: Any  # its side of `tf.distribute`: `tfpar.variables.distribute.Extended`
 

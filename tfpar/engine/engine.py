@@ -154,6 +154,7 @@ class Engine:
         partial: variables that all ranks have, but find parts of the gradient of.
         cross_device_ops: what adds up tensors of several devices; they are copied and added, if not given.
         cut_because: why programs end at collectives; `None` if they hold them.
+        reduce_dtype: in which gradients are exchanged, if not in their own.
         fused_head: the largest attention head that programs have cuDNN compute; 0 for none.
     """
 
@@ -167,6 +168,7 @@ class Engine:
     partial: Set[int] = frozenset()
     cross_device_ops: tf.distribute.CrossDeviceOps | None = None
     cut_because: str | None = "there is one lane"
+    reduce_dtype: str | None = None
     fused_head: int = 0
     has_masks: bool = False  # outputs have masks that their symbols do not show
     programs: dict[tuple[ExecutionGraph, int, bool | None], Program] = field(default_factory=dict)

@@ -88,8 +88,9 @@ class Update:
     @cached_property
     def edges(self) -> list[WeightEdge]:
         """What lanes exchange of the gradient of each weight."""
-        partial = self.engine.partial
-        return [WeightEdge(w, v in partial, self.in_parts) for w, v in zip(self.weights, self.numbers, strict=True)]
+        partial, dtype = self.engine.partial, self.engine.reduce_dtype
+        pairs = zip(self.weights, self.numbers, strict=True)
+        return [WeightEdge(weight, v in partial, self.in_parts, dtype) for weight, v in pairs]
 
     @cached_property
     def reduction(self) -> GradientReduction:

@@ -177,7 +177,9 @@ def exchanged_in_program(
         summed = {v: found[v] for v, edge in edges.items() if edge.backward(axis) == "all-reduce"}
         for dtype in dict.fromkeys(x.dtype for x in summed.values()):
             for some in groups({v: x for v, x in summed.items() if x.dtype == dtype}):
-                found.update(zip(some, gang.added_up(axis, [found[v] for v in some], lane), strict=True))
+                narrow = run.engine.reduce_dtype or dtype
+                sums = gang.added_up(axis, [tf.cast(found[v], narrow) for v in some], lane)
+                found.update({v: tf.cast(total, dtype) for v, total in zip(some, sums, strict=True)})
                 program.exchanged.update((v, axis) for v in some)
     return found
 

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from tfpar.comm.collectives import all_reduce_gradients, reduce_scatter_gradient
+from tfpar.comm.gradients import cast
 from tfpar.compat import _keras
 from tfpar.engine.engine import Engine, device_of
 from tfpar.planning.mesh import AXES, Coordinate
@@ -31,11 +33,13 @@ class WeightEdge:
         variable: the weight.
         is_partial: whether ranks have copies of it, and find parts of its gradient.
         in_parts: whether each device updates its shard alone; else all need the whole gradient.
+        reduce_dtype: in which gradients are exchanged, if not in their own.
     """
 
     variable: keras.Variable
     is_partial: bool
     in_parts: bool
+    reduce_dtype: str | None = None
 
     @property
     def sharding(self) -> Sharding:
@@ -59,7 +63,7 @@ class WeightEdge:
 
 def edge_of(engine: Engine, v: int, in_parts: bool) -> WeightEdge:
     """The edge of a variable of the graph."""
-    return WeightEdge(engine.graph.variables[v], v in engine.partial, in_parts)
+    return WeightEdge(engine.graph.variables[v], v in engine.partial, in_parts, engine.reduce_dtype)
 
 
 def exchange(
@@ -71,9 +75,12 @@ def exchange(
         gradients: for each weight, what each lane has: dense, sparse, or `None`.
         ops: as for `all_reduce_gradients`.
     """
-    found = [list(parts) for parts in gradients]
     kinds = [edge.backward(axis) for edge in edges]
     devices = [[device_of(edge.variable, lane) for lane in lanes] for edge in edges]
+    rows = zip(gradients, edges, devices, strict=True)
+    found = [
+        [in_dtype(x, edge.reduce_dtype, *at) for x, *at in zip(parts, on, strict=True)] for parts, edge, on in rows
+    ]
     summed = [n for n, kind in enumerate(kinds) if kind == "all-reduce"]
     if summed:
         sums = all_reduce_gradients([found[n] for n in summed], devices[summed[0]], ops)
@@ -83,4 +90,16 @@ def exchange(
         sharding, shape = edges[n].sharding, tuple(edges[n].variable.shape)
         of_rank = sharding.along(*(a for a in AXES if a != axis)).shape(shape, lanes[0])
         found[n] = reduce_scatter_gradient(found[n], devices[n], sharding.dims[axis], of_rank)
-    return found
+    rows = zip(found, edges, devices, strict=True)
+    return [
+        [in_dtype(x, edge.reduce_dtype and edge.variable.dtype, *at) for x, *at in zip(parts, on, strict=True)]
+        for parts, edge, on in rows
+    ]
+
+
+def in_dtype(gradient: Any, dtype: str | None, device: str) -> Any:
+    """A gradient in another dtype, if one is given, on its device."""
+    if gradient is None or dtype is None:
+        return gradient
+    with tf.device(device):
+        return cast(gradient, dtype)

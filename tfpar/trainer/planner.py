@@ -95,7 +95,7 @@ def planned(
         loss_parallel=(loss, with_loss[0]) if with_loss else None,
         cross_device_ops=strategy.cross_device_ops, cut_because=cut_because(strategy, model),
         fused_head=largest_fused_head(strategy.mesh.devices) if model.jit_compile and not model.run_eagerly else 0,
-        **between,
+        reduce_dtype=strategy.reduce_dtype, **between,
     )  # fmt: skip
 
 
@@ -110,6 +110,8 @@ def cut_because(strategy: Description, model: keras.Model) -> str | None:
         return "the model runs eagerly"
     if strategy.collectives == "auto" and not (mesh.on_gpus and model.jit_compile and each_gpu_is_one_device()):
         return "only programs that XLA compiles, each for a GPU of its own, hold them"
+    if strategy.collectives == "auto" and mesh.tensor == 1 and not strategy.reduce_dtype:
+        return "sums of gradients alone are as fast there"
     return 'collectives="between" was asked for' if strategy.collectives == "between" else None
 
 
