@@ -36,6 +36,7 @@ TESTED_THROUGH = {  # for modules without a test file of their own, the test tha
     "tensor_parallel/test_rules": "attention convolution dense elementwise embedding normalization pooling reshaping",
     "tensor_parallel/test_tensor_parallel": "inline_layers loss_parallel parallelize rank_graph",
     "test_bad_input": "devices",
+    "test_launch": "__main__ exchange",
     "trainer/test_hooks": "base description placement step_function training_step",
     "trainer/test_killed": "_keras_backup",
 }

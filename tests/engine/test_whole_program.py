@@ -90,6 +90,13 @@ def test_where_programs_are_cut_explain_says_why(strategy, build, why):
     assert why in said.cut_because and "collectives are between programs" in str(said)
 
 
+def test_too_few_threads_would_wait_for_each_other():
+    with (strategy := inside(tensor=2)).scope():
+        model = encoder()
+        model.compile("sgd", "mse", jit_compile=True)
+    assert "inter-op threads for 2 devices are too few" in strategy.explain(model).cut_because
+
+
 def test_a_short_batch_leaves_no_program_waiting():
     """Of fewer samples than replicas; programs that hold collectives would wait for those without a part."""
     fit = history(X[:9], Y[:9], batch_size=4, epochs=1)

@@ -1,5 +1,6 @@
 """The devices that a user means."""
 
+import os
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,13 @@ from tfpar.errors import DeviceError, user_level
 def each_gpu_is_one_device() -> bool:
     """Whether no GPU that this process sees is split into several devices, as NCCL demands."""
     return len(tf.config.get_visible_devices("GPU")) == len(tf.config.list_logical_devices("GPU"))
+
+
+def inter_op_threads() -> int:
+    """How many operations TensorFlow runs at once on the host, programs of GPUs among them."""
+    asked = tf.config.threading.get_inter_op_parallelism_threads() or int(os.environ.get("TF_NUM_INTEROP_THREADS", 0))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return asked or cores
 
 
 def largest_fused_head(devices: Sequence[str]) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 from keras import tree
 
-from tfpar.comm.devices import each_gpu_is_one_device, largest_fused_head
+from tfpar.comm.devices import each_gpu_is_one_device, inter_op_threads, largest_fused_head
 from tfpar.compat import _keras, _keras_calls, _moments
 from tfpar.engine import micro_batch
 from tfpar.engine.description import Description
@@ -110,6 +110,9 @@ def cut_because(strategy: Description, model: keras.Model) -> str | None:
         return "the model runs eagerly"
     if strategy.collectives == "auto" and not (mesh.on_gpus and model.jit_compile and each_gpu_is_one_device()):
         return "only programs that XLA compiles, each for a GPU of its own, hold them"
+    if model.jit_compile and inter_op_threads() <= len(mesh.lanes):
+        few = f"{inter_op_threads()} inter-op threads for {len(mesh.lanes)} devices"
+        return f"{few} are too few: programs would wait for each other; python -m tfpar run sets more"
     if strategy.collectives == "auto" and mesh.tensor == 1 and not strategy.reduce_dtype:
         return "sums of gradients alone are as fast there"
     return 'collectives="between" was asked for' if strategy.collectives == "between" else None
