@@ -17,6 +17,7 @@ RUNS = {  # the batch, of one GPU's, and the strategy on n GPUs with m micro-bat
     "keras": (lambda n: 1, lambda tfpar, n, m: None),
     "one device": (lambda n: 1, lambda tfpar, n, m: tfpar.MeshStrategy(tfpar.Mesh())),
     "data": (lambda n: n, lambda tfpar, n, m: tfpar.DataParallelStrategy()),
+    "data, bfloat16 sums": (lambda n: n, lambda tfpar, n, m: tfpar.DataParallelStrategy(reduce_dtype="bfloat16")),
     "stage": (lambda n: 1, lambda tfpar, n, m: tfpar.PipelineStrategy(micro_batches=8)),
     "stage, 4 batches": (lambda n: 4, lambda tfpar, n, m: tfpar.PipelineStrategy(micro_batches=m)),
     "tensor": (lambda n: 1, lambda tfpar, n, m: tfpar.TensorParallelStrategy()),

@@ -14,6 +14,7 @@ import tfpar
 from tfpar import Mesh
 from tfpar.comm import in_program
 from tfpar.compat import _xla
+from tfpar.engine.optimizer_step import Update
 from tfpar.trainer.hooks import steps_of
 
 pytestmark = pytest.mark.fast
@@ -61,6 +62,51 @@ def test_numbers_are_those_of_one_device(strategy):
     fit = history(*words(20), batch_size=8, epochs=2)  # the last batch is half as large
     _, model = check(inside(**strategy), fit, build=encoder, optimizer=adam, rtol=1e-4, atol=1e-5)
     assert steps_of(model).engine.whole
+
+
+@pytest.mark.parametrize(
+    "strategy, jit_compile",
+    [
+        (lambda: tfpar.MeshStrategy(Mesh()), True),
+        (lambda: inside(tensor=2), False),
+        (lambda: inside(data=2), False),
+        (lambda: inside(data=2, tensor=2), False),
+    ],
+    ids=["one device", "tensor", "data", "both"],
+)
+@pytest.mark.parametrize("optimizer", ["adamw", "average, accumulated"])
+def test_programs_end_with_the_update(strategy, jit_compile, optimizer, monkeypatch):
+    """Of sparse gradients too: rows of all replicas for tokens, sums for positions."""
+    make = {
+        "adamw": lambda: keras.optimizers.AdamW(0.01, epsilon=1e-4),
+        "average, accumulated": lambda: keras.optimizers.SGD(0.1, use_ema=True, gradient_accumulation_steps=2),
+    }[optimizer]
+    apart = strategy().mesh.tensor > 1 and optimizer != "adamw"  # which keeps what it needs of all ranks
+    if not apart:
+        monkeypatch.setattr(Update, "__call__", lambda *_: pytest.fail("the update was not inside"))
+    fit = history(*words(), batch_size=8, epochs=2)
+    check(strategy(), fit, build=encoder, optimizer=make, jit_compile=jit_compile, rtol=1e-4, atol=1e-5)
+
+
+def test_what_needs_an_update_apart_has_one(monkeypatch):
+    class Assigning(layers.Layer):
+        def build(self, shape):
+            self.w = self.add_weight(shape=(shape[-1],), initializer="ones", name="w")
+
+        def call(self, x):
+            self.w.assign(self.w * 0.9)
+            return x * self.w
+
+    def build():
+        x = layers.Input((6,))
+        return keras.Model(x, layers.Dense(3, activation="softmax")(Assigning()(x)))
+
+    fit = history(X, Y, batch_size=8, epochs=2)
+    _, model = check(tfpar.MeshStrategy(Mesh()), fit, build=build, jit_compile=True)
+    assert steps_of(model).engine.updates_apart
+    for options in ({"kernel_regularizer": "l2"},):
+        regular = lambda options=options: keras.Sequential([layers.Input((6,)), layers.Dense(3, "softmax", **options)])  # noqa: E731
+        check(tfpar.MeshStrategy(Mesh()), fit, build=regular, jit_compile=True)
 
 
 def test_each_device_runs_one_program():

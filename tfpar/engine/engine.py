@@ -170,6 +170,7 @@ class Engine:
     cut_because: str | None = "there is one lane"
     reduce_dtype: str | None = None
     fused_head: int = 0
+    updates_apart: bool = False  # no program can end with the update
     has_masks: bool = False  # outputs have masks that their symbols do not show
     programs: dict[tuple[ExecutionGraph, int, bool | None], Program] = field(default_factory=dict)
     losses: dict[Any, ExecutionGraph] = field(default_factory=dict)  # ways to the loss, by kinds of targets

@@ -10,13 +10,14 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfpar.compat._tf import independent
+from tfpar.compat._tf import awaited, independent
 from tfpar.engine import added_losses, micro_batch
 from tfpar.engine.device_order import DeviceOrder
 from tfpar.engine.engine import Engine, ExecutionGraph, MicroBatch, tensors_of
 from tfpar.engine.group import COLLECTIVE
 from tfpar.engine.program import Edge, Program, Result, with_logits
 from tfpar.engine.reading import value_of
+from tfpar.engine.update_inside import UpdateInside
 from tfpar.engine.vjp import again_of, fused, keep, vjp
 from tfpar.planning.mesh import AXES, FIRST, Coordinate
 from tfpar.planning.schedule import Action, Kind, Schedule
@@ -39,6 +40,7 @@ class Execution:
         clock: whether to note when each action starts and stops.
         route: the way through the model; that of `training`, if not given.
         in_parts: whether each device updates its shards alone.
+        update: what programs end with, if they update weights.
     """
 
     engine: Engine
@@ -53,6 +55,7 @@ class Execution:
     clock: bool = False
     route: ExecutionGraph | None = None
     in_parts: bool = False
+    update: UpdateInside | None = None
 
     def __post_init__(self):
         self.route = self.route or self.engine.route(self.training)
@@ -112,6 +115,11 @@ class Execution:
         """Whether replicas divide gradients between them as soon as they are there (ZeRO 2 and 3)."""
         return self.engine.plan.zero >= 2 and self.in_parts
 
+    @property
+    def updated(self) -> list[tf.Tensor]:
+        """What is there once all programs that end with an update have run, though nothing else may need them."""
+        return [awaited(self.values[m][self.route.loss[0]].value) for m in self.all if self.update]
+
     def share(self, m: MicroBatch) -> Any:
         """The share of a part in the batch."""
         return self.weights[self.part(m)]
@@ -164,7 +172,8 @@ class Execution:
         edges = self.order.started(
             (s, Kind.FORWARD, m), self.at(s, m.lane), with_logits(self.values[m], self.partition.needs(s))
         )
-        variables = [value_of(self, s, m, v) for v in program.variables]
+        inside = self.update.places if self.update else ()
+        variables = [None if v in inside else value_of(self, s, m, v) for v in program.variables]
         if self.is_fused(s, m):
             result, gradients, cotangents = fused(self, m, program, variables, edges, self.arrived(s, m))
             independent(tensors_of((result, gradients, cotangents)))

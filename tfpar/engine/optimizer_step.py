@@ -13,10 +13,12 @@ from tfpar.comm.collectives import all_reduce, on_each
 from tfpar.comm.gradients import of_parts
 from tfpar.compat import _keras, _keras_parts
 from tfpar.engine.description import Description
-from tfpar.engine.engine import Engine, device_of, each, full_value, layout_of
+from tfpar.engine.engine import Engine, ExecutionGraph, device_of, each, full_value, layout_of
 from tfpar.engine.executor import Execution
 from tfpar.engine.gradient_reduction import GradientReduction
+from tfpar.engine.micro_batch import Parts
 from tfpar.engine.stage_update import StageUpdate, apply
+from tfpar.engine.update_inside import UpdateInside, can_be_inside
 from tfpar.engine.weight_edge import WeightEdge
 from tfpar.planning.mesh import AXES, FIRST, Coordinate
 from tfpar.variables.logical import HOST, LogicalVariable
@@ -84,6 +86,16 @@ class Update:
         for place in self.places:
             for variable in self.common if place not in busy else ():  # steps are counted everywhere
                 self.copy(variable, place).assign(self.copy(variable, busy[0]).read_value())
+
+    def inside(self, route: ExecutionGraph, parts: Parts, equal: bool) -> UpdateInside | None:
+        """This update as the end of the programs of a way, if they can end with it; arguments as of `can_be_inside`."""
+        able = bool(self.weights) and can_be_inside(self, route, parts, equal)
+        return self.as_part if able else None
+
+    @cached_property
+    def as_part(self) -> UpdateInside:
+        """This update as the end of programs."""
+        return UpdateInside(self)
 
     @cached_property
     def edges(self) -> list[WeightEdge]:

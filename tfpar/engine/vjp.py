@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from tfpar.comm.collectives import elements_of
 from tfpar.comm.gradients import SharedRows, add, cast
+from tfpar.comm.in_program import Gang
 from tfpar.compat._tf import made_again
 from tfpar.engine import added_losses
 from tfpar.engine.combination import shares_rows
@@ -19,7 +20,7 @@ from tfpar.engine.reading import is_gathered, value_of
 from tfpar.engine.remat import SplitProgram, makers
 from tfpar.engine.weight_edge import edge_of, exchange
 from tfpar.graph.recording import UnusedResults
-from tfpar.planning.mesh import Coordinate
+from tfpar.planning.mesh import AXES, Coordinate
 
 if TYPE_CHECKING:
     from tfpar.engine.executor import Execution
@@ -144,7 +145,11 @@ def fused(
         cotangents: of the result's edges, which must not depend on it.
     """
 
-    def both(variables, edges, cotangents, loss_cotangent, share, lane):
+    update = run.update
+
+    def both(variables, edges, cotangents, loss_cotangent, share, lane, copies):
+        if update:
+            variables = [update.read(v, copies, x) for v, x in zip(program.variables, variables, strict=True)]
         inside, outside = watched(run, program, variables, edges)
         sources = [*inside.values(), *outside.values()]
         with tf.GradientTape() as tape:
@@ -154,12 +159,17 @@ def fused(
         targets = [result.edges[t].value for t in cotangents] + [result.losses[i][k] for i, k in added]
         found = tape.gradient(targets, sources, [*cotangents.values(), *added.values()])
         of_weights = exchanged_in_program(run, program, present(inside, found), lane)
+        if update:
+            update.apply(copies, of_weights, result.state, loss_cotangent)
+            of_weights = {}
         return result, of_weights, present(outside, found[len(inside) :])
 
     lane = run.values[m][run.route.lane].value if program.gang else None
-    if run.parts not in program.fused:
-        program.fused[run.parts] = run.engine.traced(both)
-    found = program.fused[run.parts](variables, edges, cotangents, run.loss_cotangent, run.share(m), lane)
+    kind = run.parts, update is not None
+    if kind not in program.fused:
+        program.fused[kind] = run.engine.traced(both)
+    copies = update.copies(m.lane) if update else []
+    found = program.fused[kind](variables, edges, cotangents, run.loss_cotangent, run.share(m), lane, copies)
     run.exchanged |= program.exchanged
     return found
 
@@ -181,7 +191,22 @@ def exchanged_in_program(
                 sums = gang.added_up(axis, [tf.cast(found[v], narrow) for v in some], lane)
                 found.update({v: tf.cast(total, dtype) for v, total in zip(some, sums, strict=True)})
                 program.exchanged.update((v, axis) for v in some)
+        for v, gradient in found.items() if run.update else ():
+            if isinstance(gradient, tf.IndexedSlices) and edge_of(run.engine, v, True).backward(axis) == "all-reduce":
+                found[v] = gathered(run, v, gradient, axis, gang, lane)
     return found
+
+
+def gathered(
+    run: "Execution", v: int, gradient: tf.IndexedSlices, axis: str, gang: Gang, lane: tf.Tensor
+) -> tf.IndexedSlices:  # fmt: skip
+    """A sparse gradient with the rows of all lanes along an axis; where all have the same rows, with their sums."""
+    if AXES[axis].divides != "samples" or shares_rows(run, 0, v, gradient):
+        return tf.IndexedSlices(
+            gang.exchanged("add", axis, gradient.values, lane), gradient.indices, gradient.dense_shape
+        )  # fmt: skip
+    values, indices = (gang.exchanged("all_gather", axis, x, lane) for x in (gradient.values, gradient.indices))
+    return tf.IndexedSlices(values, indices, gradient.dense_shape)
 
 
 def halves_of(

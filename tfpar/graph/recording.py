@@ -79,5 +79,13 @@ class UnusedResults(Discovered):
         self.graph = graph
 
 
+class UpdatesApart(Discovered):
+    """A program cannot end with the update: from now on that is one of its own."""
+
+    def __init__(self, graph: Any):
+        super().__init__("updates apart")
+        self.graph = graph
+
+
 class HasMask(Discovered):
     """An output of the model has a mask, by which the loss depends on more than the sizes of the batch's parts."""

@@ -19,7 +19,7 @@ from tfpar.engine.description import Description
 from tfpar.engine.engine import Engine
 from tfpar.engine.optimizer_step import Update
 from tfpar.errors import ModelError, user_level
-from tfpar.graph.recording import Discovered, HasMask, NeedsWholeBatch, UnusedResults
+from tfpar.graph.recording import Discovered, HasMask, NeedsWholeBatch, UnusedResults, UpdatesApart
 from tfpar.planning.progress import announced
 from tfpar.trainer import saving
 from tfpar.trainer.model_call import call
@@ -164,6 +164,9 @@ class KerasHooks:
     def learn(self, discovered: Discovered):
         """Take up what came to light while a step was traced, in whichever model it was."""
         if isinstance(discovered, UnusedResults):
+            return
+        if isinstance(discovered, UpdatesApart):
+            self.engine.updates_apart = True
             return
         if isinstance(discovered, HasMask):
             self.engine.has_masks = True

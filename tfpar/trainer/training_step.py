@@ -57,6 +57,8 @@ class TrainingStep:
             )
             run.run(hooks.engine.schedule(hooks.strategy, self.parts, run.route), Kind.FORWARD, Kind.BACKWARD)
             compiled, *each_loss = of_batch(run)
+            with tf.control_dependencies(run.updated):
+                compiled = tf.identity(compiled)
             losses = [compiled, *batch_results.added_losses(run).values(), *hooks.update.penalties()]
             loss = tf.add_n([tf.cast(tf.reduce_sum(part), _keras.loss_dtype(model)) for part in losses])
             loss = stop_if_not_finite(loss) if hooks.checks else loss
@@ -66,7 +68,9 @@ class TrainingStep:
                 tracker.update_state(value, sample_weight=self.data.rows)  # as Keras: the static size, if there is one
             with tf.control_dependencies([loss] if hooks.checks else []):
                 batch_results.write_state(run)  # first: a layer may have assigned a weight that is trained
-                if model.trainable_weights:
+                if run.update:
+                    pass
+                elif model.trainable_weights:
                     hooks.update(run, scale)
                 else:
                     warnings.warn("The model does not have any trainable weights.", stacklevel=user_level())  # as Keras
@@ -98,8 +102,13 @@ class TrainingStep:
                 part += [Edge(leaf) for leaf in (*ranks, *tree.flatten(of_part), *divisors) if leaf is not None]
         if loss and not alone and not options.get("clock"):
             route = whole(engine, route, self.parts)
+        update = None
+        if options.get("differentiate") and not options.get("clock") and not self.hooks.checks:
+            rows = micro_batch.count(self.data.whole)
+            equal = isinstance(rows, int) and rows % engine.mesh.data == 0
+            update = self.hooks.update.inside(route, self.parts, equal)
         shares = micro_batch.shares([micro_batch.count(part) for part, *_ in pieces])
-        return Execution(engine, self.parts, inputs, shares, told, route=route, **options)
+        return Execution(engine, self.parts, inputs, shares, told, route=route, update=update, **options)
 
 
 def stop_if_not_finite(loss: tf.Tensor) -> tf.Tensor:

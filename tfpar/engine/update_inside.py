@@ -1,0 +1,92 @@
+"""The optimizer's work as the end of the program that finds the gradients: weights are read and written in place."""
+
+# v: variable of the graph, n: weight to train
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import tensorflow as tf
+
+from tfpar.compat import _keras, _keras_parts
+from tfpar.engine.engine import ExecutionGraph
+from tfpar.engine.micro_batch import Parts
+from tfpar.engine.stage_update import StageUpdate
+from tfpar.graph.recording import UpdatesApart
+from tfpar.planning.mesh import Coordinate
+
+if TYPE_CHECKING:
+    from tfpar.engine.optimizer_step import Update
+
+
+def can_be_inside(update: "Update", route: ExecutionGraph, parts: Parts, equal: bool) -> bool:
+    """Whether a program can end with the update: it is the only one of its device, and has all that the update needs.
+
+    Args:
+        route: the way to the loss.
+        equal: whether all replicas have as many samples.
+    """
+    engine = update.engine
+    alone = len(update.mesh.lanes) == 1 and engine.jit_compile
+    whole = bool(route.gangs) and (equal or update.mesh.data == 1)
+    return (
+        (alone or whole)
+        and parts.micro_batches == route.partition.stages == 1
+        and not (engine.updates_apart or engine.eager or engine.has_masks or route.global_batch or update.away)
+        and update.in_parts
+        and not any(map(update.is_detached, range(len(update.weights))))
+        and all(edge.backward("data") == "all-reduce" for edge in update.edges)
+        and all(weight.regularizer is None for weight in update.weights)
+        and not (_keras_parts.clips_norms(update.model.optimizer) and update.is_divided)
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class UpdateInside:
+    """An update as a part of a program.
+
+    Args:
+        update: which is otherwise made after all programs.
+    """
+
+    update: "Update"
+
+    @cached_property
+    def work(self) -> StageUpdate:
+        """The optimizer's work for all weights."""
+        update = self.update
+        return StageUpdate(update.strategy, update.model.optimizer, update.weights, (), update.variables(0))
+
+    @cached_property
+    def places(self) -> dict[int, int]:
+        """For each variable of the graph that is updated, its place among the copies."""
+        known = {id(v): place for place, v in enumerate(self.update.variables(0))}
+        pairs = zip(self.update.numbers, self.update.weights, strict=True)
+        found = {v: known.get(id(_keras.stored(weight))) for v, weight in pairs if v is not None}
+        return {v: place for v, place in found.items() if place is not None}
+
+    def copies(self, lane: Coordinate) -> list[tf.Variable]:
+        """What a lane has of all that the optimizer reads or writes."""
+        (place,) = (place for place in self.update.places if place.lane == lane)
+        return [self.update.copy(v, place) for v in self.work.variables]
+
+    def read(self, v: int, copies: Sequence[tf.Variable], otherwise: Any) -> Any:
+        """The value of a variable, before the update."""
+        return copies[self.places[v]].read_value() if v in self.places else otherwise
+
+    def apply(self, copies: Sequence[tf.Variable], gradients: dict[int, Any], written: Any, scale: tf.Tensor):
+        """Update a lane's copies.
+
+        Args:
+            gradients: by variable, over all lanes.
+            written: the variables that layers have assigned.
+            scale: by which the loss was multiplied.
+
+        Raises:
+            UpdatesApart: nothing has a gradient, or a layer has assigned a weight that is updated.
+        """
+        found = [None if v is None else gradients.get(v) for v in self.update.numbers]
+        if all(gradient is None for gradient in found) or any(v in self.places for v in written):
+            raise UpdatesApart(self.update.engine.graph)
+        self.work.applied(copies, [], found, scale, None)
