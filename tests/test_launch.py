@@ -9,10 +9,10 @@ import pytest
 
 from tfpar import exchange, launch
 
-pytestmark = pytest.mark.fast
 GPUS = ["NVIDIA H100, 570.1"] * 4
 
 
+@pytest.mark.fast
 def test_settings(tmp_path):
     found = launch.settings(GPUS, {"XDG_CACHE_HOME": str(tmp_path)}, 2, True)
     folder = found["TF_XLA_FLAGS"].split()[0].partition("=")[2]
@@ -30,6 +30,7 @@ def test_what_the_user_has_set_stays(tmp_path):
     assert found == {"XLA_FLAGS": "--a --xla_gpu_enable_command_buffer="}
 
 
+@pytest.mark.fast
 def test_programs_of_other_gpus_and_flags_are_kept_apart(tmp_path):
     environment = {"XDG_CACHE_HOME": str(tmp_path)}
     kinds = [(GPUS, {}), (GPUS[:2], {}), (["NVIDIA H200, 570.1"] * 4, {}), (GPUS, {"XLA_FLAGS": "--b"})]
@@ -81,10 +82,9 @@ def test_check_says_what_is_broken(host, monkeypatch, capsys, code, said):
     assert f"tensors over all GPUs: {said}\n" in told and "GPU NVIDIA H100" in told and "in pairs" not in told
 
 
-@pytest.mark.parametrize("kind", ["tensor", "both"])
-def test_exchange(kind):
+def test_exchange():
     """On logical CPUs; collectives are TensorFlow's own there."""
-    exchange.main(kind)
+    exchange.main("both")
 
 
 def test_exchange_finds_what_is_wrong(monkeypatch):

@@ -18,7 +18,7 @@ from tfpar.compat import _keras, _xla
 from tfpar.planning.mesh import AXES, Mesh, number_of
 
 KEYS: dict[tuple, int] = {}  # of groups of devices that meet in programs
-INSTANCES = count(1)  # of TensorFlow's own collectives
+NUMBERS = count(1)  # of collectives in programs
 
 
 def key_of(*group: Any) -> int:
@@ -63,8 +63,14 @@ class Gang:
         after = self.mesh.lane_shape[list(AXES).index(axis) + 1 :]
         return lane // prod(after) % getattr(self.mesh, axis)
 
-    def exchanged(self, kind: str, axis: str, x: tf.Tensor, lane: tf.Tensor, dim: int = 0) -> tf.Tensor:
-        """A collective along an axis; `kind` as for `compat._xla.exchanged`."""
+    def exchanged(
+        self, kind: str, axis: str, x: tf.Tensor, lane: tf.Tensor, which: Any, dim: int = 0
+    ) -> tf.Tensor:  # fmt: skip
+        """A collective along an axis; `kind` as for `compat._xla.exchanged`.
+
+        Args:
+            which: tells it from all others; the same on all lanes, whose programs may be traced apart.
+        """
         groups = self.groups[axis]
         if len(groups[0]) == 1:
             return x
@@ -73,8 +79,8 @@ class Gang:
         keys = [key_of(*(self.devices[lane] for lane in group)) for group in groups]
         of_lane = [keys[n] for lane in range(len(self.devices)) for n, group in enumerate(groups) if lane in group]
         options = {
-            "group_size": len(groups[0]), "group_key": tf.gather(of_lane, lane), "instance_key": instance_of(x),
-            "ordering_token": [],
+            "group_size": len(groups[0]), "group_key": tf.gather(of_lane, lane), "ordering_token": [],
+            "instance_key": instance_of(x, key_of(self.key, which)),
         }  # fmt: skip
         if kind == "all_gather":
             order = [dim, *(d for d in range(x.shape.rank) if d != dim)]
@@ -85,11 +91,11 @@ class Gang:
         found = tf.cast(tf.raw_ops.CollectiveReduceV2(input=wide(x), merge_op=merge, final_op="Id", **options), x.dtype)
         return self.own_part(axis, found, lane, dim) if kind == "reduce_scatter" else found
 
-    def added_up(self, axis: str, values: Sequence[tf.Tensor], lane: tf.Tensor) -> list[tf.Tensor]:
-        """The sums along an axis of tensors of one dtype; compiled, in one collective."""
+    def added_up(self, axis: str, values: dict[Any, tf.Tensor], lane: tf.Tensor) -> dict[Any, tf.Tensor]:
+        """The sums along an axis of tensors of one dtype, by their names; compiled, in one collective."""
         if self.compiled and len(self.groups[axis][0]) > 1:
-            return _xla.exchanged("add", values, self.groups[axis])
-        return [self.exchanged("add", axis, x, lane) for x in values]
+            return dict(zip(values, _xla.exchanged("add", list(values.values()), self.groups[axis]), strict=True))
+        return {which: self.exchanged("add", axis, x, lane, (axis, which)) for which, x in values.items()}
 
     def own_part(self, axis: str, x: tf.Tensor, lane: tf.Tensor, dim: int) -> tf.Tensor:
         """Of what all have, a lane's part of equal ones along `dim`."""
@@ -98,9 +104,9 @@ class Gang:
         return tf.slice(x, first, [rows if d == dim else -1 for d in range(x.shape.rank)])
 
 
-def instance_of(x: tf.Tensor) -> tf.Tensor:
+def instance_of(x: tf.Tensor, key: int) -> tf.Tensor:
     """A number for one of TensorFlow's own collectives; it is another for each size, as TensorFlow wants it."""
-    number = next(INSTANCES) * 1000003 + tf.size(x, tf.int64)
+    number = key * 1000003 + tf.size(x, tf.int64)
     return tf.cast(number % (2**31 - 1), tf.int32)
 
 
@@ -109,34 +115,34 @@ def wide(x: tf.Tensor) -> tf.Tensor:
     return tf.cast(x, {tf.bool: tf.int32, tf.bfloat16: tf.float32}.get(x.dtype, x.dtype))
 
 
-def identity(gang: Gang, axis: str, x: tf.Tensor, lane: tf.Tensor, dim: int) -> tf.Tensor:
+def identity(gang: Gang, axis: str, x: tf.Tensor, lane: tf.Tensor, dim: int, which: Any) -> tf.Tensor:
     """The same."""
     return tf.identity(x)
 
 
-def all_reduce(gang: Gang, axis: str, x: tf.Tensor, lane: tf.Tensor, dim: int) -> tf.Tensor:
+def all_reduce(gang: Gang, axis: str, x: tf.Tensor, lane: tf.Tensor, dim: int, which: Any) -> tf.Tensor:
     """The sum, everywhere."""
-    return gang.exchanged("add", axis, x, lane)
+    return gang.exchanged("add", axis, x, lane, which)
 
 
-def all_gather(gang: Gang, axis: str, x: tf.Tensor, lane: tf.Tensor, dim: int) -> tf.Tensor:
+def all_gather(gang: Gang, axis: str, x: tf.Tensor, lane: tf.Tensor, dim: int, which: Any) -> tf.Tensor:
     """All parts along `dim`, everywhere."""
-    return gang.exchanged("all_gather", axis, x, lane, dim)
+    return gang.exchanged("all_gather", axis, x, lane, which, dim)
 
 
-def reduce_scatter(gang: Gang, axis: str, x: tf.Tensor, lane: tf.Tensor, dim: int) -> tf.Tensor:
+def reduce_scatter(gang: Gang, axis: str, x: tf.Tensor, lane: tf.Tensor, dim: int, which: Any) -> tf.Tensor:
     """Of the sum, each its part."""
-    return gang.exchanged("reduce_scatter", axis, x, lane, dim)
+    return gang.exchanged("reduce_scatter", axis, x, lane, which, dim)
 
 
-def own_part(gang: Gang, axis: str, x: tf.Tensor, lane: tf.Tensor, dim: int) -> tf.Tensor:
+def own_part(gang: Gang, axis: str, x: tf.Tensor, lane: tf.Tensor, dim: int, which: Any) -> tf.Tensor:
     """Of what all have, each its part."""
     return gang.own_part(axis, x, lane, dim)
 
 
-def maximum(gang: Gang, axis: str, x: tf.Tensor, lane: tf.Tensor, dim: int) -> tf.Tensor:
+def maximum(gang: Gang, axis: str, x: tf.Tensor, lane: tf.Tensor, dim: int, which: Any) -> tf.Tensor:
     """The largest of one element that each has along the last dim, everywhere."""
-    return gang.exchanged("maximum", axis, x, lane)
+    return gang.exchanged("maximum", axis, x, lane, which)
 
 
 EXCHANGES: dict[str, Callable] = {
@@ -157,39 +163,39 @@ class InProgram:
     variables = ()
 
     def __init__(self, collective: Collective, gang: Gang):
-        self.collective, self.gang = collective, gang
+        self.collective, self.gang, self.number = collective, gang, next(NUMBERS)
 
     def __call__(self, *args: tf.Tensor) -> tf.Tensor:
         *given, lane = args
         if not given:
             return self.gang.place(self.collective.axis, lane)
         (x,) = given
-        y = self.exchanged(x, lane)
+        y = self.exchanged(x, lane, "values")
         logits, activation = _keras.logits_of(x)
         if logits is not None and activation is None:
-            _keras.set_logits(y, self.exchanged(logits, lane))
+            _keras.set_logits(y, self.exchanged(logits, lane, "logits"))
         elif logits is not None:
-            y = activation(self.exchanged(logits, lane))
+            y = activation(self.exchanged(logits, lane, "logits"))
         mask, kind = _keras.get_keras_mask(x), self.collective.kind_of_masks
         if mask is not None:
             if self.collective.dim < mask.shape.rank:
-                mask = self.emit(kind, mask, lane)
+                mask = self.emit(kind, mask, lane, "mask")
             _keras.set_keras_mask(y, mask)
         return y
 
-    def exchanged(self, x: tf.Tensor, lane: tf.Tensor) -> tf.Tensor:
+    def exchanged(self, x: tf.Tensor, lane: tf.Tensor, what: str) -> tf.Tensor:
         """What the lane has afterwards, with the transpose as its gradient."""
 
         @tf.custom_gradient
         def forward(x):
-            y = self.emit(self.collective.forward, x, lane)
-            return y, lambda g: self.emit(self.collective.backward, tf.ensure_shape(g, y.shape), lane)
+            y = self.emit(self.collective.forward, x, lane, what)
+            return y, lambda g: self.emit(self.collective.backward, tf.ensure_shape(g, y.shape), lane, f"of {what}")
 
         return forward(tf.convert_to_tensor(x))
 
-    def emit(self, kind: str, x: tf.Tensor, lane: tf.Tensor) -> tf.Tensor:
+    def emit(self, kind: str, x: tf.Tensor, lane: tf.Tensor, what: str) -> tf.Tensor:
         """One direction of the exchange."""
-        return EXCHANGES[kind](self.gang, self.collective.axis, x, lane, self.collective.dim)
+        return EXCHANGES[kind](self.gang, self.collective.axis, x, lane, self.collective.dim, (self.number, what))
 
 
 def fits(collective: Collective, parts: int) -> str | None:

@@ -18,7 +18,7 @@ from tfpar.compat import _cudnn_attention
 from tfpar.compat._replaced import Replacement, replaced
 
 LARGE = {tf.bfloat16: -(2.0**41), tf.float16: -(2.0**15)}  # cuDNN subtracts two of them without an overflow
-SHORT = 2**14  # products of queries and keys of a head; with fewer of them the formula is faster
+SHORT = 2**14  # products of queries and keys of a head; with fewer the formula is used unless asked otherwise
 FUSED: contextvars.ContextVar[tuple[int, Callable] | None] = contextvars.ContextVar("fused", default=None)
 
 

@@ -188,8 +188,8 @@ def exchanged_in_program(
         for dtype in dict.fromkeys(x.dtype for x in summed.values()):
             for some in groups({v: x for v, x in summed.items() if x.dtype == dtype}):
                 narrow = run.engine.reduce_dtype or dtype
-                sums = gang.added_up(axis, [tf.cast(found[v], narrow) for v in some], lane)
-                found.update({v: tf.cast(total, dtype) for v, total in zip(some, sums, strict=True)})
+                sums = gang.added_up(axis, {v: tf.cast(found[v], narrow) for v in some}, lane)
+                found.update({v: tf.cast(total, dtype) for v, total in sums.items()})
                 program.exchanged.update((v, axis) for v in some)
         for v, gradient in found.items() if run.update else ():
             if isinstance(gradient, tf.IndexedSlices) and edge_of(run.engine, v, True).backward(axis) == "all-reduce":
@@ -201,12 +201,11 @@ def gathered(
     run: "Execution", v: int, gradient: tf.IndexedSlices, axis: str, gang: Gang, lane: tf.Tensor
 ) -> tf.IndexedSlices:  # fmt: skip
     """A sparse gradient with the rows of all lanes along an axis; where all have the same rows, with their sums."""
+    (values, indices, shape), rows = (gradient.values, gradient.indices, gradient.dense_shape), ("rows", v, axis)
     if AXES[axis].divides != "samples" or shares_rows(run, 0, v, gradient):
-        return tf.IndexedSlices(
-            gang.exchanged("add", axis, gradient.values, lane), gradient.indices, gradient.dense_shape
-        )  # fmt: skip
-    values, indices = (gang.exchanged("all_gather", axis, x, lane) for x in (gradient.values, gradient.indices))
-    return tf.IndexedSlices(values, indices, gradient.dense_shape)
+        return tf.IndexedSlices(gang.exchanged("add", axis, values, lane, rows), indices, shape)
+    values = gang.exchanged("all_gather", axis, values, lane, rows)
+    return tf.IndexedSlices(values, gang.exchanged("all_gather", axis, indices, lane, (*rows, "indices")), shape)
 
 
 def halves_of(
