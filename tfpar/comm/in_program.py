@@ -40,8 +40,10 @@ class Gang:
     mesh: Mesh
     compiled: bool
     key: int = field(init=False)
+    number: int = field(init=False, compare=False)  # of this one, among those of the same devices
 
     def __post_init__(self):
+        object.__setattr__(self, "number", next(NUMBERS))
         object.__setattr__(self, "key", key_of("gang", *self.devices))
 
     def meet(self):
@@ -80,7 +82,7 @@ class Gang:
         of_lane = [keys[n] for lane in range(len(self.devices)) for n, group in enumerate(groups) if lane in group]
         options = {
             "group_size": len(groups[0]), "group_key": tf.gather(of_lane, lane), "ordering_token": [],
-            "instance_key": instance_of(x, key_of(self.key, which)),
+            "instance_key": instance_of(x, key_of(self.number, which)),
         }  # fmt: skip
         if kind == "all_gather":
             order = [dim, *(d for d in range(x.shape.rank) if d != dim)]
