@@ -174,7 +174,7 @@ class Engine:
     has_masks: bool = False  # outputs have masks that their symbols do not show
     programs: dict[tuple[ExecutionGraph, int, bool | None], Program] = field(default_factory=dict)
     losses: dict[Any, ExecutionGraph] = field(default_factory=dict)  # ways to the loss, by kinds of targets
-    whole: dict[ExecutionGraph, ExecutionGraph] = field(default_factory=dict)  # of ways, those in whole programs
+    inside: dict[ExecutionGraph, ExecutionGraph] = field(default_factory=dict)  # of ways, those with collectives inside
 
     def __post_init__(self):
         trainable = {id(v) for v in self.model.trainable_weights}
@@ -204,12 +204,12 @@ class Engine:
     def routes(self) -> list[ExecutionGraph]:
         """All ways through the model."""
         terms = [self.loss_parallel[1]] if self.loss_parallel else []
-        return [self.training, self.inference, *terms, *self.losses.values(), *self.whole.values()]
+        return [self.training, self.inference, *terms, *self.losses.values(), *self.inside.values()]
 
     def extended(self, unknown: UnknownVariables) -> "Engine":
         """The same model, in which a call has the variables that it was found to use."""
-        for route, whole in self.whole.items():  # the same operations
-            unknown.graph = route.graph if whole.graph is unknown.graph else unknown.graph
+        for route, inside in self.inside.items():  # the same operations
+            unknown.graph = route.graph if inside.graph is unknown.graph else unknown.graph
         if any(route.graph is unknown.graph for route in self.losses.values()):  # which begins with the way without
             unknown.graph = (self.loss_parallel[1] if self.loss_parallel else self.training).graph
         training, inference = self.training.knowing(unknown), self.inference.knowing(unknown)
@@ -219,7 +219,7 @@ class Engine:
         plan = replace(self.plan, partition=Partition(graph, cut.stage_of))
         return replace(
             self, plan=plan, training=training, inference=inference, loss_parallel=parallel, programs={}, losses={},
-            whole={},
+            inside={},
         )  # fmt: skip
 
     @property

@@ -29,9 +29,9 @@ def can_be_inside(update: "Update", route: ExecutionGraph, parts: Parts, equal: 
     """
     engine = update.engine
     alone = len(update.mesh.lanes) == 1 and engine.jit_compile
-    whole = bool(route.gangs) and (equal or update.mesh.data == 1)
+    together = bool(route.gangs) and (equal or update.mesh.data == 1)
     return (
-        (alone or whole)
+        (alone or together)
         and parts.micro_batches == route.partition.stages == 1
         and not (engine.updates_apart or engine.eager or engine.has_masks or route.global_batch or update.away)
         and update.in_parts

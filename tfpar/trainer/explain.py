@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from tfpar.compat import _keras, _keras_parts
-from tfpar.engine.whole_program import why_cut
+from tfpar.engine.collectives_inside import why_cut
 from tfpar.errors import ModelError
 from tfpar.planning.plan import Plan
 from tfpar.trainer.hooks import KerasHooks, family

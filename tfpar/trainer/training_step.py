@@ -10,10 +10,10 @@ from keras import tree
 from tfpar.compat import _keras, _keras_calls
 from tfpar.compat._tf import following_inputs, record_gradient, unrecorded
 from tfpar.engine import batch_results, micro_batch
+from tfpar.engine.collectives_inside import held_inside
 from tfpar.engine.executor import Execution
 from tfpar.engine.loss import of_batch, separable, structured, totals, with_loss
 from tfpar.engine.program import Edge
-from tfpar.engine.whole_program import whole
 from tfpar.errors import user_level
 from tfpar.planning.schedule import Kind
 
@@ -101,7 +101,7 @@ class TrainingStep:
                 ranks = tree.flatten(of_part)[:1] if engine.loss_parallel else []  # who find what the loss follows from
                 part += [Edge(leaf) for leaf in (*ranks, *tree.flatten(of_part), *divisors) if leaf is not None]
         if loss and not alone and not options.get("clock"):
-            route = whole(engine, route, self.parts)
+            route = held_inside(engine, route, self.parts)
         update = None
         if options.get("differentiate") and not options.get("clock") and not self.hooks.checks:
             rows = micro_batch.count(self.data.whole)

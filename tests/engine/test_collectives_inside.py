@@ -59,7 +59,7 @@ def test_numbers_are_those_of_one_device(strategy):
     adam = lambda: keras.optimizers.Adam(0.01, epsilon=1e-4, global_clipnorm=0.5)  # noqa: E731
     fit = history(*words(20), batch_size=8, epochs=2)  # the last batch is half as large
     _, model = check(inside(**strategy), fit, build=encoder, optimizer=adam, rtol=1e-4, atol=1e-5)
-    assert steps_of(model).engine.whole
+    assert steps_of(model).engine.inside
 
 
 @pytest.mark.parametrize(
@@ -116,8 +116,8 @@ def test_each_device_runs_one_program():
         model = encoder()
         model.compile("sgd", "sparse_categorical_crossentropy")
     model.fit(*words(), batch_size=16, verbose=0)
-    (whole,) = steps_of(model).engine.whole.values()
-    assert whole.partition.stages == 1 and not whole.collectives
+    (way,) = steps_of(model).engine.inside.values()
+    assert way.partition.stages == 1 and not way.collectives
     assert "collectives are inside the programs of training" in str(strategy.explain(model))
 
 
@@ -200,7 +200,7 @@ def test_parts_may_be_unequal_where_sums_alone_are_exchanged():
         return keras.Model(x, layers.Dense(3, activation="softmax")(layers.Dense(5, activation="tanh")(x)))
 
     _, model = check(inside(tensor=2), history(X, Y, batch_size=8), build=build)
-    assert steps_of(model).engine.whole
+    assert steps_of(model).engine.inside
 
 
 def test_models_on_the_same_devices_do_not_meet():

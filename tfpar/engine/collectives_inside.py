@@ -22,17 +22,17 @@ def why_cut(engine: Engine, route: ExecutionGraph) -> str | None:
     return of_equal_parts(list(route.collectives.values()), engine.mesh)
 
 
-def whole(engine: Engine, route: ExecutionGraph, parts: Parts) -> ExecutionGraph:
+def held_inside(engine: Engine, route: ExecutionGraph, parts: Parts) -> ExecutionGraph:
     """The same way with its collectives in its programs, if these can hold them; else the way itself."""
     if parts.replicas < engine.mesh.data or why_cut(engine, route):
         return route
-    if route not in engine.whole:
-        engine.whole[route] = with_collectives(engine, route)
-    return engine.whole[route]
+    if route not in engine.inside:
+        engine.inside[route] = with_collectives(engine, route)
+    return engine.inside[route]
 
 
 def with_collectives(engine: Engine, route: ExecutionGraph) -> ExecutionGraph:
-    """The way in whole programs; the number of the lane is its last input."""
+    """The way with its collectives in its programs; the number of the lane is its last input."""
     mesh, new = engine.mesh, Rewriting(route.graph)
     lanes = replace(mesh, stage=1, devices=())
     gangs = {
