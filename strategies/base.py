@@ -40,9 +40,8 @@ class Strategy(MirroredStrategy):
     Raises:
         IndexError: a mesh that names no devices.
         ScheduleError: `micro_batches` is no whole number of at least 1, or `schedule` is not known.
-        ModelError: an unknown `batch_norm`, `zero`, `offload`, `collectives` or
-            `reduce_dtype`, or `buckets` that is no whole number of
-            at least 1.
+        ModelError: an unknown `batch_norm`, `zero`, `offload`, `collectives` or `reduce_dtype`, or `buckets` that is no
+            whole number of at least 1.
     """
 
     def __init__(

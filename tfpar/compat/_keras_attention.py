@@ -15,7 +15,7 @@ import tensorflow as tf
 from keras.src.backend.tensorflow import nn
 
 from tfpar.compat import _cudnn_attention
-from tfpar.compat._replaced import Replacement, replaced
+from tfpar.compat._replaced import Replacement
 
 LARGE = {tf.bfloat16: -(2.0**41), tf.float16: -(2.0**15)}  # cuDNN subtracts two of them without an overflow
 SHORT = 2**14  # products of queries and keys of a head; with fewer the formula is used unless asked otherwise
@@ -60,7 +60,7 @@ def attention(
     return by_cudnn(query, key, value, bias, mask, scale, is_causal)
 
 
-FORMULA = Replacement({(nn, "dot_product_attention"): replaced(nn, "dot_product_attention", attention)})
+FORMULA = Replacement((nn, "dot_product_attention", attention))
 
 
 def why_not(

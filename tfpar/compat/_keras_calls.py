@@ -15,7 +15,7 @@ from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 from keras.src.layers.layer import CallContext
 from keras.src.trainers.trainer import Trainer
 
-from tfpar.compat._replaced import Replacement, replaced
+from tfpar.compat._replaced import Replacement
 from tfpar.errors import ScopeError
 
 
@@ -42,14 +42,9 @@ def of_this_scope(original: Callable, model: Any, *args: Any, **options: Any) ->
 
 # while any strategy's scope is open: new models come to their strategy, and models of others are refused
 ADOPTION = Replacement(
-    {
-        (owner, name): replaced(owner, name, by)
-        for owner, name, by in (
-            (TensorFlowTrainer, "__init__", adopt),
-            (Trainer, "compile", of_this_scope),
-            (TensorFlowTrainer, "fit", of_this_scope),
-        )
-    }
+    (TensorFlowTrainer, "__init__", adopt),
+    (Trainer, "compile", of_this_scope),
+    (TensorFlowTrainer, "fit", of_this_scope),
 )
 
 

@@ -19,7 +19,7 @@ from keras.src.optimizers.multi_optimizer import MultiOptimizer
 from keras.src.random.seed_generator import SeedGenerator, global_seed_generator
 
 from tfpar.compat import _keras, _moments
-from tfpar.compat._replaced import Replacement, replaced
+from tfpar.compat._replaced import Replacement
 from tfpar.compat._tf import LogicalReplica, has_shared_rows
 
 
@@ -81,16 +81,11 @@ def next_seed(original: Callable, self: SeedGenerator, ordered: bool = True) -> 
 
 
 REPLICAS = Replacement(
-    {
-        (owner, name): replaced(owner, name, by)
-        for owner, name, by in (
-            (BaseOptimizer, "apply", apply),
-            (LossScaleOptimizer, "apply", apply),
-            (MultiOptimizer, "apply", apply),
-            (keras.layers.BatchNormalization, "_moments", moments),
-            (SeedGenerator, "next", next_seed),
-        )
-    }
+    (BaseOptimizer, "apply", apply),
+    (LossScaleOptimizer, "apply", apply),
+    (MultiOptimizer, "apply", apply),
+    (keras.layers.BatchNormalization, "_moments", moments),
+    (SeedGenerator, "next", next_seed),
 )
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -11,11 +11,15 @@ class Replacement:
     """Attributes of classes and modules that are replaced while somebody is inside.
 
     Args:
+        replacements: owner, name, and what takes the place of the function there: `by(function, ...)`.
+
+    Attributes:
         methods: for each owner and name, what is there, and what takes its place.
     """
 
-    def __init__(self, methods: Mapping[tuple[Any, str], tuple[Callable, Callable]]):
-        self.methods, self.users, self.lock = methods, 0, threading.Lock()
+    def __init__(self, *replacements: tuple[Any, str, Callable]):
+        self.methods = {(owner, name): replaced(owner, name, by) for owner, name, by in replacements}
+        self.users, self.lock = 0, threading.Lock()
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:

@@ -200,17 +200,13 @@ class Program:
 
     def run(self, variables: list[tf.Tensor], edges: dict[int, Edge]) -> Result:
         """Run the operations; `variables` are the values of `self.variables`."""
-        self.meet()
+        if self.gang:
+            self.gang.meet()
         try:
             return self.emit(variables, edges)
         except UnknownVariables as unknown:
             unknown.graph = self.graph
             raise
-
-    def meet(self):
-        """Say at the beginning of a function that it exchanges tensors, if it does."""
-        if self.gang:
-            self.gang.meet()
 
     def emit(self, variables: list[tf.Tensor], edges: dict[int, Edge]) -> Result:
         """The operations, without the context of errors."""

@@ -182,18 +182,18 @@ def exchanged_in_program(
     if gang is None:
         return found
     last_first = sorted(gradients, key=run.engine.first_used.__getitem__, reverse=True)
+    edges = {v: edge_of(run.engine, v, run.in_parts) for v in last_first}
     for axis in gang.groups:
-        edges = {v: edge_of(run.engine, v, run.in_parts) for v in last_first if isinstance(found[v], tf.Tensor)}
-        summed = {v: found[v] for v, edge in edges.items() if edge.backward(axis) == "all-reduce"}
+        terms = {v: found[v] for v, edge in edges.items() if edge.backward(axis) == "all-reduce"}
+        summed = {v: x for v, x in terms.items() if isinstance(x, tf.Tensor)}
         for dtype in dict.fromkeys(x.dtype for x in summed.values()):
             for some in groups({v: x for v, x in summed.items() if x.dtype == dtype}):
                 narrow = run.engine.reduce_dtype or dtype
                 sums = gang.added_up(axis, {v: tf.cast(found[v], narrow) for v in some}, lane)
                 found.update({v: tf.cast(total, dtype) for v, total in sums.items()})
                 program.exchanged.update((v, axis) for v in some)
-        for v, gradient in found.items() if run.update else ():
-            if isinstance(gradient, tf.IndexedSlices) and edge_of(run.engine, v, True).backward(axis) == "all-reduce":
-                found[v] = gathered(run, v, gradient, axis, gang, lane)
+        for v in [v for v in terms if v not in summed] if run.update else []:  # in one order on all lanes
+            found[v] = gathered(run, v, terms[v], axis, gang, lane)
     return found
 
 

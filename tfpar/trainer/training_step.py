@@ -68,11 +68,9 @@ class TrainingStep:
                 tracker.update_state(value, sample_weight=self.data.rows)  # as Keras: the static size, if there is one
             with tf.control_dependencies([loss] if hooks.checks else []):
                 batch_results.write_state(run)  # first: a layer may have assigned a weight that is trained
-                if run.update:
-                    pass
-                elif model.trainable_weights:
+                if model.trainable_weights and not run.update:
                     hooks.update(run, scale)
-                else:
+                elif not run.update:
                     warnings.warn("The model does not have any trainable weights.", stacklevel=user_level())  # as Keras
             y_pred = structured(run.route.graph, outputs)
             return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight), run
