@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from tfpar.comm.in_program import Gang
-from tfpar.compat import _keras, _keras_attention, _keras_calls, _keras_parts, _moments
+from tfpar.compat import _keras, _keras_attention, _keras_calls, _keras_einsum, _keras_parts, _moments
 from tfpar.compat._tf import call_flat, fingerprint, without_device
 from tfpar.graph.keras_graph import KerasGraph
 from tfpar.graph.recording import RecordingScope, UnknownVariables
@@ -177,6 +177,7 @@ class Program:
         self.fused: dict[Any, Callable] = {}  # both at once, by how the batch is divided
         self.exchanged: set[tuple[int, str]] = set()  # gradients of variables and the axes over which it sums them
         self.targets: Any = None  # of its results, those that lead to a loss, if some are known not to
+        self.compiled = jit_compile and not eager
         self.call = self.run if eager else Function(self.run, jit_compile, differentiated=True)
 
     def __call__(self, variables: Sequence[tf.Tensor], edges: dict[int, Edge]) -> Result:
@@ -221,6 +222,7 @@ class Program:
             _keras.autocast_of(self.model),
             _keras_calls.telling(self.model, self.training),
             _moments.recorded(self.normalizations, found),
+            _keras_einsum.whole(self.compiled),
             _keras_attention.fused(self.fused_head, lambda why: told.update({names[scope.call]: why})),
         ):
             for scope.call in self.ops:
