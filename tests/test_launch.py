@@ -10,6 +10,7 @@ import pytest
 from tfpar import exchange, launch
 
 GPUS = ["NVIDIA H100, 570.1"] * 4
+SET = " ".join(launch.FLAGS)
 
 
 @pytest.mark.fast
@@ -17,17 +18,18 @@ def test_settings(tmp_path):
     found = launch.settings(GPUS, {"XDG_CACHE_HOME": str(tmp_path)}, 2, True)
     folder = found["TF_XLA_FLAGS"].split()[0].partition("=")[2]
     assert pathlib.Path(folder).is_dir() and folder.startswith(str(tmp_path))
-    assert found["XLA_FLAGS"] == "--xla_gpu_enable_command_buffer=" and found["TF_NUM_INTEROP_THREADS"] == "6"
+    assert found["XLA_FLAGS"] == SET and found["TF_NUM_INTEROP_THREADS"] == "6"
 
 
 def test_what_the_user_has_set_stays(tmp_path):
     own = {
-        "XLA_FLAGS": "--xla_gpu_enable_command_buffer=FUSION", "TF_NUM_INTEROP_THREADS": "3",
+        "XLA_FLAGS": "--xla_gpu_enable_command_buffer=FUSION --xla_gpu_enable_latency_hiding_scheduler=false",
+        "TF_NUM_INTEROP_THREADS": "3",
         "TF_XLA_FLAGS": "--tf_xla_persistent_cache_directory=mine",
     }  # fmt: skip
     assert launch.settings(GPUS, own, 2, True) == {}
     found = launch.settings(GPUS, {"XLA_FLAGS": "--a", "XDG_CACHE_HOME": str(tmp_path)}, 64, False)
-    assert found == {"XLA_FLAGS": "--a --xla_gpu_enable_command_buffer="}
+    assert found == {"XLA_FLAGS": f"--a {SET}"}
 
 
 @pytest.mark.fast
@@ -54,8 +56,8 @@ def test_run_says_what_it_sets_and_runs_the_script(host):
     script.write_text("import os, sys\nprint(sys.argv[1:], os.environ['XLA_FLAGS'])")
     command = [sys.executable, "-m", "tfpar", "run", str(script), "--epochs", "3"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout == "['--epochs', '3'] --xla_gpu_enable_command_buffer=\n"
-    assert "tfpar: XLA_FLAGS=--xla_gpu_enable_command_buffer=\n" in done.stderr
+    assert done.stdout == f"['--epochs', '3'] {SET}\n"
+    assert f"tfpar: XLA_FLAGS={SET}\n" in done.stderr
 
 
 def test_run_without_gpus(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 
-NO_COMMAND_BUFFERS = "--xla_gpu_enable_command_buffer="
+FLAGS = ("--xla_gpu_enable_command_buffer=", "--xla_gpu_enable_latency_hiding_scheduler=true")  # of XLA
 CACHE = "--tf_xla_persistent_cache_directory={} --tf_xla_persistent_cache_device_types=GPU"
 PARTS = {  # of the check: the shape of the mesh, by how many GPUs it takes at least
     "tensors over all GPUs": (2, "tensor"),
@@ -41,6 +41,7 @@ def settings(gpus: Sequence[str], environment: Mapping[str, str], cores: int, ca
 
     - Compiled programs are kept in a folder for this TensorFlow, these GPUs, their driver and these flags.
     - No command buffers of XLA: programs whose arguments move, as with micro-batches, would write them anew.
+    - XLA's scheduler that looks for work to do while tensors are exchanged.
     - A thread for each program that waits for others, if there are fewer cores.
 
     Args:
@@ -51,8 +52,9 @@ def settings(gpus: Sequence[str], environment: Mapping[str, str], cores: int, ca
     """
     found = {}
     flags = environment.get("XLA_FLAGS", "")
-    if "xla_gpu_enable_command_buffer" not in flags:
-        found["XLA_FLAGS"] = flags = f"{flags} {NO_COMMAND_BUFFERS}".strip()
+    missing = [flag for flag in FLAGS if flag.strip("-").partition("=")[0] not in flags]
+    if missing:
+        found["XLA_FLAGS"] = flags = " ".join([*flags.split(), *missing])
     bridge = environment.get("TF_XLA_FLAGS", "")
     if cache and "persistent_cache" not in bridge:
         versions = [metadata.version(name) for name in ("tensorflow", "keras")]

@@ -14,6 +14,7 @@ import tfpar
 from tfpar import Mesh
 from tfpar.comm import in_program
 from tfpar.compat import _xla
+from tfpar.engine import vjp
 from tfpar.engine.optimizer_step import Update
 from tfpar.trainer.hooks import steps_of
 
@@ -224,6 +225,21 @@ def test_planted_bugs_are_caught(kind, monkeypatch):
     monkeypatch.setitem(in_program.EXCHANGES, kind, wrong)
     with pytest.raises(AssertionError):
         check(inside(tensor=2), history(X, Y, batch_size=8), build=normalized)
+
+
+def test_large_gradients_have_a_sum_of_their_own(monkeypatch):
+    """XLA copies what is in one sum into one buffer."""
+    sums, original = [], in_program.Gang.added_up
+
+    def added_up(self, axis, values, lane):
+        sums.append([x.shape.num_elements() for x in values.values()])
+        return original(self, axis, values, lane)
+
+    monkeypatch.setattr(in_program.Gang, "added_up", added_up)
+    monkeypatch.setattr(vjp, "ALONE", 20)
+    check(inside(data=2), history(X, Y, batch_size=8))
+    assert any(len(some) > 1 for some in sums) and any(some[0] >= 20 for some in sums)
+    assert all(len(some) == 1 or max(some) < 20 for some in sums)
 
 
 def test_planted_gradient_sums_are_caught(monkeypatch):

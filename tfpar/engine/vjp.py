@@ -25,6 +25,7 @@ from tfpar.planning.mesh import AXES, Coordinate
 if TYPE_CHECKING:
     from tfpar.engine.executor import Execution
 
+ALONE = 2**22  # elements of a gradient that has a sum of its own: XLA copies those of one sum into one buffer first
 AT_ONCE = 2**26  # elements of gradients that a compiled program adds up
 
 
@@ -187,7 +188,9 @@ def exchanged_in_program(
         terms = {v: found[v] for v, edge in edges.items() if edge.backward(axis) == "all-reduce"}
         summed = {v: x for v, x in terms.items() if isinstance(x, tf.Tensor)}
         for dtype in dict.fromkeys(x.dtype for x in summed.values()):
-            for some in groups({v: x for v, x in summed.items() if x.dtype == dtype}):
+            same = {v: x for v, x in summed.items() if x.dtype == dtype}
+            large = [v for v, x in same.items() if elements_of(x) >= ALONE]
+            for some in [*([v] for v in large), *groups({v: x for v, x in same.items() if v not in large})]:
                 narrow = run.engine.reduce_dtype or dtype
                 sums = gang.added_up(axis, {v: tf.cast(found[v], narrow) for v in some}, lane)
                 found.update({v: tf.cast(total, dtype) for v, total in sums.items()})

@@ -113,8 +113,6 @@ def cut_because(strategy: Description, model: keras.Model) -> str | None:
     if model.jit_compile and inter_op_threads() <= len(mesh.lanes):
         few = f"{inter_op_threads()} inter-op threads for {len(mesh.lanes)} devices"
         return f"{few} are too few: programs would wait for each other; python -m tfpar run sets more"
-    if strategy.collectives == "auto" and mesh.tensor == 1 and not strategy.reduce_dtype:
-        return "sums of gradients alone are as fast there"
     return 'collectives="between" was asked for' if strategy.collectives == "between" else None
 
 
