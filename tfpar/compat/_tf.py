@@ -16,6 +16,7 @@ from tensorflow.python.distribute.values import MirroredVariable, PerReplica
 from tensorflow.python.eager import record
 from tensorflow.python.framework import ops
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
+from tensorflow.python.ops.handle_data_util import get_handle_data
 from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 from tensorflow.python.trackable.base import VARIABLE_VALUE_KEY
 from tensorflow.python.training.saving.saveable_object import SaveableObject, SaveSpec
@@ -194,9 +195,9 @@ def saveable(read: Callable, assign: Callable, dtype: tf.DType, name: str) -> di
 def fingerprint(function: Any) -> str | None:
     """What a traced function computes, whatever its operations are called; `None` where the graph does not tell.
 
-    It does not where the function reads variables, calls others, or has a gradient that is written in Python.
+    It does not where the function has captured variables, calls others, or has a gradient that is written in Python.
     """
-    if function.captured_inputs or any(x.dtype == tf.resource for x in function.inputs):
+    if function.captured_inputs:
         return None
     nodes = function.graph.as_graph_def().node
     names = {node.name: str(n) for n, node in enumerate(nodes)}
@@ -208,7 +209,8 @@ def fingerprint(function: Any) -> str | None:
         attributes = sorted((k, v.SerializeToString(deterministic=True)) for k, v in node.attr.items() if k[0] != "_")
         digest.update(repr((node.op, node.device, inputs, attributes)).encode())
     ends = [(names[x.op.name], x.value_index) for x in (*function.inputs, *function.outputs)]
-    digest.update(repr((len(function.inputs), ends)).encode())
+    variables = [str(get_handle_data(x)) for x in function.inputs if x.dtype == tf.resource]
+    digest.update(repr((len(function.inputs), ends, variables)).encode())
     return digest.hexdigest()
 
 
@@ -261,9 +263,10 @@ def copied(op: tf.Operation, inputs: list[tf.Tensor], graph: tf.Graph | None = N
     return graph._create_op_internal(op.type, inputs, dtypes, attrs=attributes, op_def=op.op_def)
 
 
-def call_flat(function: Any, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-    """The flat results of a traced function for flat arguments."""
-    found = tf.nest.flatten(function._call_flat(list(tensors), function.captured_inputs), expand_composites=True)
+def call_flat(function: Any, tensors: Sequence[Any]) -> list[tf.Tensor]:
+    """The flat results of a traced function for flat arguments, variables among them."""
+    given = [x.handle if isinstance(x, tf.Variable) else x for x in tensors]
+    found = tf.nest.flatten(function._call_flat(given, function.captured_inputs), expand_composites=True)
     return [x for x in found if x is not None]
 
 

@@ -174,6 +174,7 @@ class Engine:
     has_masks: bool = False  # outputs have masks that their symbols do not show
     programs: dict[tuple[ExecutionGraph, int, bool | None], Program] = field(default_factory=dict)
     losses: dict[Any, ExecutionGraph] = field(default_factory=dict)  # ways to the loss, by kinds of targets
+    sums_in_place: dict[tuple, tf.Variable] = field(default_factory=dict)  # by segment, lane and variable
     inside: dict[ExecutionGraph, ExecutionGraph] = field(default_factory=dict)  # of ways, those with collectives inside
 
     def __post_init__(self):

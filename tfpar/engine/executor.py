@@ -11,7 +11,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfpar.compat._tf import awaited, independent
-from tfpar.engine import added_losses, micro_batch
+from tfpar.engine import added_losses, in_place, micro_batch
 from tfpar.engine.device_order import DeviceOrder
 from tfpar.engine.engine import Engine, ExecutionGraph, MicroBatch, tensors_of
 from tfpar.engine.group import COLLECTIVE
@@ -77,6 +77,7 @@ class Execution:
             m: {t: [self.loss_cotangent] for t in ends} for m in self.all
         }
         self.gradients: dict[tuple[int, Coordinate, int], Any] = {}  # by segment, lane and variable
+        self.added: dict[tuple[int, Coordinate, int], Any] = {}  # the same, of those that programs add up in place
         self.exchanged: set[tuple[int, str]] = set()  # gradients of variables and the axes over which that is done
         self.waiting: dict[int, dict[Coordinate, Any]] = {}  # by variable: gradients that lack those of other replicas
         self.known: dict[tuple[int, Coordinate, int], tf.Tensor] = {}  # by segment, lane and variable
@@ -91,6 +92,7 @@ class Execution:
                 except Exception as error:
                     error.add_note(f"in {self.scope(s, kind, m)}: {', '.join(self.route.names(s))}")
                     raise
+        in_place.read(self)
         return self
 
     def actions(self, schedule: Schedule, *kinds: Kind) -> Iterator[tuple[tuple[int, Kind, MicroBatch], Callable]]:
@@ -175,13 +177,13 @@ class Execution:
         inside = self.update.places if self.update else ()
         variables = [None if v in inside else value_of(self, s, m, v) for v in program.variables]
         if self.is_fused(s, m):
-            result, gradients, cotangents = fused(self, m, program, variables, edges, self.arrived(s, m))
+            result, gradients, cotangents = fused(self, s, m, program, variables, edges, self.arrived(s, m))
             independent(tensors_of((result, gradients, cotangents)))
             self.returned(s, Kind.FORWARD, m, gradients, cotangents)
         else:
             if self.differentiate:
                 again = again_of(self, s, m, program, variables)
-                result, self.pullbacks[s, m] = vjp(self, program, variables, edges, again)
+                result, self.pullbacks[s, m] = vjp(self, s, m, program, variables, edges, again)
             else:
                 result = program(variables, edges)
             independent(tensors_of(result))
@@ -215,7 +217,8 @@ class Execution:
         """Keep what came back through a segment."""
         keep(self, s, m, variables)
         of_weights = [self.gradients.get((s, m.lane, v), gradient) for v, gradient in variables.items()]
-        self.order.stopped((s, kind, m), self.at(s, m.lane), (edges, of_weights))
+        added = [done for (of, lane, _), (_, done) in self.added.items() if (of, lane) == (s, m.lane)][:1]
+        self.order.stopped((s, kind, m), self.at(s, m.lane), (edges, of_weights, added))
         self.send(m, edges)
 
     def send(self, m: MicroBatch, cotangents: dict[int, tf.Tensor]):

@@ -176,6 +176,7 @@ class Program:
         self.halves: dict[tuple, Any] = {}  # the ways forward and back, by the kind of arguments
         self.fused: dict[Any, Callable] = {}  # both at once, by how the batch is divided
         self.exchanged: set[tuple[int, str]] = set()  # gradients of variables and the axes over which it sums them
+        self.added: set[int] = set()  # variables of which the backward pass adds up the gradients of micro-batches
         self.targets: Any = None  # of its results, those that lead to a loss, if some are known not to
         self.compiled = jit_compile and not eager
         self.call = self.run if eager else Function(self.run, jit_compile, differentiated=True)

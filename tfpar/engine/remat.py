@@ -11,6 +11,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfpar.compat._tf import copied, without_device
+from tfpar.engine import in_place
 from tfpar.engine.engine import tensors_of
 from tfpar.engine.program import Function, Program, Result, kind_of, packed
 from tfpar.planning.min_cut import smallest_cut
@@ -111,11 +112,22 @@ class SplitProgram:
         found = emitted([*self.outputs, *self.kept], {**self.constants, **given})
         return packed(self.trace.structured_outputs, found[: len(self.outputs)]), found[len(self.outputs) :]
 
-    def run_backward(self, taken: list[tf.Tensor], cotangents: list[tf.Tensor]) -> Any:
-        """The gradients, from what `again` gives and the cotangents of the targets."""
+    def run_backward(
+        self, taken: list[tf.Tensor], cotangents: list[tf.Tensor], sums: dict[int, tf.Variable], first: tf.Tensor
+    ) -> tuple[dict[int, Any], dict[int, Any], tf.Tensor | None]:
+        """The gradients of variables that are not added up in place, those of edges, and what tells that sums are done.
+
+        Args:
+            taken: what `again` gives.
+            cotangents: of the targets.
+            sums, first: where to add up gradients; see `in_place.Sums`.
+        """
         given = dict(zip(self.taken, taken, strict=True))
         ends = {x.name: value for x, value in zip(self.cotangents, cotangents, strict=True)}
-        return packed(self.gradients, emitted(self.found, {**self.constants, **given, **ends}))
+        found = packed(self.gradients, emitted(self.found, {**self.constants, **given, **ends}))
+        variables = [self.program.variables[n] for n in self.inside]
+        of_weights, done = in_place.added(self.program, present(variables, found), sums, first)
+        return of_weights, present(self.outside, found[len(variables) :]), done
 
     def again(self, needed: list[tf.Tensor], result: Result, kept: list[tf.Tensor]) -> list[tf.Tensor]:
         """What the backward pass takes: the arguments that it needs, and what the way forward returned."""
@@ -171,3 +183,8 @@ def same(x: tf.Tensor) -> tf.Tensor:
 def row_bytes(x: tf.Tensor) -> int:
     """Bytes, for each row if that many are not known."""
     return prod(n or 1 for n in x.shape.as_list()) * x.dtype.size if x.shape.rank is not None else x.dtype.size
+
+
+def present(keys: Iterable[int], values: Sequence[Any]) -> dict[int, Any]:
+    """The values that are not `None`, by their keys."""
+    return {key: value for key, value in zip(keys, values, strict=False) if value is not None}

@@ -2,7 +2,7 @@
 
 # s: segment, m: micro-batch of a lane, v: variable, t: tensor of the graph, i: operation, k: its k-th added loss
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +12,12 @@ from tfpar.comm.collectives import elements_of
 from tfpar.comm.gradients import SharedRows, add, cast
 from tfpar.comm.in_program import Gang
 from tfpar.compat._tf import made_again
-from tfpar.engine import added_losses
+from tfpar.engine import added_losses, in_place
 from tfpar.engine.combination import shares_rows
 from tfpar.engine.engine import MicroBatch, device_of, tensors_of
 from tfpar.engine.program import Edge, Program, Result, differentiable, key_of, packed, tensor_of
 from tfpar.engine.reading import is_gathered, value_of
-from tfpar.engine.remat import SplitProgram, makers
+from tfpar.engine.remat import SplitProgram, makers, present
 from tfpar.engine.weight_edge import edge_of, exchange
 from tfpar.graph.recording import UnusedResults
 from tfpar.planning.mesh import AXES, Coordinate
@@ -101,8 +101,9 @@ def again_of(
 
 
 def vjp(
-    run: "Execution", program: Program, variables: list[tf.Tensor], edges: dict[int, Edge], again: list[Callable | None]
-) -> tuple[Result, Callable]:
+    run: "Execution", s: int, m: MicroBatch, program: Program, variables: list[tf.Tensor], edges: dict[int, Edge],
+    again: list[Callable | None],
+) -> tuple[Result, Callable]:  # fmt: skip
     """A program's result, and a function from its cotangents to those of its variables and edges.
 
     Args:
@@ -130,14 +131,16 @@ def vjp(
         values = [*zip(variables, again, strict=True), *((x, None) for x in tensors_of(edges))]
         taken = [make() if make else x for x, make in map(values.__getitem__, halves.needs)]
         ends = [tf.convert_to_tensor(given[t]) for t in halves.targets]
-        found = halves.backward(halves.again(taken, result, kept), ends)
-        return present(inside, found), present(outside, found[len(inside) :])
+        sums = in_place.sums_for(run, s, m, program, variables)
+        found, passed, done = halves.backward(halves.again(taken, result, kept), ends, *sums)
+        in_place.note(run, s, m, program, sums, done)
+        return found, passed
 
     return result, pullback
 
 
 def fused(
-    run: "Execution", m: MicroBatch, program: Program, variables: list[tf.Tensor], edges: dict[int, Edge],
+    run: "Execution", s: int, m: MicroBatch, program: Program, variables: list[tf.Tensor], edges: dict[int, Edge],
     cotangents: dict[int, tf.Tensor],
 ) -> tuple[Result, dict[int, Any], dict[int, tf.Tensor]]:  # fmt: skip
     """A program's result and the gradients of its variables and edges, forward and backward as one function.
@@ -148,7 +151,7 @@ def fused(
 
     update = run.update
 
-    def both(variables, edges, cotangents, loss_cotangent, share, lane, copies):
+    def both(variables, edges, cotangents, loss_cotangent, share, lane, copies, sums, first):
         if update:
             variables = [update.read(v, copies, x) for v, x in zip(program.variables, variables, strict=True)]
         inside, outside = watched(run, program, variables, edges)
@@ -163,14 +166,19 @@ def fused(
         if update:
             update.apply(copies, of_weights, result.state, loss_cotangent)
             of_weights = {}
-        return result, of_weights, present(outside, found[len(inside) :])
+        of_weights, done = in_place.added(program, of_weights, sums, first)
+        return (result, of_weights, present(outside, found[len(inside) :])), done
 
     lane = run.values[m][run.route.lane].value if program.gang else None
     kind = run.parts, update is not None
     if kind not in program.fused:
         program.fused[kind] = run.engine.traced(both)
     copies = update.copies(m.lane) if update else []
-    found = program.fused[kind](variables, edges, cotangents, run.loss_cotangent, run.share(m), lane, copies)
+    sums = in_place.sums_for(run, s, m, program, variables)
+    found, done = program.fused[kind](
+        variables, edges, cotangents, run.loss_cotangent, run.share(m), lane, copies, *sums
+    )
+    in_place.note(run, s, m, program, sums, done)
     run.exchanged |= program.exchanged
     return found
 
@@ -296,8 +304,3 @@ def watched(
         for t, e in edges.items()
         if differentiable(run.graph, t) and (run.watch_inputs or tensor_of(t) in run.graph.learned)
     }
-
-
-def present(keys: Iterable[int], values: Sequence[Any]) -> dict[int, Any]:
-    """The values that are not `None`, by their keys."""
-    return {key: value for key, value in zip(keys, values, strict=False) if value is not None}
