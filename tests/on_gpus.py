@@ -2,9 +2,12 @@
 
     python tests/on_gpus.py [PART OF A NAME ...]
 
-XLA on and off, collectives inside programs and between them. Prints a line for each case; exits with 1 if one is off.
+XLA on and off, collectives inside programs and between them; then 1,000 steps, a model that does not fit, and a process
+that is killed. Prints a line for each case; exits with 1 if one is off.
 """
 
+import signal
+import subprocess
 import sys
 import time
 
@@ -48,11 +51,11 @@ def data_of(build):
     return rng.integers(0, WORDS, (rows, TOKENS)), rng.integers(0, WORDS, (rows, TOKENS))
 
 
-def trained(build, strategy, jit_compile):
+def trained(build, strategy, jit_compile, clipped):
     """Weights and slots after some steps; `None` for one GPU."""
     with strategy.scope() if strategy else tf.device("GPU:0"):
         model = build()
-        optimizer = keras.optimizers.Adam(1e-2, epsilon=1e-3, global_clipnorm=1.0)
+        optimizer = keras.optimizers.Adam(1e-2, epsilon=1e-3, global_clipnorm=1.0 if clipped else None)
         model.compile(optimizer, "sparse_categorical_crossentropy", jit_compile=jit_compile)
     x, y = data_of(build)
     model.fit(x, y, batch_size=BATCH, epochs=1, shuffle=False, verbose=0)
@@ -61,19 +64,61 @@ def trained(build, strategy, jit_compile):
 
 def cases(gpus):
     """Names, and what makes the strategy."""
-    shapes = [{"tensor": 2}, {"data": 2}]
+    shapes = [{"tensor": 2}, {"data": 2}, {"stage": 2}]
     if gpus >= 4:
-        shapes += [{"tensor": 4}, {"data": 4}, {"data": 2, "tensor": 2}, {"stage": 2, "tensor": 2}]
+        shapes += [{"tensor": 4}, {"data": 4}, {"stage": 4}, {"data": 2, "tensor": 2}, {"stage": 2, "tensor": 2}]
     for shape in shapes:
         mesh, micro_batches = tfpar.Mesh(**shape), 4 if shape.get("stage") else 1
         options = [{}]
         options += [{"sequence_parallel": True}] if shape.get("tensor") else []
         options += [{"zero": 3}] if shape.get("data") else []
         for option in options:
-            for where in ("inside", "between"):
+            for where in ("inside", "between") if micro_batches == 1 else ("between",):
                 name = " ".join([str(mesh), *(f"{k}={v}" for k, v in option.items()), where])
                 more = {"micro_batches": micro_batches, "collectives": where, **option}
                 yield name, lambda mesh=mesh, more=more: tfpar.MeshStrategy(mesh, **more)
+
+
+HOW_IT_ENDS = {  # what a process trains, the signal that ends it if it is to be, what it is expected to say
+    "1,000 steps of Mesh(data=2)": ("Mesh(data=2)", 16, 1000, None, "trained"),
+    "1,000 steps of Mesh(tensor=2)": ("Mesh(tensor=2)", 16, 1000, None, "trained"),
+    "1,000 steps of Mesh(data=2, tensor=2)": ("Mesh(data=2, tensor=2)", 16, 1000, None, "trained"),
+    "out of memory in Mesh(data=2)": ("Mesh(data=2)", 2**22, 1, None, "ResourceExhausted"),
+    "out of memory in Mesh(tensor=2)": ("Mesh(tensor=2)", 2**22, 1, None, "ResourceExhausted"),
+    "killed in Mesh(tensor=2)": ("Mesh(tensor=2)", 16, 10**6, signal.SIGKILL, "training"),
+    "the next one": ("Mesh(tensor=2)", 16, 10, None, "trained"),
+}
+SCRIPT = """
+import sys; sys.path.insert(0, {folder!r})
+import keras, numpy as np, tensorflow as tf, tfpar, on_gpus
+from tfpar import Mesh
+for gpu in tf.config.list_physical_devices("GPU"):
+    tf.config.experimental.set_memory_growth(gpu, True)
+with tfpar.MeshStrategy({mesh}, collectives="inside").scope():
+    model = on_gpus.encoder()
+    model.compile("adam", "sparse_categorical_crossentropy", jit_compile=True)
+x = np.random.default_rng(0).integers(0, on_gpus.WORDS, ({rows}, on_gpus.TOKENS))
+batch = tf.data.Dataset.from_tensors((x, x)).cache().repeat()
+print("training", flush=True)
+found = model.fit(batch, steps_per_epoch={steps}, verbose=0).history["loss"][-1]
+print("trained", "to a loss that is", "finite" if np.isfinite(found) else "NOT FINITE")
+"""
+
+
+def ended(mesh, rows, steps, killed, expected, most=150):
+    """What is wrong with how a training ends in a process of its own, if anything."""
+    script = SCRIPT.format(folder=sys.path[0], mesh=mesh, rows=rows, steps=steps)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen([sys.executable, "-P", "-c", script], **pipes) as process:
+        try:
+            if killed:
+                time.sleep(30)
+                process.send_signal(killed)
+            said = process.communicate(timeout=most)[0].decode(errors="replace")
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return f"no end after {most} s"
+    return None if expected in said and "NOT FINITE" not in said else said[-300:]
 
 
 def attentions():
@@ -143,17 +188,22 @@ def main():
                 off, plain, verdict = float("nan"), 0.0, f"FAILED {type(error).__name__}: {str(error)[:300]}"
             wrong += verdict != "ok"
             print(f"{name}: {off:.1e}, the plain formula {plain:.1e} {verdict}", flush=True)
-    for build in (encoder, images):
+    for name, how in HOW_IT_ENDS.items():
+        if all(part in name for part in sys.argv[1:]) and len(gpus) >= eval(f"tfpar.{how[0]}").size:
+            began, why = time.time(), ended(*how)
+            wrong += why is not None
+            print(f"{name}: {f'FAILED {why}' if why else 'ok'} ({time.time() - began:.0f} s)", flush=True)
+    for build, clipped in ((encoder, False), (encoder, True), (images, True)):
         for jit_compile in (True, False):
             expected = None
             for name, make in cases(len(gpus)):
-                title = f"{build.__name__} {name}{' XLA' if jit_compile else ''}"
+                title = f"{build.__name__} {name}{' XLA' if jit_compile else ''}{' clipped' if clipped else ' free'}"
                 if not all(part in title for part in sys.argv[1:]):
                     continue
-                expected = expected or trained(build, None, jit_compile)
+                expected = expected or trained(build, None, jit_compile, clipped)
                 began = time.time()
                 try:
-                    found = trained(build, make(), jit_compile)
+                    found = trained(build, make(), jit_compile, clipped)
                     off = max(
                         np.abs(a - b).max() / max(np.abs(a).max(), 1e-3)
                         for a, b in zip(expected.values(), found.values(), strict=True)

@@ -173,3 +173,9 @@ def test_public_names_are_documented_with_an_example():
         assert value.__doc__, name
         exempt = issubclass(value, Exception | tfpar.Kind | tfpar.Action) if isinstance(value, type) else False
         assert exempt or "Example:" in value.__doc__, name
+
+
+def test_no_class_is_long():
+    nodes = [node for file in FILES for node in ast.walk(ast.parse(file.read_text()))]
+    lines = {node.name: node.end_lineno - node.lineno + 1 for node in nodes if isinstance(node, ast.ClassDef)}
+    assert {name: n for name, n in lines.items() if n > 200} == {}

@@ -86,11 +86,11 @@ class Execution:
     def run(self, schedule: Schedule, *kinds: Kind) -> "Execution":
         """Emit the schedule's actions of these kinds, each on its device."""
         for (s, kind, m), emit in self.actions(schedule, *kinds):
-            with tf.device(self.device(s, m.lane)), tf.name_scope(self.scope(s, kind, m)):
+            with tf.device(self.device(s, m.lane)), tf.name_scope(scope(self, s, kind, m)):
                 try:
                     emit()
                 except Exception as error:
-                    error.add_note(f"in {self.scope(s, kind, m)}: {', '.join(self.route.names(s))}")
+                    error.add_note(f"in {scope(self, s, kind, m)}: {', '.join(self.route.names(s))}")
                     raise
         in_place.read(self)
         return self
@@ -139,19 +139,6 @@ class Execution:
     def device(self, s: int, lane: Coordinate = FIRST) -> str:
         """The device of a segment of a lane."""
         return self.mesh.device(self.at(s, lane))
-
-    def scope(self, s: int, kind: Kind, m: MicroBatch) -> str:
-        """The name of an action, as profiles show it."""
-        exchange = self.route.collectives.get(s)
-        axes = [axis for axis in several(self.lanes) if exchange is None or axis != exchange.axis]
-        where = "".join(f"{AXES[axis].member}{getattr(m.lane, axis)}/" for axis in axes)
-        if exchange is not None:
-            name = self.graph.ops[self.partition.ops(s)[0]].scope
-            return f"{where}{exchange.forward if kind is Kind.FORWARD else exchange.backward}/{name}"
-        what = "forward_backward" if self.is_fused(s, m) else kind.name.lower()
-        stages = self.route.stages
-        segment = f"segment{s}/" if len(stages) > stages[-1] + 1 else ""
-        return f"{where}stage{stages[s]}/{segment}mb{m.micro_batch}/{what}"
 
     def program(self, s: int) -> Program:
         """What a segment runs."""
@@ -234,6 +221,20 @@ class Execution:
         """The cotangent of a tensor, summed over the segments that used it."""
         parts = self.cotangents[m][t]
         return tf.add_n(parts) if len(parts) > 1 else parts[0]
+
+
+def scope(run: Execution, s: int, kind: Kind, m: MicroBatch) -> str:
+    """The name of an action, as profiles show it."""
+    exchange = run.route.collectives.get(s)
+    axes = [axis for axis in several(run.lanes) if exchange is None or axis != exchange.axis]
+    where = "".join(f"{AXES[axis].member}{getattr(m.lane, axis)}/" for axis in axes)
+    if exchange is not None:
+        name = run.graph.ops[run.partition.ops(s)[0]].scope
+        return f"{where}{exchange.forward if kind is Kind.FORWARD else exchange.backward}/{name}"
+    what = "forward_backward" if run.is_fused(s, m) else kind.name.lower()
+    stages = run.route.stages
+    segment = f"segment{s}/" if len(stages) > stages[-1] + 1 else ""
+    return f"{where}stage{stages[s]}/{segment}mb{m.micro_batch}/{what}"
 
 
 def several(lanes: Sequence[Coordinate]) -> list[str]:

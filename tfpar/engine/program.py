@@ -1,4 +1,4 @@
-"""One stage as a pure function."""
+"""One segment of a stage as a pure function."""
 
 import weakref
 from collections.abc import Callable, Container, Sequence

@@ -1,4 +1,7 @@
-"""The backward pass through a segment: cotangents to those of its variables and edges, added up as they come."""
+"""The backward pass through a segment: cotangents to those of its variables and edges, added up as they come.
+
+What programs that hold collectives sum over devices, and shards of ZeRO 2 and 3, are exchanged here too.
+"""
 
 # s: segment, m: micro-batch of a lane, v: variable, t: tensor of the graph, i: operation, k: its k-th added loss
 

@@ -1,6 +1,7 @@
 """Pipeline schedules as data: for each device the actions that it runs, in order.
 
-`0F2` is stage 0, forward, micro-batch 2. The simulator and the engine execute the same object.
+`0F2` is stage 0, forward, micro-batch 2. The simulator and the engine execute it; the engine by segments of stages
+(`in_segments`).
 """
 
 # s: stage, m: micro-batch, d: device

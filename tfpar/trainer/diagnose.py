@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from tfpar.engine import micro_batch
 from tfpar.engine.engine import MicroBatch
-from tfpar.engine.executor import Execution, several
+from tfpar.engine.executor import Execution, scope, several
 from tfpar.engine.program import Edge, Program, with_logits
 from tfpar.engine.reading import value_of
 from tfpar.errors import Caught, StageError
@@ -21,7 +21,7 @@ from tfpar.trainer.training_step import NOT_FINITE, TrainingStep
 if TYPE_CHECKING:
     from tfpar.trainer.hooks import KerasHooks
 
-ACTION = re.compile(  # as `Execution.scope` names it
+ACTION = re.compile(  # as `executor.scope` names it
     r"(?P<lane>(?:[a-z]+\d+/)*?)stage(?P<stage>\d+)/(?:segment(?P<segment>\d+)/)?mb(?P<mb>\d+)/(?P<kind>\w+)"
 )
 MEMBER = re.compile(r"([a-z]+)(\d+)/")
@@ -60,7 +60,7 @@ def located(run: Execution, schedule: Any, finite: bool) -> str | None:
                 made = [run.values[n][t] for n in run.together(s, m) for t in run.partition.edges(s)]
                 wrong = finite and not all(is_finite(edge) for edge in made)
             except Exception as error:
-                Caught.theirs(error, run.scope(s, kind, m))
+                Caught.theirs(error, scope(run, s, kind, m))
                 wrong = True
             if wrong:
                 return described(run, s, m, layer(run, s, m, finite))
