@@ -16,6 +16,7 @@ from tfpar.comm import in_program
 from tfpar.compat import _xla
 from tfpar.engine import vjp
 from tfpar.engine.optimizer_step import Update
+from tfpar.trainer import planner
 from tfpar.trainer.hooks import steps_of
 
 FAST, EVERY = pytest.mark.fast, pytest.mark.every
@@ -137,6 +138,20 @@ def test_where_programs_are_cut_explain_says_why(strategy, build, why):
         model = build()
     said = strategy.explain(model)
     assert why in said.cut_because and "collectives are between programs" in str(said)
+
+
+@FAST
+@pytest.mark.parametrize(
+    "more, inside", [({}, True), ({"zero": 1}, True), ({"buckets": 2}, False), ({"zero": 3}, False)]
+)
+def test_buckets_stay_where_all_at_once_was_not_asked_for(more, inside, monkeypatch):
+    """As on GPUs."""
+    monkeypatch.setattr(Mesh, "on_gpus", True)
+    monkeypatch.setattr(planner, "each_gpu_is_one_device", lambda: True)
+    monkeypatch.setattr(planner, "inter_op_threads", lambda: 8)
+    model = encoder()
+    model.compile("sgd", "mse", jit_compile=True)
+    assert (planner.cut_because(tfpar.DataParallelStrategy(2, **more), model) is None) == inside
 
 
 @FAST
