@@ -61,19 +61,10 @@ def test_shards_are_added_up_as_they_come():
     assert not trained(tfpar.MeshStrategy(Mesh(data=2, stage=2), 2, zero=2)).sums_in_place
 
 
-@FAST
-def test_what_was_there_before_is_not_added(monkeypatch):
-    """Planted: sums that go on from step to step."""
+@pytest.mark.parametrize("first", [pytest.param(False, marks=FAST), pytest.param(True, marks=EVERY)])
+def test_planted_sums_are_caught(first, monkeypatch):
+    """Sums that go on from step to step; the last micro-batch alone."""
     original = in_place.added
-    monkeypatch.setattr(in_place, "added", lambda program, found, sums, first: original(program, found, sums, False))
-    with pytest.raises(AssertionError):
-        trained(tfpar.PipelineStrategy(2, micro_batches=2))
-
-
-@EVERY
-def test_every_micro_batch_counts(monkeypatch):
-    """Planted: the last one alone."""
-    original = in_place.added
-    monkeypatch.setattr(in_place, "added", lambda program, found, sums, first: original(program, found, sums, True))
+    monkeypatch.setattr(in_place, "added", lambda program, found, sums, _: original(program, found, sums, first))
     with pytest.raises(AssertionError):
         trained(tfpar.PipelineStrategy(2, micro_batches=2))

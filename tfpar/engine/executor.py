@@ -77,7 +77,7 @@ class Execution:
             m: {t: [self.loss_cotangent] for t in ends} for m in self.all
         }
         self.gradients: dict[tuple[int, Coordinate, int], Any] = {}  # by segment, lane and variable
-        self.added: dict[tuple[int, Coordinate, int], Any] = {}  # the same, of those that programs add up in place
+        self.added: dict[tuple[int, Coordinate], tuple] = {}  # what programs add up in place, and when that is done
         self.exchanged: set[tuple[int, str]] = set()  # gradients of variables and the axes over which that is done
         self.waiting: dict[int, dict[Coordinate, Any]] = {}  # by variable: gradients that lack those of other replicas
         self.known: dict[tuple[int, Coordinate, int], tf.Tensor] = {}  # by segment, lane and variable
@@ -204,7 +204,7 @@ class Execution:
         """Keep what came back through a segment."""
         keep(self, s, m, variables)
         of_weights = [self.gradients.get((s, m.lane, v), gradient) for v, gradient in variables.items()]
-        added = [done for (of, lane, _), (_, done) in self.added.items() if (of, lane) == (s, m.lane)][:1]
+        _, added = self.added.get((s, m.lane), (None, None))
         self.order.stopped((s, kind, m), self.at(s, m.lane), (edges, of_weights, added))
         self.send(m, edges)
 

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from tfpar.comm.gradients import add
 from tfpar.compat._tf import ResourceVariable, awaited, independent
-from tfpar.engine.engine import MicroBatch, tensors_of
+from tfpar.engine.engine import MicroBatch
 from tfpar.engine.program import Program
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def sums_for(run: "Execution", s: int, m: MicroBatch, program: Program, variable
                     zeros = tf.zeros(value.shape, variable.dtype)
                     run.engine.sums_in_place[key] = ResourceVariable(zeros, trainable=False)
             found[v] = run.engine.sums_in_place[key]
-    return Sums(found, tf.constant(not any((s, m.lane, v) in run.added for v in found)) if found else None)
+    return Sums(found, tf.constant((s, m.lane) not in run.added) if found else None)
 
 
 def added(
@@ -62,13 +62,15 @@ def added(
 
 def note(run: "Execution", s: int, m: MicroBatch, program: Program, sums: Sums, done: tf.Tensor | None):
     """Keep in mind what was added up, and when that is done."""
-    run.added.update(((s, m.lane, v), (total, done)) for v, total in sums.of.items() if v in program.added)
-    independent(tensors_of([done]))
+    if done is not None:
+        run.added[s, m.lane] = {v: total for v, total in sums.of.items() if v in program.added}, done
+        independent([done])
 
 
 def read(run: "Execution"):
     """Count the sums, once all micro-batches are through, among the gradients of a run."""
-    for (s, lane, v), (total, done) in run.added.items():
+    for (s, lane), (totals, done) in run.added.items():
         with tf.device(run.device(s, lane)), tf.control_dependencies([awaited(done)]):
-            found, others = total.read_value(), run.gradients.get((s, lane, v))
-            run.gradients[s, lane, v] = found if others is None else add(others, found)
+            for v, total in totals.items():
+                found, others = total.read_value(), run.gradients.get((s, lane, v))
+                run.gradients[s, lane, v] = found if others is None else add(others, found)
