@@ -159,7 +159,7 @@ def test_micro_batches(micro_batches):
 
 @pytest.mark.fast
 def test_schedule():
-    with pytest.raises(ScheduleError, match="'gpipe', '1f1b' or a function.*received 'zb'"):
+    with pytest.raises(ScheduleError, match="'gpipe', '1f1b', 'eager-1f1b' or a function.*received 'zb'"):
         tfpar.PipelineStrategy(TWO, schedule="zb")
     for wrong in (
         lambda stages, parts: "0F0",

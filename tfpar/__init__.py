@@ -16,7 +16,7 @@ from tfpar.errors import (
 )
 from tfpar.planning.cost import Hardware, StageCost
 from tfpar.planning.mesh import Coordinate, Mesh
-from tfpar.planning.schedule import Action, Kind, Schedule, gpipe, one_f_one_b
+from tfpar.planning.schedule import Action, Kind, Schedule, eager_one_f_one_b, gpipe, one_f_one_b
 from tfpar.planning.timeline import Timeline, simulate
 
 __version__ = "0.7.0"
@@ -24,7 +24,8 @@ __all__ = [
     "Action", "BackupAndRestore", "BatchError", "CheckNumerics", "Coordinate", "DataParallelStrategy",
     "DeviceError", "FileError", "Hardware", "Kind", "LayerPlacementStrategy", "LayoutError", "Mesh", "MeshStrategy",
     "ModelError", "PartitionError", "PipelineStrategy", "Schedule", "ScheduleError", "ScopeError", "StageCost",
-    "StageError", "TensorParallelStrategy", "TfparError", "Timeline", "gpipe", "one_f_one_b", "simulate",
+    "StageError", "TensorParallelStrategy", "TfparError", "Timeline", "eager_one_f_one_b", "gpipe", "one_f_one_b",
+    "simulate",
 ]  # fmt: skip
 
 

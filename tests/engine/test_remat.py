@@ -128,7 +128,7 @@ def made(patch):
     return found
 
 
-CASES = [*((m, "gpipe") for m in MODELS), ("encoder", "1f1b"), ("images", "1f1b")]
+CASES = [*((m, "gpipe") for m in MODELS), ("encoder", "eager-1f1b"), ("images", "1f1b")]
 
 
 @pytest.mark.parametrize("name, schedule", some_fast(CASES, ("images", "gpipe")))

@@ -3,7 +3,19 @@
 import pytest
 
 from tfpar.errors import ScheduleError
-from tfpar.planning.schedule import SCHEDULES, Action, Kind, Schedule, forward_only, gpipe, needs, one_f_one_b
+from tfpar.planning.cost import StageCost
+from tfpar.planning.schedule import (
+    SCHEDULES,
+    Action,
+    Kind,
+    Schedule,
+    eager_one_f_one_b,
+    forward_only,
+    gpipe,
+    needs,
+    one_f_one_b,
+)
+from tfpar.planning.timeline import simulate
 
 pytestmark = pytest.mark.fast
 
@@ -38,8 +50,17 @@ def test_properties(name, stages, micro_batches):
 def test_what_memory_must_hold(stages, micro_batches):
     for s in range(stages):
         assert one_f_one_b(stages, micro_batches).in_flight(s) == min(stages - s, micro_batches)
+        assert eager_one_f_one_b(stages, micro_batches).in_flight(s) == min(2 * (stages - s) - 1, micro_batches)
         assert gpipe(stages, micro_batches).in_flight(s) == micro_batches
         assert forward_only(gpipe(stages, micro_batches)).in_flight(s) == 1
+
+
+def test_transfers_that_1f1b_waits_for():
+    """For each micro-batch, in 1F1B; when the pipeline fills and empties only, in the others."""
+    cost = StageCost((1.0,) * 4, (2.0,) * 4, transfer=0.25)
+    waiting, eager, gpiped = (simulate(s(4, 20), cost).makespan for s in (one_f_one_b, eager_one_f_one_b, gpipe))
+    assert eager == gpiped == (20 + 3) * 3 + 6 * 0.25
+    assert waiting > eager + 15 * 0.25
 
 
 def lines(*texts):

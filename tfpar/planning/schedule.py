@@ -7,7 +7,7 @@
 # s: stage, m: micro-batch, d: device
 
 import enum
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -183,17 +183,34 @@ def one_f_one_b(stages: int, micro_batches: int) -> Schedule:
         3
     """
 
-    def work(s: int) -> Iterator[Action]:
-        warmup = min(stages - s - 1, micro_batches)
-        for m in range(warmup):
-            yield Action(s, Kind.FORWARD, m)
-        for m in range(micro_batches - warmup):
-            yield Action(s, Kind.FORWARD, warmup + m)
-            yield Action(s, Kind.BACKWARD, m)
-        for m in range(micro_batches - warmup, micro_batches):
-            yield Action(s, Kind.BACKWARD, m)
+    return Schedule(tuple(alternating(s, stages - s - 1, micro_batches) for s in range(stages)))
 
-    return Schedule(tuple(tuple(work(s)) for s in range(stages)))
+
+def eager_one_f_one_b(stages: int, micro_batches: int) -> Schedule:
+    """1F1B with more micro-batches under way, so that a stage computes while tensors come and go (eager 1F1B).
+
+    In 1F1B a stage has nothing else to do while what it needs is on its way: each micro-batch takes longer by the time
+    of a transfer. Here stage `s` holds the activations of at most `2 * (stages - s) - 1` micro-batches. This is
+    Zhuang et al., "On Optimizing the Communication of Model Parallelism", 2023, section 4.
+
+    Raises:
+        ScheduleError: no stages or no micro-batches.
+
+    Example:
+        >>> eager_one_f_one_b(4, 16).in_flight(stage=1)
+        5
+    """
+    return Schedule(tuple(alternating(s, 2 * (stages - s - 1), micro_batches) for s in range(stages)))
+
+
+def alternating(s: int, warmup: int, micro_batches: int) -> tuple[Action, ...]:
+    """The line of a stage that runs `warmup` micro-batches forward, then alternates one forward with one backward."""
+    warmup = min(warmup, micro_batches)
+    line = [Action(s, Kind.FORWARD, m) for m in range(warmup)]
+    for m in range(micro_batches):
+        line += [Action(s, Kind.FORWARD, warmup + m)] if warmup + m < micro_batches else []
+        line.append(Action(s, Kind.BACKWARD, m))
+    return tuple(line)
 
 
 def in_segments(schedule: Schedule, stage_of: Sequence[int]) -> Schedule:
@@ -228,4 +245,6 @@ def forward_only(schedule: Schedule) -> Schedule:
     return Schedule(only(Kind.FORWARD, schedule))
 
 
-SCHEDULES: dict[str, Callable[[int, int], Schedule]] = {"gpipe": gpipe, "1f1b": one_f_one_b}
+SCHEDULES: dict[str, Callable[[int, int], Schedule]] = {
+    "gpipe": gpipe, "1f1b": one_f_one_b, "eager-1f1b": eager_one_f_one_b,
+}  # fmt: skip
