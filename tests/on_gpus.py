@@ -71,6 +71,7 @@ def cases(gpus):
         mesh, micro_batches = tfpar.Mesh(**shape), 4 if shape.get("stage") else 1
         options = [{}]
         options += [{"sequence_parallel": True}] if shape.get("tensor") else []
+        options += [{"micro_batches": 2}] if shape.get("tensor") and not shape.get("stage") else []
         options += [{"zero": 3}] if shape.get("data") else []
         for option in options:
             for where in ("inside", "between") if micro_batches == 1 else ("between",):
@@ -83,8 +84,8 @@ HOW_IT_ENDS = {  # what a process trains, the signal that ends it if it is to be
     "1,000 steps of Mesh(data=2)": ("Mesh(data=2)", 16, 1000, None, "trained"),
     "1,000 steps of Mesh(tensor=2)": ("Mesh(tensor=2)", 16, 1000, None, "trained"),
     "1,000 steps of Mesh(data=2, tensor=2)": ("Mesh(data=2, tensor=2)", 16, 1000, None, "trained"),
-    "out of memory in Mesh(data=2)": ("Mesh(data=2)", 2**22, 1, None, "ResourceExhausted"),
-    "out of memory in Mesh(tensor=2)": ("Mesh(tensor=2)", 2**22, 1, None, "ResourceExhausted"),
+    "out of memory in Mesh(data=2)": ("Mesh(data=2)", 2**25, 1, None, "ResourceExhausted"),
+    "out of memory in Mesh(tensor=2)": ("Mesh(tensor=2)", 2**25, 1, None, "ResourceExhausted"),
     "killed in Mesh(tensor=2)": ("Mesh(tensor=2)", 16, 10**6, signal.SIGKILL, "training"),
     "the next one": ("Mesh(tensor=2)", 16, 10, None, "trained"),
 }

@@ -18,13 +18,19 @@ RUNS = {  # the batch, of one GPU's, and the strategy on n GPUs with m micro-bat
     "one device": (lambda n: 1, lambda tfpar, n, m: tfpar.MeshStrategy(tfpar.Mesh())),
     "data": (lambda n: n, lambda tfpar, n, m: tfpar.DataParallelStrategy()),
     "data, bfloat16 sums": (lambda n: n, lambda tfpar, n, m: tfpar.DataParallelStrategy(reduce_dtype="bfloat16")),
-    "stage": (lambda n: 1, lambda tfpar, n, m: tfpar.PipelineStrategy(micro_batches=8)),
-    "stage, 4 batches": (lambda n: 4, lambda tfpar, n, m: tfpar.PipelineStrategy(micro_batches=m)),
+    "stage": (lambda n: 1, lambda tfpar, n, m: tfpar.PipelineStrategy(micro_batches=8, schedule="eager-1f1b")),
+    "stage, 1f1b": (lambda n: 1, lambda tfpar, n, m: tfpar.PipelineStrategy(micro_batches=8)),
+    "stage, 4 batches": (
+        lambda n: 4,
+        lambda tfpar, n, m: tfpar.PipelineStrategy(micro_batches=m, schedule="eager-1f1b"),
+    ),
     "tensor": (lambda n: 1, lambda tfpar, n, m: tfpar.TensorParallelStrategy()),
+    "tensor, in turns": (lambda n: 1, lambda tfpar, n, m: tfpar.MeshStrategy(tfpar.Mesh(tensor=n), 2)),
     "tensor, cut": (lambda n: 1, lambda tfpar, n, m: tfpar.MeshStrategy(tfpar.Mesh(tensor=n), collectives="between")),
     "data, cut": (lambda n: n, lambda tfpar, n, m: tfpar.MeshStrategy(tfpar.Mesh(data=n), collectives="between")),
     "data x stage": (lambda n: 2, lambda tfpar, n, m: tfpar.MeshStrategy(tfpar.Mesh(data=2, stage=n // 2), 8)),
     "data x tensor": (lambda n: 2, lambda tfpar, n, m: tfpar.MeshStrategy(tfpar.Mesh(data=2, tensor=n // 2))),
+    "data x tensor, in turns": (lambda n: 2, lambda tfpar, n, m: tfpar.MeshStrategy(tfpar.Mesh(2, 1, n // 2), 2)),
     "large": (lambda n: 2, lambda tfpar, n, m: tfpar.PipelineStrategy(micro_batches=m)),
 }
 

@@ -14,7 +14,7 @@ import tfpar
 from tfpar import Mesh
 from tfpar.comm import in_program
 from tfpar.compat import _xla
-from tfpar.engine import vjp
+from tfpar.engine import forward_backward
 from tfpar.engine.optimizer_step import Update
 from tfpar.trainer import planner
 from tfpar.trainer.hooks import steps_of
@@ -24,7 +24,7 @@ X, Y = data(16)
 
 
 def inside(**shape):
-    options = {k: shape.pop(k) for k in ("zero", "sequence_parallel") if k in shape}
+    options = {k: shape.pop(k) for k in ("zero", "sequence_parallel", "micro_batches") if k in shape}
     return tfpar.MeshStrategy(Mesh(**shape), collectives="inside", **options)
 
 
@@ -49,8 +49,9 @@ def words(rows=16):
 @pytest.mark.parametrize(
     "strategy",
     [
-        pytest.param({"tensor": 4}, marks=EVERY),
+        pytest.param({"tensor": 4, "micro_batches": 2}, marks=EVERY),
         pytest.param({"data": 2}, marks=EVERY),
+        pytest.param({"data": 2, "tensor": 2, "micro_batches": 2}, marks=FAST),
         pytest.param({"data": 2, "tensor": 2}, marks=FAST),
         pytest.param({"data": 2, "tensor": 2, "zero": 1}, marks=EVERY),
         {"data": 2, "tensor": 2, "zero": 3, "sequence_parallel": True},
@@ -109,6 +110,22 @@ def test_what_needs_an_update_apart_has_one(monkeypatch):
         return keras.Sequential([layers.Input((6,)), layers.Dense(3, "softmax", kernel_regularizer="l2")])
 
     check(tfpar.MeshStrategy(Mesh()), fit, build=regularized, jit_compile=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"sequence_parallel": True}], ids=str)
+def test_micro_batches_take_turns_at_each_collective(options, monkeypatch):
+    """On the way forward and back, and none waits for all of another."""
+    seen, original = [], in_program.InProgram.emit
+    monkeypatch.setattr(
+        in_program.InProgram,
+        "emit",
+        lambda self, kind, *a: (seen.append((self.number, kind)), original(self, kind, *a))[1],
+    )
+    fit = history(*words(), batch_size=8)
+    _, model = check(inside(tensor=2, micro_batches=2, **options), fit, build=encoder, rtol=1e-4, atol=1e-5)
+    assert steps_of(model).engine.inside
+    exchanges = [pair for pair in seen if pair[1] not in ("identity", "slice")]
+    assert len(exchanges) > 8 and exchanges[::2] == exchanges[1::2]
 
 
 @FAST
@@ -251,7 +268,7 @@ def test_large_gradients_have_a_sum_of_their_own(monkeypatch):
         return original(self, axis, values, lane)
 
     monkeypatch.setattr(in_program.Gang, "added_up", added_up)
-    monkeypatch.setattr(vjp, "ALONE", 20)
+    monkeypatch.setattr(forward_backward, "ALONE", 20)
     check(inside(data=2), history(X, Y, batch_size=8))
     assert any(len(some) > 1 for some in sums) and any(some[0] >= 20 for some in sums)
     assert all(len(some) == 1 or max(some) < 20 for some in sums)

@@ -35,6 +35,14 @@ def test_pieces(count, batch_size):
         assert [piece[0].device.rsplit("device:")[-1] for piece in b.pieces] == devices[: len(rows)]
 
 
+@pytest.mark.fast
+def test_whole_numbers_stay_with_the_host():
+    tokens = tf.data.Dataset.from_tensor_slices((Y[:, None], Y)).batch(8)
+    (batch, *_) = Feed(tokens, ["CPU:1", "CPU:2"])
+    assert np.array_equal(batch.whole[1], Y[:8])
+    assert {x.device[-5:] for piece in batch.pieces for x in piece} == {"CPU:0"}
+
+
 @pytest.mark.parametrize("jit", [False, True])
 def test_training(monkeypatch, jit):
     """As on GPUs."""

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
 from tfpar.comm.collectives import Collective
-from tfpar.comm.in_program import Gang
+from tfpar.comm.in_program import Gang, InProgram
 from tfpar.compat import _keras
 from tfpar.compat._tf import independent
 from tfpar.engine import micro_batch
@@ -129,6 +130,12 @@ class ExecutionGraph:
         """The exchanges between devices, each a segment of its own."""
         calls = zip(self.partition.stage_of, self.graph.calls, strict=True)
         return {s: call.operation for s, call in calls if is_collective(call)}
+
+    @cached_property
+    def in_turns(self) -> "ExecutionGraph":
+        """The same way, of which each segment ends with a collective that its program holds."""
+        ends = [isinstance(call.operation, InProgram) for call in self.graph.calls]
+        return replace(self, partition=Partition(self.graph.graph, (0, *accumulate(ends[:-1]))), gangs=())
 
     def knowing(self, unknown: UnknownVariables) -> "ExecutionGraph":
         """The same way, in which a call has the variables that it was found to use."""

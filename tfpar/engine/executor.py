@@ -10,15 +10,16 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfpar.compat._tf import awaited, independent
+from tfpar.compat._tf import independent
 from tfpar.engine import added_losses, in_place, micro_batch
 from tfpar.engine.device_order import DeviceOrder
 from tfpar.engine.engine import Engine, ExecutionGraph, MicroBatch, tensors_of
+from tfpar.engine.forward_backward import forward_backward
 from tfpar.engine.group import COLLECTIVE
 from tfpar.engine.program import Edge, Program, Result, with_logits
 from tfpar.engine.reading import value_of
 from tfpar.engine.update_inside import UpdateInside
-from tfpar.engine.vjp import again_of, fused, keep, vjp
+from tfpar.engine.vjp import again_of, keep, vjp
 from tfpar.planning.mesh import AXES, FIRST, Coordinate
 from tfpar.planning.schedule import Action, Kind, Schedule
 
@@ -61,8 +62,7 @@ class Execution:
         self.route = self.route or self.engine.route(self.training)
         self.graph, self.partition = self.route.graph.graph, self.route.partition
         self.mesh = self.engine.mesh
-        of_lane = range(self.parts.micro_batches)
-        self.all = [MicroBatch(lane, n) for lane in self.lanes for n in of_lane]
+        self.all = [MicroBatch(lane, n) for lane in self.lanes for n in range(self.parts.micro_batches)]
         given = [t for t in self.graph.inputs if t != self.route.lane]
         self.values: dict[MicroBatch, dict[int, Edge]] = {
             m: dict(zip(given, self.inputs[self.part(m)], strict=True)) for m in self.all
@@ -106,21 +106,23 @@ class Execution:
                     yield (s, kind, m), partial(ways[kind], self, s, m)
 
     def together(self, s: int, m: MicroBatch) -> list[MicroBatch]:
-        """The micro-batches, of several lanes, that go through a segment together with this one; the first leads."""
+        """The micro-batches, of this lane or of several, that go through a segment with this one; the first leads."""
+        if self.takes_turns:
+            return [MicroBatch(m.lane, n) for n in range(self.parts.micro_batches)]
         if s not in self.route.collectives:
             return [m]
         lanes = self.mesh.along(self.route.collectives[s].axis, m.lane)
         return [n for lane in lanes if (n := m._replace(lane=lane)) in self.values]
 
     @property
+    def takes_turns(self) -> bool:
+        """Whether the micro-batches of a lane are in one program, which holds its collectives."""
+        return bool(self.route.gangs) and self.parts.micro_batches > 1
+
+    @property
     def scatters(self) -> bool:
         """Whether replicas divide gradients between them as soon as they are there (ZeRO 2 and 3)."""
         return self.engine.plan.zero >= 2 and self.in_parts
-
-    @property
-    def updated(self) -> list[tf.Tensor]:
-        """What is there once all programs that end with an update have run, though nothing else may need them."""
-        return [awaited(self.values[m][self.route.loss[0]].value) for m in self.all if self.update]
 
     def share(self, m: MicroBatch) -> Any:
         """The share of a part in the batch."""
@@ -157,24 +159,22 @@ class Execution:
 
     def forward(self, s: int, m: MicroBatch):
         """Run a segment on a part."""
-        program = self.program(s)
-        edges = self.order.started(
-            (s, Kind.FORWARD, m), self.at(s, m.lane), with_logits(self.values[m], self.partition.needs(s))
-        )
-        inside = self.update.places if self.update else ()
-        variables = [None if v in inside else value_of(self, s, m, v) for v in program.variables]
         if self.is_fused(s, m):
-            result, gradients, cotangents = fused(self, s, m, program, variables, edges, self.arrived(s, m))
-            independent(tensors_of((result, gradients, cotangents)))
-            self.returned(s, Kind.FORWARD, m, gradients, cotangents)
+            return forward_backward(self, s, self.together(s, m))
+        program, edges = self.program(s), with_logits(self.values[m], self.partition.needs(s))
+        edges = self.order.started((s, Kind.FORWARD, m), self.at(s, m.lane), edges)
+        variables = [value_of(self, s, m, v) for v in program.variables]
+        if self.differentiate:
+            again = again_of(self, s, m, program, variables)
+            result, self.pullbacks[s, m] = vjp(self, s, m, program, variables, edges, again)
         else:
-            if self.differentiate:
-                again = again_of(self, s, m, program, variables)
-                result, self.pullbacks[s, m] = vjp(self, s, m, program, variables, edges, again)
-            else:
-                result = program(variables, edges)
-            independent(tensors_of(result))
-            self.order.stopped((s, Kind.FORWARD, m), self.at(s, m.lane), result.edges)
+            result = program(variables, edges)
+        independent(tensors_of(result))
+        self.order.stopped((s, Kind.FORWARD, m), self.at(s, m.lane), result.edges)
+        self.found(s, m, result)
+
+    def found(self, s: int, m: MicroBatch, result: Result):
+        """Keep the result of a segment."""
         self.values[m].update(result.edges)
         self.state[m].update(result.state)
         self.results[s, m] = result
@@ -186,6 +186,8 @@ class Execution:
             return False
         if any(self.route.leads_on(s, t) for t in self.partition.edges(s)):
             return False
+        if self.takes_turns:
+            return True
         line = self.schedule.devices[self.schedule.device_of[s]]
         here = line.index(Action(s, Kind.FORWARD, m.micro_batch))
         return line[here + 1] == line[here]._replace(kind=Kind.BACKWARD)
@@ -198,15 +200,15 @@ class Execution:
         added = added_losses.cotangents(self, self.results[s, m], self.share(m), self.loss_cotangent)
         variables, edges = self.pullbacks.pop((s, m))(cotangents, added)
         independent(tensors_of((variables, edges)))
+        self.send(m, edges)
         self.returned(s, Kind.BACKWARD, m, variables, edges)
 
-    def returned(self, s: int, kind: Kind, m: MicroBatch, variables: dict[int, Any], edges: dict[int, tf.Tensor]):
-        """Keep what came back through a segment."""
+    def returned(self, s: int, kind: Kind, m: MicroBatch, variables: dict[int, Any], edges: Any):
+        """Keep the gradients that came back through a segment; those of edges tell when that is done, too."""
         keep(self, s, m, variables)
         of_weights = [self.gradients.get((s, m.lane, v), gradient) for v, gradient in variables.items()]
         _, added = self.added.get((s, m.lane), (None, None))
         self.order.stopped((s, kind, m), self.at(s, m.lane), (edges, of_weights, added))
-        self.send(m, edges)
 
     def send(self, m: MicroBatch, cotangents: dict[int, tf.Tensor]):
         """Pass cotangents on to the stages that made their tensors."""

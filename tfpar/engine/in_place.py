@@ -34,7 +34,8 @@ def sums_for(run: "Execution", s: int, m: MicroBatch, program: Program, variable
     Args:
         variables: what the program is called with. Those of which rows are looked up have sparse gradients.
     """
-    wanted = run.engine.jit_compile and run.route.loss and run.parts.micro_batches > 1 and not run.scatters
+    several = run.parts.micro_batches > 1 and not run.takes_turns
+    wanted = several and run.engine.jit_compile and run.route.loss and not run.scatters
     found = {}
     for v, value in zip(program.variables, variables, strict=True) if wanted else ():
         variable = run.engine.graph.variables[v]

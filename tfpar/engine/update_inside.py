@@ -28,11 +28,11 @@ def can_be_inside(update: "Update", route: ExecutionGraph, parts: Parts, equal: 
         equal: whether all replicas have as many samples.
     """
     engine = update.engine
-    alone = len(update.mesh.lanes) == 1 and engine.jit_compile
+    alone = len(update.mesh.lanes) == parts.micro_batches == 1 and engine.jit_compile
     together = bool(route.gangs) and (equal or update.mesh.data == 1)
     return (
         (alone or together)
-        and parts.micro_batches == route.partition.stages == 1
+        and route.partition.stages == 1
         and not (engine.updates_apart or engine.eager or engine.has_masks or route.global_batch or update.away)
         and update.in_parts
         and not any(map(update.is_detached, range(len(update.weights))))
@@ -71,9 +71,9 @@ class UpdateInside:
         (place,) = (place for place in self.update.places if place.lane == lane)
         return [self.update.copy(v, place) for v in self.work.variables]
 
-    def read(self, v: int, copies: Sequence[tf.Variable], otherwise: Any) -> Any:
-        """The value of a variable, before the update."""
-        return copies[self.places[v]].read_value() if v in self.places else otherwise
+    def read(self, v: int, copies: Sequence[tf.Variable]) -> tf.Tensor:
+        """The value of a variable that is updated, before that."""
+        return copies[self.places[v]].read_value()
 
     def apply(self, copies: Sequence[tf.Variable], gradients: dict[int, Any], written: Any, scale: tf.Tensor):
         """Update a lane's copies.

@@ -13,9 +13,8 @@ import tensorflow as tf
 
 from tfpar.comm.collectives import elements_of
 from tfpar.comm.gradients import SharedRows, add, cast
-from tfpar.comm.in_program import Gang
 from tfpar.compat._tf import made_again
-from tfpar.engine import added_losses, in_place
+from tfpar.engine import in_place
 from tfpar.engine.combination import shares_rows
 from tfpar.engine.engine import MicroBatch, device_of, tensors_of
 from tfpar.engine.program import Edge, Program, Result, differentiable, key_of, packed, tensor_of
@@ -23,12 +22,11 @@ from tfpar.engine.reading import is_gathered, value_of
 from tfpar.engine.remat import SplitProgram, makers, present
 from tfpar.engine.weight_edge import edge_of, exchange
 from tfpar.graph.recording import UnusedResults
-from tfpar.planning.mesh import AXES, Coordinate
+from tfpar.planning.mesh import Coordinate
 
 if TYPE_CHECKING:
     from tfpar.engine.executor import Execution
 
-ALONE = 2**22  # elements of a gradient that has a sum of its own: XLA copies those of one sum into one buffer first
 AT_ONCE = 2**26  # elements of gradients that a compiled program adds up
 
 
@@ -140,86 +138,6 @@ def vjp(
         return found, passed
 
     return result, pullback
-
-
-def fused(
-    run: "Execution", s: int, m: MicroBatch, program: Program, variables: list[tf.Tensor], edges: dict[int, Edge],
-    cotangents: dict[int, tf.Tensor],
-) -> tuple[Result, dict[int, Any], dict[int, tf.Tensor]]:  # fmt: skip
-    """A program's result and the gradients of its variables and edges, forward and backward as one function.
-
-    Args:
-        cotangents: of the result's edges, which must not depend on it.
-    """
-
-    update = run.update
-
-    def both(variables, edges, cotangents, loss_cotangent, share, lane, copies, sums, first):
-        if update:
-            variables = [update.read(v, copies, x) for v, x in zip(program.variables, variables, strict=True)]
-        inside, outside = watched(run, program, variables, edges)
-        sources = [*inside.values(), *outside.values()]
-        with tf.GradientTape() as tape:
-            tape.watch(sources)
-            result = program.run(variables, edges)
-        added = added_losses.cotangents(run, result, share, loss_cotangent)
-        targets = [result.edges[t].value for t in cotangents] + [result.losses[i][k] for i, k in added]
-        found = tape.gradient(targets, sources, [*cotangents.values(), *added.values()])
-        of_weights = exchanged_in_program(run, program, present(inside, found), lane)
-        if update:
-            update.apply(copies, of_weights, result.state, loss_cotangent)
-            of_weights = {}
-        of_weights, done = in_place.added(program, of_weights, sums, first)
-        return (result, of_weights, present(outside, found[len(inside) :])), done
-
-    lane = run.values[m][run.route.lane].value if program.gang else None
-    kind = run.parts, update is not None
-    if kind not in program.fused:
-        program.fused[kind] = run.engine.traced(both)
-    copies = update.copies(m.lane) if update else []
-    sums = in_place.sums_for(run, s, m, program, variables)
-    found, done = program.fused[kind](
-        variables, edges, cotangents, run.loss_cotangent, run.share(m), lane, copies, *sums
-    )
-    in_place.note(run, s, m, program, sums, done)
-    run.exchanged |= program.exchanged
-    return found
-
-
-def exchanged_in_program(
-    run: "Execution", program: Program, gradients: dict[int, Any], lane: tf.Tensor | None
-) -> dict[int, Any]:
-    """The gradients of weights, summed over axes where the program can do it; which are said in `run.exchanged`."""
-    gang, found = program.gang, dict(gradients)
-    if gang is None:
-        return found
-    last_first = sorted(gradients, key=run.engine.first_used.__getitem__, reverse=True)
-    edges = {v: edge_of(run.engine, v, run.in_parts) for v in last_first}
-    for axis in gang.groups:
-        terms = {v: found[v] for v, edge in edges.items() if edge.backward(axis) == "all-reduce"}
-        summed = {v: x for v, x in terms.items() if isinstance(x, tf.Tensor)}
-        for dtype in dict.fromkeys(x.dtype for x in summed.values()):
-            same = {v: x for v, x in summed.items() if x.dtype == dtype}
-            large = [v for v, x in same.items() if elements_of(x) >= ALONE]
-            for some in [*([v] for v in large), *groups({v: x for v, x in same.items() if v not in large})]:
-                narrow = run.engine.reduce_dtype or dtype
-                sums = gang.added_up(axis, {v: tf.cast(found[v], narrow) for v in some}, lane)
-                found.update({v: tf.cast(total, dtype) for v, total in sums.items()})
-                program.exchanged.update((v, axis) for v in some)
-        for v in [v for v in terms if v not in summed] if run.update else []:  # in one order on all lanes
-            found[v] = gathered(run, v, terms[v], axis, gang, lane)
-    return found
-
-
-def gathered(
-    run: "Execution", v: int, gradient: tf.IndexedSlices, axis: str, gang: Gang, lane: tf.Tensor
-) -> tf.IndexedSlices:  # fmt: skip
-    """A sparse gradient with the rows of all lanes along an axis; where all have the same rows, with their sums."""
-    (values, indices, shape), rows = (gradient.values, gradient.indices, gradient.dense_shape), ("rows", v, axis)
-    if AXES[axis].divides != "samples" or shares_rows(run, 0, v, gradient):
-        return tf.IndexedSlices(gang.exchanged("add", axis, values, lane, rows), indices, shape)
-    values = gang.exchanged("all_gather", axis, values, lane, rows)
-    return tf.IndexedSlices(values, gang.exchanged("all_gather", axis, indices, lane, (*rows, "indices")), shape)
 
 
 def halves_of(

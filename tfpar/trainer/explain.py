@@ -6,6 +6,7 @@ from tfpar.compat import _keras, _keras_parts
 from tfpar.engine.collectives_inside import why_cut
 from tfpar.errors import ModelError
 from tfpar.planning.plan import Plan
+from tfpar.planning.schedule import gpipe
 from tfpar.trainer.hooks import KerasHooks, family
 from tfpar.trainer.planner import planned
 from tfpar.variables.logical import follower_bytes
@@ -45,7 +46,10 @@ def explained(hooks: KerasHooks, batch_size: int | None = None) -> Plan:
         slots = tuple(expected.get(id(v), 0) for v in engine.graph.variables) if known else ()
     schedule = strategy.schedule(strategy.parts.fit(rows).micro_batches)
     way = engine.loss_parallel[1] if engine.loss_parallel else engine.training
+    why = why_cut(engine, way)
+    if why is None:  # micro-batches take turns in one program: all are under way at once
+        schedule = gpipe(schedule.stages, schedule.micro_batches)
     return replace(
-        engine.plan, rows=rows, schedule=schedule, slot_bytes=slots, cut_because=why_cut(engine, way),
+        engine.plan, rows=rows, schedule=schedule, slot_bytes=slots, cut_because=why,
         attention=tuple(engine.attention.items()),
     )  # fmt: skip

@@ -7,12 +7,14 @@ import tensorflow as tf
 
 from tfpar.compat._tf import OwnedMultiDeviceIterator
 from tfpar.engine import micro_batch
+from tfpar.variables.logical import HOST
 
 
 class Feed:
     """A dataset whose next batch goes to the devices of the replicas, divided, while the present one is computed.
 
-    The dataset is read once, whatever the number of replicas.
+    The dataset is read once, whatever the number of replicas. Batches of whole numbers, such as tokens, stay with the
+    host: they are small, and TensorFlow would fetch them back from a GPU, and wait for that, in each step.
 
     Args:
         dataset: of batches.
@@ -20,7 +22,9 @@ class Feed:
     """
 
     def __init__(self, dataset: tf.data.Dataset, devices: Sequence[str]):
-        self.devices, self.element_spec = devices, dataset.element_spec
+        whole_numbers = all(spec.dtype.is_integer for spec in tf.nest.flatten(dataset.element_spec))
+        self.devices = [HOST] * len(devices) if whole_numbers else list(devices)
+        self.element_spec = dataset.element_spec
         self.pieces = dataset.flat_map(self.divided)
 
     def divided(self, *data: Any) -> tf.data.Dataset:
@@ -40,7 +44,7 @@ class Feed:
         return tf.data.Dataset.range(len(self.devices)).map(piece)
 
     def __iter__(self) -> "Iterator":
-        pieces = OwnedMultiDeviceIterator(dataset=self.pieces, devices=list(self.devices), source_device="CPU:0")
+        pieces = OwnedMultiDeviceIterator(dataset=self.pieces, devices=self.devices, source_device=HOST)
         return Iterator(pieces, self.element_spec)
 
 

@@ -104,7 +104,7 @@ def cut_because(strategy: Description, model: keras.Model) -> str | None:
     mesh = strategy.mesh
     if len(mesh.lanes) == 1:
         return "there is nothing to exchange"
-    if mesh.stage > 1 or strategy.parts.micro_batches > 1:
+    if mesh.stage > 1 or strategy.parts.micro_batches > (2 if mesh.tensor > 1 else 1):
         return "programs of several stages or micro-batches would meet others that exchange tensors at the same time"
     if model.run_eagerly:
         return "the model runs eagerly"

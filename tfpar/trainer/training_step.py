@@ -8,7 +8,7 @@ import tensorflow as tf
 from keras import tree
 
 from tfpar.compat import _keras, _keras_calls
-from tfpar.compat._tf import following_inputs, record_gradient, unrecorded
+from tfpar.compat._tf import awaited, following_inputs, record_gradient, unrecorded
 from tfpar.engine import batch_results, micro_batch
 from tfpar.engine.collectives_inside import held_inside
 from tfpar.engine.executor import Execution
@@ -57,8 +57,9 @@ class TrainingStep:
             )
             run.run(hooks.engine.schedule(hooks.strategy, self.parts, run.route), Kind.FORWARD, Kind.BACKWARD)
             compiled, *each_loss = of_batch(run)
-            with tf.control_dependencies(run.updated):
-                compiled = tf.identity(compiled)
+            if run.update:  # what programs end with runs, though nothing else may need it
+                with tf.control_dependencies([awaited(run.values[m][run.route.loss[0]].value) for m in run.all]):
+                    compiled = tf.identity(compiled)
             losses = [compiled, *batch_results.added_losses(run).values(), *hooks.update.penalties()]
             loss = tf.add_n([tf.cast(tf.reduce_sum(part), _keras.loss_dtype(model)) for part in losses])
             loss = stop_if_not_finite(loss) if hooks.checks else loss

@@ -1,0 +1,253 @@
+"""Forward and backward as one function; several micro-batches take turns in it, at the collectives that it holds.
+
+While the tensors of one are exchanged, the other computes: Wang et al., "Domino: Eliminating Communication in LLM
+Training via Generic Tensor Slicing and Overlapping", 2024, section 3.
+"""
+
+# s: segment, m: micro-batch of a lane, c: turn, n: number of a micro-batch, v: variable, t: tensor of the graph
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import tensorflow as tf
+
+from tfpar.comm.collectives import elements_of
+from tfpar.comm.gradients import SharedRows, add, cast, plain
+from tfpar.comm.in_program import Gang
+from tfpar.compat._tf import independent
+from tfpar.engine import added_losses, in_place
+from tfpar.engine.combination import shares_rows
+from tfpar.engine.engine import MicroBatch, tensors_of
+from tfpar.engine.program import Edge, Program, Result, tensor_of, with_logits
+from tfpar.engine.reading import value_of
+from tfpar.engine.remat import present
+from tfpar.engine.vjp import groups, watched
+from tfpar.engine.weight_edge import edge_of
+from tfpar.planning.mesh import AXES
+from tfpar.planning.partition import Partition
+from tfpar.planning.schedule import Kind
+
+if TYPE_CHECKING:
+    from tfpar.engine.executor import Execution
+
+ALONE = 2**22  # elements of a gradient that has a sum of its own: XLA copies those of one sum into one buffer first
+
+
+class Turn(NamedTuple):
+    """What the forward pass of a micro-batch through some operations leaves for the way back.
+
+    Args:
+        tape: that has seen it.
+        inside, outside: the variables and the edges of which gradients are wanted.
+        result: of the operations.
+    """
+
+    tape: tf.GradientTape
+    inside: dict[int, tf.Tensor]
+    outside: dict[int, tf.Tensor]
+    result: Result
+
+
+class Given(NamedTuple):
+    """What a micro-batch brings along.
+
+    Args:
+        variables: the values, in the order of the program's; `None` for the same as of the first micro-batch, and for
+            what is read for the update.
+        edges: what the program needs.
+        cotangents: of its edges.
+        share: of the batch's samples.
+    """
+
+    variables: Sequence[Any]
+    edges: dict[int, Edge]
+    cotangents: dict[int, tf.Tensor]
+    share: Any
+
+
+def forward_backward(run: "Execution", s: int, micro_batches: Sequence[MicroBatch]):
+    """Run a segment on a part, or on several of a lane at once, forward and backward as one action."""
+    program, first = run.program(s), micro_batches[0]
+    action, at = (s, Kind.FORWARD, first), run.at(s, first.lane)
+    edges = [with_logits(run.values[m], run.partition.needs(s)) for m in micro_batches]
+    edges = run.order.started(action, at, edges)
+    inside, given = run.update.places if run.update else (), []
+    for m, needed in zip(micro_batches, edges, strict=True):
+        variables = [None if v in inside else value_of(run, s, m, v) for v in program.variables]
+        if given:  # weights are handed over once
+            pairs = zip(variables, given[0].variables, strict=True)
+            variables = [None if value is same else value for value, same in pairs]
+        given.append(Given(variables, needed, run.arrived(s, m), run.share(m)))
+    results, gradients, cotangents = fused(run, s, first, program, given)
+    independent(tensors_of((results, gradients, cotangents)))
+    for m, result, passed in zip(micro_batches, results, cotangents, strict=True):
+        run.found(s, m, result)
+        run.send(m, passed)
+    run.returned(s, Kind.FORWARD, first, gradients, cotangents)
+
+
+def fused(
+    run: "Execution", s: int, first: MicroBatch, program: Program, given: Sequence[Given]
+) -> tuple[list[Result], dict[int, Any], list[dict[int, tf.Tensor]]]:
+    """As `passes`, in one function, which ends with the update if there is one in `run`.
+
+    Args:
+        first: of the micro-batches of a lane.
+        given: what each of them brings along; the cotangents must not depend on the result.
+    """
+    update = run.update
+
+    def both(given, loss_cotangent, lane, copies, sums, replaces):
+        read = {v: update.read(v, copies) for v in program.variables if v in update.places} if update else {}
+        weights = [read.get(v, value) for v, value in zip(program.variables, given[0].variables, strict=True)]
+        given = [
+            x._replace(variables=[a if b is None else b for a, b in zip(weights, x.variables, strict=True)])
+            for x in given
+        ]
+        results, of_weights, of_edges = passes(run, s, program, given, loss_cotangent)
+        of_weights = exchanged_in_program(run, program, of_weights, lane)
+        if update:
+            written = [v for result in results for v in result.state]
+            update.apply(copies, {v: plain(x) for v, x in of_weights.items()}, written, loss_cotangent)
+            of_weights = {}
+        of_weights, done = in_place.added(program, of_weights, sums, replaces)
+        return (results, of_weights, of_edges), done
+
+    lane = run.values[first][run.route.lane].value if program.gang else None
+    kind = run.parts, update is not None
+    if kind not in program.fused:
+        program.fused[kind] = run.engine.traced(both)
+    copies = update.copies(first.lane) if update else []
+    sums = in_place.sums_for(run, s, first, program, given[0].variables)
+    found, done = program.fused[kind](list(given), run.loss_cotangent, lane, copies, *sums)
+    in_place.note(run, s, first, program, sums, done)
+    run.exchanged |= program.exchanged
+    return found
+
+
+def passes(
+    run: "Execution", s: int, program: Program, given: Sequence[Given], loss_cotangent: Any
+) -> tuple[list[Result], dict[int, Any], list[dict[int, tf.Tensor]]]:
+    """For each micro-batch its result, the gradients of variables over all, and of each one's edges.
+
+    Args:
+        program: of the segment.
+        given: for each micro-batch; one takes all of its operations at once.
+    """
+    turns, cut = turns_of(run, s, program, len(given))
+    values = [dict(x.edges) for x in given]
+    state: list[dict[int, tf.Tensor]] = [{} for _ in given]
+    taken: dict[tuple[int, int], Turn] = {}
+    for c, part in enumerate(turns):
+        for n, x in enumerate(given):
+            before = {**dict(zip(program.variables, x.variables, strict=True)), **state[n]}
+            needs = values[n] if part is program else with_logits(values[n], cut.needs(c))
+            taken[c, n] = forward(run, part, [before[v] for v in part.variables], needs)
+            values[n].update(taken[c, n].result.edges)
+            state[n].update(taken[c, n].result.state)
+    cotangents = [{t: [x] for t, x in micro.cotangents.items()} for micro in given]
+    total: dict[int, Any] = {}
+    for c in reversed(range(len(turns))):
+        for n, x in enumerate(given):
+            turn, arrived = taken[c, n], cotangents[n]
+            ends = {t: tf.add_n(arrived[t]) for t in turn.result.edges if t in arrived}
+            weights, edges = backward(run, turn, ends, x.share, loss_cotangent)
+            for v, gradient in weights.items():
+                total[v] = counted(run, s, v, total.get(v), gradient, len(given))
+            for t, cotangent in edges.items():
+                arrived.setdefault(t, []).append(cotangent)
+    results = [merged(program, turns, [taken[c, n].result for c in range(len(turns))]) for n in range(len(given))]
+    pairs = zip(given, cotangents, strict=True)
+    needed = [{t: tf.add_n(found[t]) for t in x.edges if t in found} for x, found in pairs]
+    return results, total, needed
+
+
+def turns_of(run: "Execution", s: int, program: Program, count: int) -> tuple[list[Program], Partition]:
+    """What so many micro-batches run by turns, and where it is cut."""
+    if count == 1:
+        return [program], run.partition
+    program.gang.meet()
+    route = run.route.in_turns
+    return [run.engine.program(route, c, run.training) for c in range(route.partition.stages)], route.partition
+
+
+def forward(run: "Execution", program: Program, variables: Sequence[Any], edges: dict[int, Edge]) -> Turn:
+    """A turn on the way forward."""
+    inside, outside = watched(run, program, variables, edges)
+    with tf.GradientTape() as tape:
+        tape.watch([*inside.values(), *outside.values()])
+        result = program.run(list(variables), edges)
+    return Turn(tape, inside, outside, result)
+
+
+def backward(
+    run: "Execution", turn: Turn, cotangents: dict[int, tf.Tensor], share: Any, loss_cotangent: Any
+) -> tuple[dict[int, Any], dict[int, tf.Tensor]]:
+    """A turn on the way back: the gradients of its variables and edges."""
+    added = added_losses.cotangents(run, turn.result, share, loss_cotangent)
+    ends = [turn.result.edges[t].value for t in cotangents] + [turn.result.losses[i][k] for i, k in added]
+    if not ends:
+        return {}, {}
+    sources = [*turn.inside.values(), *turn.outside.values()]
+    found = turn.tape.gradient(ends, sources, [*cotangents.values(), *added.values()])
+    return present(turn.inside, found), present(turn.outside, found[len(turn.inside) :])
+
+
+def counted(run: "Execution", s: int, v: int, known: Any, gradient: Any, count: int) -> Any:
+    """The gradient of a variable with one more term; of several micro-batches in the dtype of the variable."""
+    if count > 1:
+        if shares_rows(run, s, v, gradient):
+            gradient = SharedRows(gradient.values, gradient.indices, gradient.dense_shape)
+        gradient = cast(gradient, run.engine.graph.variables[v].dtype)
+    return gradient if known is None else add(known, gradient)
+
+
+def merged(program: Program, turns: Sequence[Program], found: Sequence[Result]) -> Result:
+    """The results of all turns of a micro-batch as that of the program."""
+    if len(turns) == 1:
+        return found[0]
+    moments: dict[int, list] = {}
+    for part, result in zip(turns, found, strict=True):
+        program.writers.update(part.writers)
+        for number, of_layer in result.moments.items():
+            place = next(n for n, x in enumerate(program.normalizations) if x is part.normalizations[number])
+            moments.setdefault(place, []).extend(of_layer)
+    edges = {t: edge for result in found for t, edge in result.edges.items() if tensor_of(t) in program.gives}
+    losses = {i: x for result in found for i, x in result.losses.items()}
+    return Result(edges, losses, moments, {v: x for result in found for v, x in result.state.items()})
+
+
+def exchanged_in_program(
+    run: "Execution", program: Program, gradients: dict[int, Any], lane: tf.Tensor | None
+) -> dict[int, Any]:
+    """The gradients of weights, summed over axes where the program can do it; which are said in `run.exchanged`."""
+    gang, found = program.gang, dict(gradients)
+    if gang is None:
+        return found
+    last_first = sorted(gradients, key=run.engine.first_used.__getitem__, reverse=True)
+    edges = {v: edge_of(run.engine, v, run.in_parts) for v in last_first}
+    for axis in gang.groups:
+        terms = {v: found[v] for v, edge in edges.items() if edge.backward(axis) == "all-reduce"}
+        summed = {v: x for v, x in terms.items() if isinstance(x, tf.Tensor)}
+        for dtype in dict.fromkeys(x.dtype for x in summed.values()):
+            same = {v: x for v, x in summed.items() if x.dtype == dtype}
+            large = [v for v, x in same.items() if elements_of(x) >= ALONE]
+            for some in [*([v] for v in large), *groups({v: x for v, x in same.items() if v not in large})]:
+                narrow = run.engine.reduce_dtype or dtype
+                sums = gang.added_up(axis, {v: tf.cast(found[v], narrow) for v in some}, lane)
+                found.update({v: tf.cast(total, dtype) for v, total in sums.items()})
+                program.exchanged.update((v, axis) for v in some)
+        for v in [v for v in terms if v not in summed] if run.update else []:  # in one order on all lanes
+            found[v] = gathered(run, v, terms[v], axis, gang, lane)
+    return found
+
+
+def gathered(
+    run: "Execution", v: int, gradient: tf.IndexedSlices, axis: str, gang: Gang, lane: tf.Tensor
+) -> tf.IndexedSlices:  # fmt: skip
+    """A sparse gradient with the rows of all lanes along an axis; where all have the same rows, with their sums."""
+    (values, indices, shape), rows = (gradient.values, gradient.indices, gradient.dense_shape), ("rows", v, axis)
+    if AXES[axis].divides != "samples" or shares_rows(run, 0, v, gradient):
+        return tf.IndexedSlices(gang.exchanged("add", axis, values, lane, rows), indices, shape)
+    values = gang.exchanged("all_gather", axis, values, lane, rows)
+    return tf.IndexedSlices(values, gang.exchanged("all_gather", axis, indices, lane, (*rows, "indices")), shape)
