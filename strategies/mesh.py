@@ -39,9 +39,9 @@ class MeshStrategy(Strategy):
         cross_device_ops: how tensors of replicas and ranks are added up, as for `tf.distribute.MirroredStrategy`; if
             not given, by NCCL if there are several replicas and each device is a GPU of its own, else by copies.
         collectives: where devices exchange tensors in training: `"inside"` the programs, where each device has one (no
-            pipeline, no micro-batches); `"between"` programs, which end there; `"auto"`: inside where XLA compiles them
-            and each device is a GPU of its own. The numbers are the same. `explain` says why programs end where they
-            could go on.
+            pipeline; with tensor parallelism two micro-batches may take turns in it); `"between"` programs, which end
+            there; `"auto"`: inside where XLA compiles them and each device is a GPU of its own. The numbers are the
+            same. `explain` says why programs end where they could go on.
         reduce_dtype: in which gradients of weights are sent and added up, `"bfloat16"` for instance, in place of their
             own. That halves what replicas exchange of float32 gradients and changes them: a sum over replicas then has
             8 bits, a relative error of up to 0.4 % in each; weights, slots and the update keep theirs.

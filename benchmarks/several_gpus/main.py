@@ -13,6 +13,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import harness
 
 PEAK = 989e12  # products of an H100 or H200 in bfloat16, per second, by NVIDIA's data sheet
+INSIDE = {"collectives": "inside"}
 RUNS = {  # the batch, of one GPU's, and the strategy on n GPUs with m micro-batches
     "keras": (lambda n: 1, lambda tfpar, n, m: None),
     "one device": (lambda n: 1, lambda tfpar, n, m: tfpar.MeshStrategy(tfpar.Mesh())),
@@ -25,12 +26,16 @@ RUNS = {  # the batch, of one GPU's, and the strategy on n GPUs with m micro-bat
         lambda tfpar, n, m: tfpar.PipelineStrategy(micro_batches=m, schedule="eager-1f1b"),
     ),
     "tensor": (lambda n: 1, lambda tfpar, n, m: tfpar.TensorParallelStrategy()),
-    "tensor, in turns": (lambda n: 1, lambda tfpar, n, m: tfpar.MeshStrategy(tfpar.Mesh(tensor=n), 2)),
+    "tensor, in turns": (lambda n: 1, lambda tfpar, n, m: tfpar.MeshStrategy(tfpar.Mesh(tensor=n), 2, **INSIDE)),
     "tensor, cut": (lambda n: 1, lambda tfpar, n, m: tfpar.MeshStrategy(tfpar.Mesh(tensor=n), collectives="between")),
+    "zero 3": (lambda n: n, lambda tfpar, n, m: tfpar.DataParallelStrategy(zero=3, reduce_dtype="bfloat16")),
     "data, cut": (lambda n: n, lambda tfpar, n, m: tfpar.MeshStrategy(tfpar.Mesh(data=n), collectives="between")),
     "data x stage": (lambda n: 2, lambda tfpar, n, m: tfpar.MeshStrategy(tfpar.Mesh(data=2, stage=n // 2), 8)),
     "data x tensor": (lambda n: 2, lambda tfpar, n, m: tfpar.MeshStrategy(tfpar.Mesh(data=2, tensor=n // 2))),
-    "data x tensor, in turns": (lambda n: 2, lambda tfpar, n, m: tfpar.MeshStrategy(tfpar.Mesh(2, 1, n // 2), 2)),
+    "data x tensor, in turns": (
+        lambda n: 2,
+        lambda tfpar, n, m: tfpar.MeshStrategy(tfpar.Mesh(2, 1, n // 2), 2, **INSIDE),
+    ),
     "large": (lambda n: 2, lambda tfpar, n, m: tfpar.PipelineStrategy(micro_batches=m)),
 }
 

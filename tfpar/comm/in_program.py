@@ -99,6 +99,10 @@ class Gang:
             return dict(zip(values, _xla.exchanged("add", list(values.values()), self.groups[axis]), strict=True))
         return {which: self.exchanged("add", axis, x, lane, (axis, which)) for which, x in values.items()}
 
+    def held(self, values: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """The same values, in a compiled program once what it exchanged last had been computed."""
+        return _xla.held(values) if self.compiled else list(values)
+
     def own_part(self, axis: str, x: tf.Tensor, lane: tf.Tensor, dim: int) -> tf.Tensor:
         """Of what all have, a lane's part of equal ones along `dim`."""
         rows = (tf.shape(x)[dim] if x.shape[dim] is None else x.shape[dim]) // getattr(self.mesh, axis)
@@ -151,6 +155,7 @@ EXCHANGES: dict[str, Callable] = {
     "identity": identity, "all-reduce": all_reduce, "all-gather": all_gather, "slice": own_part,
     "reduce-scatter": reduce_scatter, "maximum": maximum,
 }  # fmt: skip
+ALONE = ("identity", "slice", "rank")  # what a lane does by itself
 DIVIDING = ("all-gather", "slice", "reduce-scatter")  # for equal parts only
 
 
@@ -163,6 +168,8 @@ class InProgram:
     """
 
     variables = ()
+    exchanges_forward = property(lambda self: self.collective.forward not in ALONE, doc="Whether it waits for others.")
+    exchanges_backward = property(lambda self: self.collective.backward not in ALONE, doc="The same, on the way back.")
 
     def __init__(self, collective: Collective, gang: Gang):
         self.collective, self.gang, self.number = collective, gang, next(NUMBERS)

@@ -10,7 +10,7 @@ import tensorflow as tf
 from tensorflow.compiler.tf2xla.python import xla
 
 STABLEHLO = 5  # the version of serialisation in which text is taken, with no platforms named
-LAST = "tfpar/last_exchange"  # of a graph, a collection
+LAST, GIVEN = "tfpar/last_exchange", "tfpar/last_given"  # of a graph, collections: what came of it, and went in
 TYPES = {
     tf.bool: "i1", tf.int32: "i32", tf.int64: "i64", tf.uint8: "ui8", tf.uint32: "ui32", tf.bfloat16: "bf16",
     tf.float16: "f16", tf.float32: "f32", tf.float64: "f64",
@@ -79,7 +79,37 @@ def exchanged(
         inputs, version=STABLEHLO, module=text, Tout=[x.dtype for x in values], Sout=made, platforms=()
     )  # fmt: skip
     before[:] = found[:1]
+    graph.get_collection_ref(GIVEN)[:] = values[:1]
     return list(found)
+
+
+def held(values: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    """The same values, which wait until what was exchanged last had been computed, not until it is exchanged.
+
+    XLA would make one operation of those of several micro-batches, and so let them wait for each other's exchanges.
+
+    Args:
+        values: of known shapes.
+    """
+    given = tf.compat.v1.get_default_graph().get_collection_ref(GIVEN)
+    if not given or not values:
+        return list(values)
+    inputs = [*values, *given]
+    types = [mlir(x.shape.as_list(), x.dtype) for x in inputs]
+    names = [f"%a{n}" for n, _ in enumerate(inputs)]
+    arguments = ", ".join(f"{n}: {t}" for n, t in zip(names, types, strict=True))
+    results, count = ", ".join(types[: len(values)]), len(values)
+    text = (
+        f"module @held {{ func.func public @main({arguments}) -> ({results}) {{ "
+        f"%b:{len(inputs)} = stablehlo.optimization_barrier {', '.join(names)} : {', '.join(types)} "
+        f"return {', '.join(f'%b#{n}' for n in range(count))} : {results} }} }}"
+    )
+    return list(
+        xla.call_module(
+            inputs, version=STABLEHLO, module=text, Tout=[x.dtype for x in values],
+            Sout=[x.shape.as_list() for x in values], platforms=(),
+        )
+    )  # fmt: skip
 
 
 def mlir(shape: Sequence[int], dtype: tf.DType) -> str:

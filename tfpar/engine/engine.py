@@ -1,6 +1,6 @@
 """A model cut into programs, and where their variables are."""
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
@@ -39,6 +39,16 @@ class MicroBatch(NamedTuple):
 
     lane: Coordinate
     micro_batch: int
+
+
+def up_to(segments: Iterable[int], ends: Sequence[bool]) -> list[list[int]]:
+    """Segments, in turns of which each goes up to one that ends it."""
+    found: list[list[int]] = [[]]
+    for s in segments:
+        found[-1].append(s)
+        if ends[s]:
+            found.append([])
+    return [turn for turn in found if turn]
 
 
 def copy_of(variable: keras.Variable, at: Coordinate = FIRST) -> tf.Variable:
@@ -132,10 +142,22 @@ class ExecutionGraph:
         return {s: call.operation for s, call in calls if is_collective(call)}
 
     @cached_property
-    def in_turns(self) -> "ExecutionGraph":
-        """The same way, of which each segment ends with a collective that its program holds."""
-        ends = [isinstance(call.operation, InProgram) for call in self.graph.calls]
-        return replace(self, partition=Partition(self.graph.graph, (0, *accumulate(ends[:-1]))), gangs=())
+    def cut_inside(self) -> "ExecutionGraph":
+        """The same way, cut where programs exchange tensors: segments end with that, or begin with it going back."""
+        held = [call.operation if isinstance(call.operation, InProgram) else None for call in self.graph.calls]
+        pairs = zip([None, *held], held, strict=False)
+        begins = [bool((x and x.exchanges_backward) or (before and before.exchanges_forward)) for before, x in pairs]
+        return replace(self, partition=Partition(self.graph.graph, tuple(accumulate([0, *begins[1:]]))), gangs=())
+
+    @cached_property
+    def turns(self) -> tuple[list[list[int]], list[list[int]]]:
+        """The segments of a way that is cut inside, forward and backward: those up to an exchange make one turn."""
+        calls, segments = self.graph.calls, range(self.partition.stages)
+        first = [calls[self.partition.ops(s)[0]].operation for s in segments]
+        last = [calls[self.partition.ops(s)[-1]].operation for s in segments]
+        forward = [isinstance(x, InProgram) and x.exchanges_forward for x in last]
+        backward = [isinstance(x, InProgram) and x.exchanges_backward for x in first]
+        return up_to(segments, forward), up_to(reversed(segments), backward)
 
     def knowing(self, unknown: UnknownVariables) -> "ExecutionGraph":
         """The same way, in which a call has the variables that it was found to use."""

@@ -4,7 +4,7 @@ While the tensors of one are exchanged, the other computes: Wang et al., "Domino
 Training via Generic Tensor Slicing and Overlapping", 2024, section 3.
 """
 
-# s: segment, m: micro-batch of a lane, c: turn, n: number of a micro-batch, v: variable, t: tensor of the graph
+# s: segment, c: part of it, m: micro-batch of a lane, n: its number, v: variable, t: tensor of the graph
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,7 +24,6 @@ from tfpar.engine.remat import present
 from tfpar.engine.vjp import groups, watched
 from tfpar.engine.weight_edge import edge_of
 from tfpar.planning.mesh import AXES
-from tfpar.planning.partition import Partition
 from tfpar.planning.schedule import Kind
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 ALONE = 2**22  # elements of a gradient that has a sum of its own: XLA copies those of one sum into one buffer first
 
 
-class Turn(NamedTuple):
+class Part(NamedTuple):
     """What the forward pass of a micro-batch through some operations leaves for the way back.
 
     Args:
@@ -134,63 +133,77 @@ def passes(
         program: of the segment.
         given: for each micro-batch; one takes all of its operations at once.
     """
-    turns, cut = turns_of(run, s, program, len(given))
+    route, programs = run.route, [program]
+    turns = ([[0]], [[0]])
+    if several := len(given) > 1:
+        program.gang.meet()
+        route = run.route.cut_inside
+        programs = [run.engine.program(route, c, run.training) for c in range(route.partition.stages)]
+        turns = route.turns
     values = [dict(x.edges) for x in given]
     state: list[dict[int, tf.Tensor]] = [{} for _ in given]
-    taken: dict[tuple[int, int], Turn] = {}
-    for c, part in enumerate(turns):
+    taken: dict[tuple[int, int], Part] = {}
+    for turn in turns[0]:
         for n, x in enumerate(given):
-            before = {**dict(zip(program.variables, x.variables, strict=True)), **state[n]}
-            needs = values[n] if part is program else with_logits(values[n], cut.needs(c))
-            taken[c, n] = forward(run, part, [before[v] for v in part.variables], needs)
-            values[n].update(taken[c, n].result.edges)
-            state[n].update(taken[c, n].result.state)
+            for c in turn:
+                before = {**dict(zip(program.variables, x.variables, strict=True)), **state[n]}
+                needed = with_logits(values[n], route.partition.needs(c)) if several else values[n]
+                needed = held(program.gang, needed) if several and c == turn[0] else needed
+                part = forward(run, programs[c], [before[v] for v in programs[c].variables], needed)
+                values[n].update(part.result.edges)
+                state[n].update(part.result.state)
+                taken[c, n] = part
     cotangents = [{t: [x] for t, x in micro.cotangents.items()} for micro in given]
     total: dict[int, Any] = {}
-    for c in reversed(range(len(turns))):
+    for turn in turns[1]:
         for n, x in enumerate(given):
-            turn, arrived = taken[c, n], cotangents[n]
-            ends = {t: tf.add_n(arrived[t]) for t in turn.result.edges if t in arrived}
-            weights, edges = backward(run, turn, ends, x.share, loss_cotangent)
-            for v, gradient in weights.items():
-                total[v] = counted(run, s, v, total.get(v), gradient, len(given))
-            for t, cotangent in edges.items():
-                arrived.setdefault(t, []).append(cotangent)
-    results = [merged(program, turns, [taken[c, n].result for c in range(len(turns))]) for n in range(len(given))]
+            for c in turn:
+                part, arrived = taken[c, n], cotangents[n]
+                ends = {t: tf.add_n(arrived[t]) for t in part.result.edges if t in arrived}
+                ends = held(program.gang, ends) if several and c == turn[0] else ends
+                weights, edges = backward(run, part, ends, x.share, loss_cotangent)
+                for v, gradient in weights.items():
+                    total[v] = counted(run, s, v, total.get(v), gradient, len(given))
+                for t, cotangent in edges.items():
+                    arrived.setdefault(t, []).append(cotangent)
+    results = [merged(program, programs, [taken[c, n].result for c in range(len(programs))]) for n in range(len(given))]
     pairs = zip(given, cotangents, strict=True)
     needed = [{t: tf.add_n(found[t]) for t in x.edges if t in found} for x, found in pairs]
     return results, total, needed
 
 
-def turns_of(run: "Execution", s: int, program: Program, count: int) -> tuple[list[Program], Partition]:
-    """What so many micro-batches run by turns, and where it is cut."""
-    if count == 1:
-        return [program], run.partition
-    program.gang.meet()
-    route = run.route.in_turns
-    return [run.engine.program(route, c, run.training) for c in range(route.partition.stages)], route.partition
+def held(gang: Gang, values: dict[int, Any]) -> dict[int, Any]:
+    """The same tensors, or edges, which wait for what the other micro-batch computes, not for what it exchanges."""
+    tensors = {t: x.value if isinstance(x, Edge) else x for t, x in values.items()}
+    known = [
+        t for t, x in tensors.items() if isinstance(x, tf.Tensor) and x.dtype.is_floating and x.shape.is_fully_defined()
+    ]
+    found = dict(zip(known, gang.held([tensors[t] for t in known]), strict=True))
+    return {
+        t: Edge(found.get(t, x.value), x.mask) if isinstance(x, Edge) else found.get(t, x) for t, x in values.items()
+    }
 
 
-def forward(run: "Execution", program: Program, variables: Sequence[Any], edges: dict[int, Edge]) -> Turn:
-    """A turn on the way forward."""
+def forward(run: "Execution", program: Program, variables: Sequence[Any], edges: dict[int, Edge]) -> Part:
+    """A part of the way forward."""
     inside, outside = watched(run, program, variables, edges)
     with tf.GradientTape() as tape:
         tape.watch([*inside.values(), *outside.values()])
         result = program.run(list(variables), edges)
-    return Turn(tape, inside, outside, result)
+    return Part(tape, inside, outside, result)
 
 
 def backward(
-    run: "Execution", turn: Turn, cotangents: dict[int, tf.Tensor], share: Any, loss_cotangent: Any
+    run: "Execution", part: Part, cotangents: dict[int, tf.Tensor], share: Any, loss_cotangent: Any
 ) -> tuple[dict[int, Any], dict[int, tf.Tensor]]:
-    """A turn on the way back: the gradients of its variables and edges."""
-    added = added_losses.cotangents(run, turn.result, share, loss_cotangent)
-    ends = [turn.result.edges[t].value for t in cotangents] + [turn.result.losses[i][k] for i, k in added]
+    """The same part on the way back: the gradients of its variables and edges."""
+    added = added_losses.cotangents(run, part.result, share, loss_cotangent)
+    ends = [part.result.edges[t].value for t in cotangents] + [part.result.losses[i][k] for i, k in added]
     if not ends:
         return {}, {}
-    sources = [*turn.inside.values(), *turn.outside.values()]
-    found = turn.tape.gradient(ends, sources, [*cotangents.values(), *added.values()])
-    return present(turn.inside, found), present(turn.outside, found[len(turn.inside) :])
+    sources = [*part.inside.values(), *part.outside.values()]
+    found = part.tape.gradient(ends, sources, [*cotangents.values(), *added.values()])
+    return present(part.inside, found), present(part.outside, found[len(part.inside) :])
 
 
 def counted(run: "Execution", s: int, v: int, known: Any, gradient: Any, count: int) -> Any:
@@ -202,12 +215,12 @@ def counted(run: "Execution", s: int, v: int, known: Any, gradient: Any, count: 
     return gradient if known is None else add(known, gradient)
 
 
-def merged(program: Program, turns: Sequence[Program], found: Sequence[Result]) -> Result:
-    """The results of all turns of a micro-batch as that of the program."""
-    if len(turns) == 1:
+def merged(program: Program, parts: Sequence[Program], found: Sequence[Result]) -> Result:
+    """The results of all parts of the way of a micro-batch as that of the program."""
+    if len(parts) == 1:
         return found[0]
     moments: dict[int, list] = {}
-    for part, result in zip(turns, found, strict=True):
+    for part, result in zip(parts, found, strict=True):
         program.writers.update(part.writers)
         for number, of_layer in result.moments.items():
             place = next(n for n, x in enumerate(program.normalizations) if x is part.normalizations[number])

@@ -104,7 +104,8 @@ def cut_because(strategy: Description, model: keras.Model) -> str | None:
     mesh = strategy.mesh
     if len(mesh.lanes) == 1:
         return "there is nothing to exchange"
-    if mesh.stage > 1 or strategy.parts.micro_batches > (2 if mesh.tensor > 1 else 1):
+    together = mesh.tensor > 1 and strategy.collectives == "inside" and strategy.parts.micro_batches == 2
+    if mesh.stage > 1 or (strategy.parts.micro_batches > 1 and not together):
         return "programs of several stages or micro-batches would meet others that exchange tensors at the same time"
     if model.run_eagerly:
         return "the model runs eagerly"
