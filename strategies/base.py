@@ -67,13 +67,16 @@ class Strategy(MirroredStrategy):
                 f"the schedules are {', '.join(map(repr, SCHEDULES))} or a function (devices, micro_batches) -> "
                 f"Schedule; received {schedule!r}"
             )
-        self.mesh, self.parts, self.placement = mesh, Parts(mesh.data, micro_batches), placement
+        replicas = mesh.count("samples")
+        self.mesh, self.parts, self.placement = mesh, Parts(replicas, micro_batches), placement
         if batch_norm not in ("global", "local"):
             raise ModelError(f'batch_norm is "global" or "local"; received {batch_norm!r}')
-        if mesh.data > 1 and cross_device_ops is None and mesh.on_gpus and each_gpu_is_one_device():
+        if replicas > 1 and cross_device_ops is None and mesh.on_gpus and each_gpu_is_one_device():
             cross_device_ops = tf.distribute.NcclAllReduce()
         if zero not in (0, 1, 2, 3):
             raise ModelError(f"zero is 0, 1, 2 or 3; received {zero!r}")
+        if mesh.shard > 1 and not zero and not offload:
+            raise ModelError(f"{mesh} divides by `shard` what ZeRO divides: give zero=1, 2 or 3, or more of `data`")
         if offload not in (None, "optimizer"):
             raise ModelError(f'offload is None or "optimizer"; received {offload!r}')
         if collectives not in ("auto", "inside", "between"):
@@ -82,18 +85,18 @@ class Strategy(MirroredStrategy):
             raise ModelError(f'reduce_dtype is None, "bfloat16", "float16" or "float32"; received {reduce_dtype!r}')
         if buckets is not None and (not isinstance(buckets, int) or buckets < 1):
             raise ModelError(f"buckets is a whole number of at least 1; received {buckets!r}")
-        if zero and mesh.data == 1:
+        if zero and replicas == 1:
             warnings.warn(
                 f"zero={zero} divides between replicas, and {mesh} has one: nothing is divided", stacklevel=user_level()
             )
-        self.zero, self.offload = (max(zero, 1) if offload else zero) if mesh.data > 1 else 0, offload
+        self.zero, self.offload = (max(zero, 1) if offload else zero) if replicas > 1 else 0, offload
         self.batch_norm, self.cross_device_ops, self.collectives = batch_norm, cross_device_ops, collectives
         self.reduce_dtype = reduce_dtype
-        self.buckets = buckets or SEGMENTS[zero if mesh.data > 1 else 0]
+        self.buckets = buckets or SEGMENTS[zero if replicas > 1 else 0]
         self.layout, self.sequence_parallel = layout, sequence_parallel
         self._schedule = schedule if callable(schedule) else SCHEDULES[schedule]
         super(MirroredStrategy, self).__init__(
-            Extended(self, mesh, cross_device_ops, on_all=mesh.data == mesh.size and not self.zero and not offload)
+            Extended(self, mesh, cross_device_ops, on_all=replicas == mesh.size and not self.zero and not offload)
         )
 
     @property

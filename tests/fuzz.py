@@ -572,7 +572,8 @@ STRATEGIES = [
     "DataParallelStrategy(2, zero=3)", "DataParallelStrategy(2, offload='optimizer')", "DataParallelStrategy(2, buckets=2)",
     "MeshStrategy(Mesh(2, 1, 2))", "MeshStrategy(Mesh(2, 2), micro_batches=2)", "MeshStrategy(Mesh(1, 2, 2), micro_batches=2)",
     "MeshStrategy(Mesh(2), micro_batches=2)", "MeshStrategy(Mesh(2), micro_batches=2, zero=2)", "MeshStrategy(Mesh(2, 1, 2), zero=3)",
-    "MeshStrategy(Mesh(2, 2), zero=1)", "MeshStrategy(Mesh(1, 2, 2))", "MeshStrategy(Mesh(2, 1, 2), sequence_parallel=True, zero=1)",
+    "MeshStrategy(Mesh(2, 2, shard=2), zero=1)", "MeshStrategy(Mesh(2, shard=2), zero=3)", "MeshStrategy(Mesh(1, 1, 2, shard=2), zero=2)",
+    "MeshStrategy(Mesh(1, 2, 2))", "MeshStrategy(Mesh(2, 1, 2), sequence_parallel=True, zero=1)",
     "MeshStrategy(Mesh(1, 1, 2), collectives='inside')", "MeshStrategy(Mesh(2, 1, 2), collectives='inside')",
     "MeshStrategy(Mesh(2), collectives='inside')", "MeshStrategy(Mesh(2, 2, 2), micro_batches=2)", "MeshStrategy(Mesh(2, 2, 2), zero=3, micro_batches=2)",
 ]  # fmt: skip

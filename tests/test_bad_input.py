@@ -69,6 +69,8 @@ def test_fewer_devices_than_one_would_think(monkeypatch):
         strategy = tfpar.MeshStrategy(tfpar.Mesh(stage=2), zero=3)
     assert warned[0].filename == __file__
     assert strategy.buckets == 1 and strategy.zero == 0
+    with pytest.raises(ModelError, match=r"Mesh\(shard=2\) divides by `shard` what ZeRO divides: give zero=1, 2 or 3"):
+        tfpar.MeshStrategy(tfpar.Mesh(shard=2))
     one = tf.config.list_logical_devices()[:1]
     monkeypatch.setattr(tf.config, "list_logical_devices", lambda *_: one)
     with pytest.warns(

@@ -176,7 +176,7 @@ def on_meshes():
         n = next(turn)
         options = [OPTIONS[(n + k) % len(OPTIONS)] for k in range(len(OPTIONS))]
         fit = [o for o in options if splits(mesh, o) <= {*zoo.splits.split()}]
-        in_turn = (at + place) % {2: 5, 4: 11, 8: 21}[math.prod(mesh)] == 0
+        in_turn = (at + place) % {2: 5, 4: 11, 8: 31}[math.prod(mesh)] == 0
         if fit and (mesh[1] < 8 or m in DEEP):
             yield m, list(CONFIGS)[n % len(CONFIGS)], (mesh, fit[0]), in_turn
 

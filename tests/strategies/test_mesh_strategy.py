@@ -139,13 +139,15 @@ def test_optimizers_over_stages_and_replicas(name):
     )  # fmt: skip
 
 
-def test_own_train_step():
+@pytest.mark.parametrize(
+    "options", mostly([{}, {"zero": 3}, {"micro_batches": 2}], [{"zero": 3}, {"micro_batches": 2}]), ids=str
+)
+def test_own_train_step(options):
     def build():
         plain = deep()
         return Own(plain.inputs, plain.outputs)
 
-    for options in ({}, {"zero": 3}, {"micro_batches": 2}):
-        check(tfpar.MeshStrategy(CUBE, **options), history(X, Y, batch_size=8), build=build, optimizer="adam")
+    check(tfpar.MeshStrategy(CUBE, **options), history(X, Y, batch_size=8), build=build, optimizer="adam")
 
 
 def test_eagerly():

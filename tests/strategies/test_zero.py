@@ -11,6 +11,7 @@ from training import OPTIMIZERS, check, compiled, data, history, mostly, some_fa
 import tfpar
 from tfpar import Mesh
 from tfpar.comm import collectives
+from tfpar.engine.gradient_reduction import GradientReduction
 from tfpar.planning.sharding import UNSHARDED, Sharding, sharded
 from tfpar.testing import assert_same
 from tfpar.variables import shard_view
@@ -39,13 +40,17 @@ def held(variables, device):
 @pytest.mark.parametrize(
     "zero, mesh",
     some_fast(
-        [(0, Mesh(4)), (1, Mesh(4)), (2, Mesh(4, 2)), (3, Mesh(4)), (3, Mesh(2, 1, 2)), (1, CUBE), (3, CUBE)],
-        (3, Mesh(2, 1, 2)),
+        [(0, Mesh(4)), (1, Mesh(4)), (2, Mesh(4, 2)), (3, Mesh(2, shard=2)), (3, Mesh(2, 1, 2)), (1, CUBE), (3, CUBE)],
+        (3, Mesh(2, 1, 2)), (3, Mesh(2, shard=2)),
     ),
     ids=str,
 )  # fmt: skip
 def test_bytes_on_each_device(zero, mesh):
-    """Rajbhandari et al., section 5: of N replicas each holds an Nth of the slots, and with ZeRO 3 of the weights."""
+    """Rajbhandari et al., section 5: of N replicas each holds an Nth of the slots, and with ZeRO 3 of the weights.
+
+    With `shard`, of the N of a group.
+    """
+    parts = mesh.shard if mesh.shard > 1 else mesh.data
     strategy = tfpar.MeshStrategy(mesh, zero=zero)
     model = compiled(strategy, "adam", build=wide)
     history(X, Y, batch_size=16)(model)
@@ -57,8 +62,8 @@ def test_bytes_on_each_device(zero, mesh):
         whole = sum(np.asarray(w).nbytes for w in ours)
         ranks = sum(np.asarray(w).nbytes / (1 if "tensor" not in w.value.sharding.dims else mesh.tensor) for w in ours)
         for place in places:
-            assert held(weights, place) == pytest.approx(ranks / (mesh.data if zero == 3 else 1), rel=0.1)
-            assert held(slots, place) == pytest.approx(2 * ranks / (mesh.data if zero else 1), rel=0.1)
+            assert held(weights, place) == pytest.approx(ranks / (parts if zero == 3 else 1), rel=0.1)
+            assert held(slots, place) == pytest.approx(2 * ranks / (parts if zero else 1), rel=0.1)
         assert whole > 0
     assert strategy.zero == zero
 
@@ -83,12 +88,20 @@ def test_gathered_weights_are_let_go():
     assert kept and not [y for y in kept if y.shape in ((16, 16), (6, 16), (16, 6))]
 
 
+@pytest.mark.fast
+def test_a_group_without_samples():
+    """Two samples for two groups of two: the second group has none, and its shards come from the first."""
+    strategy = tfpar.MeshStrategy(Mesh(2, shard=2), zero=3)
+    check(strategy, history(X, Y, batch_size=2), optimizer="adam", build=wide)
+
+
 @pytest.mark.parametrize("name", mostly(OPTIMIZERS, [*list(OPTIMIZERS)[:11:4], "Ftrl"], list(OPTIMIZERS)[:5:4]))
 def test_optimizers(name):
     keras.config.set_floatx("float64")
     keras.config.set_dtype_policy("float64")
-    zero = 1 + list(OPTIMIZERS).index(name) % 3
-    strategy = tfpar.MeshStrategy(Mesh(3), zero=zero, micro_batches=2)
+    number = list(OPTIMIZERS).index(name)
+    mesh = Mesh(2, shard=2) if number % 2 else Mesh(3)
+    strategy = tfpar.MeshStrategy(mesh, zero=1 + number % 3, micro_batches=2)
     check(strategy, history(X, Y, batch_size=8, epochs=2), 1e-9, 1e-11, optimizer=OPTIMIZERS[name], build=wide)
 
 
@@ -201,13 +214,23 @@ def same_weights_again(patch):
     patch.setattr(LogicalVariable, "of_lane", lambda self, lane: original(self, lane) * (0.5 if any(lane) else 1.0))
 
 
+def groups_apart(patch):
+    original = GradientReduction.exchange
+
+    def exchange(self, terms, axis, lanes):
+        return None if axis == "data" else original(self, terms, axis, lanes)
+
+    patch.setattr(GradientReduction, "exchange", exchange)
+
+
 @pytest.mark.parametrize(
     "bug, zero",
     [(None, 1), (None, 2), (None, 3), (shards_in_another_order, 1), (gradients_of_one_replica, 1),
-     (gradients_of_one_replica, 2), (same_weights_again, 3)],
+     (gradients_of_one_replica, 2), (same_weights_again, 3), (groups_apart, 3)],
 )  # fmt: skip
 def test_planted_bugs_are_caught(bug, zero, monkeypatch):
-    one, other = (compiled(s, "adam", build=wide) for s in (None, tfpar.MeshStrategy(Mesh(2), zero=zero)))
+    mesh = Mesh(2, shard=2) if bug in (None, groups_apart) and zero == 3 else Mesh(2)
+    one, other = (compiled(s, "adam", build=wide) for s in (None, tfpar.MeshStrategy(mesh, zero=zero)))
     if bug:
         bug(monkeypatch)
     for model in (one, other):

@@ -21,7 +21,7 @@ X, Y = data(16)
 STRATEGIES = {
     "one device": lambda: None,
     "cube": lambda: tfpar.MeshStrategy(Mesh(2, 2, 2), micro_batches=2),
-    "zero 3": lambda: tfpar.MeshStrategy(Mesh(4), zero=3),
+    "zero 3": lambda: tfpar.MeshStrategy(Mesh(2, shard=2), zero=3),
     "offload": lambda: tfpar.MeshStrategy(Mesh(1, 2, 2), offload="optimizer"),
     "pipeline": lambda: tfpar.PipelineStrategy(["CPU:3", "CPU:1"], micro_batches=2),
 }

@@ -63,7 +63,7 @@ class Gang:
     def place(self, axis: str, lane: tf.Tensor) -> tf.Tensor:
         """The place of a lane, given by its number, along an axis."""
         after = self.mesh.lane_shape[list(AXES).index(axis) + 1 :]
-        return lane // prod(after) % getattr(self.mesh, axis)
+        return lane // prod(after) % self.mesh.count(axis)
 
     def exchanged(
         self, kind: str, axis: str, x: tf.Tensor, lane: tf.Tensor, which: Any, dim: int = 0
@@ -105,7 +105,7 @@ class Gang:
 
     def own_part(self, axis: str, x: tf.Tensor, lane: tf.Tensor, dim: int) -> tf.Tensor:
         """Of what all have, a lane's part of equal ones along `dim`."""
-        rows = (tf.shape(x)[dim] if x.shape[dim] is None else x.shape[dim]) // getattr(self.mesh, axis)
+        rows = (tf.shape(x)[dim] if x.shape[dim] is None else x.shape[dim]) // self.mesh.count(axis)
         first = [self.place(axis, lane) * rows if d == dim else 0 for d in range(x.shape.rank)]
         return tf.slice(x, first, [rows if d == dim else -1 for d in range(x.shape.rank)])
 
@@ -219,4 +219,4 @@ def fits(collective: Collective, parts: int) -> str | None:
 
 def of_equal_parts(collectives: Sequence[Collective], mesh: Mesh) -> str | None:
     """Why one of these cannot be in a program; `None` if all can."""
-    return next((why for c in collectives if (why := fits(c, getattr(mesh, c.axis)))), None)
+    return next((why for c in collectives if (why := fits(c, mesh.count(c.axis)))), None)

@@ -24,7 +24,7 @@ def why_cut(engine: Engine, route: ExecutionGraph) -> str | None:
 
 def held_inside(engine: Engine, route: ExecutionGraph, parts: Parts) -> ExecutionGraph:
     """The same way with its collectives in its programs, if these can hold them; else the way itself."""
-    if parts.replicas < engine.mesh.data or why_cut(engine, route):
+    if parts.replicas < engine.mesh.count("samples") or why_cut(engine, route):
         return route
     if route not in engine.inside:
         engine.inside[route] = with_collectives(engine, route)

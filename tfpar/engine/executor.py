@@ -20,7 +20,7 @@ from tfpar.engine.program import Edge, Program, Result, with_logits
 from tfpar.engine.reading import value_of
 from tfpar.engine.update_inside import UpdateInside
 from tfpar.engine.vjp import again_of, keep, vjp
-from tfpar.planning.mesh import AXES, FIRST, Coordinate
+from tfpar.planning.mesh import AXES, FIRST, Coordinate, dividing
 from tfpar.planning.schedule import Action, Kind, Schedule
 
 
@@ -228,7 +228,7 @@ class Execution:
 def scope(run: Execution, s: int, kind: Kind, m: MicroBatch) -> str:
     """The name of an action, as profiles show it."""
     exchange = run.route.collectives.get(s)
-    axes = [axis for axis in several(run.lanes) if exchange is None or axis != exchange.axis]
+    axes = [axis for axis in several(run.lanes) if exchange is None or axis not in dividing(exchange.axis)]
     where = "".join(f"{AXES[axis].member}{getattr(m.lane, axis)}/" for axis in axes)
     if exchange is not None:
         name = run.graph.ops[run.partition.ops(s)[0]].scope

@@ -57,7 +57,7 @@ def with_shared_statistics(graph: KerasGraph, global_batch: Set[str], replicas: 
         own, every = ((tensor(dtype, n, channels), tensor(dtype, n, channels), tensor(dtype, n)) for n in (1, replicas))
         taken = Call(TakeMoments(call), call.args, call.kwargs, own)
         new.add(replace(op, name=f"{op.name}/moments", outputs=own, flops=op.flops / 2), taken)
-        exchange = Collective("all-gather", "reduce-scatter", axis="data")
+        exchange = Collective("all-gather", "reduce-scatter", axis="samples")
         new.add(*collective(f"{op.name}/moments", exchange, own, every, op.stage))
         normalized = Call(NormalizeWith(call), (*map(Ref, every), *call.args), call.kwargs, call.outputs)
         new.add(replace(op, inputs=(*every, *op.inputs), flops=op.flops / 2), normalized)
@@ -81,13 +81,13 @@ def with_global_batch(graph: KerasGraph, names: Set[str]) -> KerasGraph:
         inside = op.name in names
         for t in filter(graph.is_batched, dict.fromkeys(op.inputs) if inside else ()):
             if t not in everywhere and t not in moved:
-                move(t, Collective("all-gather", "reduce-scatter", axis="data"), op)
+                move(t, Collective("all-gather", "reduce-scatter", axis="samples"), op)
         new.copy(op, call, {t: moved[t] for t in op.inputs if t in moved and inside == (t not in everywhere)})
         everywhere.update(op.outputs if inside else ())
         for t in filter(graph.is_batched, op.outputs if inside else ()):
             users = {graph.graph.ops[i].name for i in graph.graph.consumers[t]}
             if t in graph.graph.outputs or not users <= names:
-                move(t, Collective("slice", "pad", axis="data"), op)
+                move(t, Collective("slice", "pad", axis="samples"), op)
     return new.finish({t: moved[t] for t in everywhere & moved.keys()})
 
 

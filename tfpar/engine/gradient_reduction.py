@@ -54,7 +54,7 @@ class GradientReduction:
         terms = {n: gradients.get(v, []) for n, v in enumerate(self.numbers)}
         with tf.name_scope("all-reduce/weights"):
             for members in buckets.values():
-                for axis in (axis for axis in AXES if axis != "stage"):
+                for axis in (axis for axis in reversed(AXES) if AXES[axis].divides != "operations"):
                     found = [(n, term) for n in members for term in terms[n] if not self.is_done(run, n, axis)]
                     for first in (lane for lane in mesh.lanes if getattr(lane, axis) == 0):
                         self.exchange(found, axis, mesh.along(axis, first))

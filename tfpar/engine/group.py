@@ -58,7 +58,7 @@ def exchange(run: "Execution", s: int, first: MicroBatch) -> tuple:
 def edges_of(run: "Execution", s: int, places: Sequence[MicroBatch], given: Sequence[Edge]) -> list[Any] | None:
     """Where the rows of each replica begin and end, if replicas exchange; `None` for nearly equal parts."""
     collective = run.route.collectives[s]
-    if collective.axis != "data":
+    if collective.axis != "samples":
         return None
     rows = [micro_batch.count(e.value) for e in given]
     if collective.forward == "slice":

@@ -198,7 +198,7 @@ class Update:
         stored = _keras.stored(self.weights[n])
         if parts[FIRST] is None or not is_divided(self.weights[n]):
             return parts[FIRST]
-        of_ranks = [parts[rank] for rank in self.mesh.along("tensor", FIRST)]
+        of_ranks = [parts[rank] for rank in self.mesh.ranks]
         return of_parts(of_ranks, layout_of(self.weights[n]), stored.shape.as_list())
 
     # ---- the optimizer

@@ -9,6 +9,7 @@ import tensorflow as tf
 from tfpar.compat import _keras
 from tfpar.engine.engine import MicroBatch, read
 from tfpar.engine.weight_edge import edge_of
+from tfpar.planning.mesh import dividing
 
 if TYPE_CHECKING:
     from tfpar.engine.executor import Execution
@@ -35,7 +36,8 @@ def value_of(run: "Execution", s: int, m: MicroBatch, v: int) -> tf.Tensor:
 
 def is_gathered(run: "Execution", v: int) -> bool:
     """Whether replicas have shards of a variable, which are put together for each action that reads it."""
-    return edge_of(run.engine, v, run.scatters).forward("data") == "all-gather"
+    edge = edge_of(run.engine, v, run.scatters)
+    return any(edge.forward(axis) == "all-gather" for axis in dividing("samples"))
 
 
 def before_batch(run: "Execution", s: int, m: MicroBatch, v: int) -> tf.Tensor:

@@ -14,7 +14,7 @@ from tfpar.engine.engine import ExecutionGraph
 from tfpar.engine.micro_batch import Parts
 from tfpar.engine.stage_update import StageUpdate
 from tfpar.graph.recording import UpdatesApart
-from tfpar.planning.mesh import Coordinate
+from tfpar.planning.mesh import Coordinate, dividing
 
 if TYPE_CHECKING:
     from tfpar.engine.optimizer_step import Update
@@ -29,14 +29,14 @@ def can_be_inside(update: "Update", route: ExecutionGraph, parts: Parts, equal: 
     """
     engine = update.engine
     alone = len(update.mesh.lanes) == parts.micro_batches == 1 and engine.jit_compile
-    together = bool(route.gangs) and (equal or update.mesh.data == 1)
+    together = bool(route.gangs) and (equal or update.mesh.count("samples") == 1)
     return (
         (alone or together)
         and route.partition.stages == 1
         and not (engine.updates_apart or engine.eager or engine.has_masks or route.global_batch or update.away)
         and update.in_parts
         and not any(map(update.is_detached, range(len(update.weights))))
-        and all(edge.backward("data") == "all-reduce" for edge in update.edges)
+        and all(edge.backward(axis) == "all-reduce" for edge in update.edges for axis in dividing("samples"))
         and all(weight.regularizer is None for weight in update.weights)
         and not (_keras_parts.clips_norms(update.model.optimizer) and update.is_divided)
     )

@@ -37,7 +37,7 @@ def keep(run: "Execution", s: int, m: MicroBatch, gradients: dict[int, Any]):
         if shares_rows(run, s, v, gradient):
             gradient = SharedRows(gradient.values, gradient.indices, gradient.dense_shape)
         edge = edge_of(run.engine, v, run.in_parts)
-        if run.scatters and edge.backward("data") == "reduce-scatter":
+        if run.scatters and edge.scattered:
             run.waiting.setdefault(v, {})[m.lane] = cast(gradient, edge.variable.dtype)
         else:
             whole[v] = gradient
@@ -45,9 +45,12 @@ def keep(run: "Execution", s: int, m: MicroBatch, gradients: dict[int, Any]):
     if m.lane == run.lanes[-1]:
         for v, found in run.waiting.items():
             edge = edge_of(run.engine, v, True)
-            for lanes in (run.mesh.along("data", rank) for rank in run.mesh.ranks):
-                (shards,) = exchange([edge], "data", lanes, [[found.get(lane) for lane in lanes]], None)
-                for lane, shard in zip(lanes, shards, strict=True):
+            for first in (lane for lane in run.mesh.lanes if getattr(lane, edge.scattered) == 0):
+                lanes = run.mesh.along(edge.scattered, first)
+                parts = [found.get(lane) for lane in lanes]
+                busy = any(part is not None for part in parts)  # a short batch may leave a group without samples
+                shards = exchange([edge], edge.scattered, lanes, [parts], None)[0] if busy else []
+                for lane, shard in zip(lanes, shards, strict=False):
                     with tf.device(device_of(edge.variable, lane)):
                         count(run, s, lane, {v: shard})
         run.waiting.clear()

@@ -11,7 +11,7 @@ from tfpar.comm.collectives import all_reduce_gradients, reduce_scatter_gradient
 from tfpar.comm.gradients import cast
 from tfpar.compat import _keras
 from tfpar.engine.engine import Engine, device_of
-from tfpar.planning.mesh import AXES, Coordinate
+from tfpar.planning.mesh import AXES, Coordinate, dividing
 from tfpar.planning.sharding import UNSHARDED, Sharding
 from tfpar.variables.logical import LogicalVariable
 
@@ -47,12 +47,17 @@ class WeightEdge:
         value = _keras.stored(self.variable)
         if not isinstance(value, LogicalVariable):
             return UNSHARDED
-        return value.slot_sharding if self.in_parts else value.sharding.along("tensor")
+        return value.slot_sharding if self.in_parts else value.sharding.along(*dividing("weights"))
 
     def forward(self, axis: str) -> str:
         """What is exchanged of the value: replicas have shards of it in ZeRO 3 only."""
         sharding = getattr(_keras.stored(self.variable), "sharding", UNSHARDED)
         return "all-gather" if axis in sharding.dims and AXES[axis].divides == "samples" else "identity"
+
+    @property
+    def scattered(self) -> str | None:
+        """The axis along which the gradient is divided as soon as it is there; `None` if it is not."""
+        return next((axis for axis in AXES if self.backward(axis) == "reduce-scatter"), None)
 
     def backward(self, axis: str) -> str:
         """What is exchanged of the gradient: replicas have those of their own samples."""

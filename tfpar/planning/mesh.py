@@ -1,7 +1,7 @@
 """The devices, arranged along the axes on which work can be divided."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from math import prod
@@ -11,31 +11,33 @@ from tfpar.errors import DeviceError
 
 
 class Coordinate(NamedTuple):
-    """Where a device is in a mesh: three numbers, each from 0.
+    """Where a device is in a mesh: a number along each axis, from 0.
 
     Args:
-        data: the replica of the model.
+        data: the replica of the model; with `shard`, the group of replicas.
+        shard: which replica of its group it is, and so which shard it has.
         stage: the stage, one of the model's consecutive parts.
         tensor: the rank, which has a shard of each divided weight.
 
     Example:
         >>> Coordinate(stage=1)
-        Coordinate(data=0, stage=1, tensor=0)
+        Coordinate(data=0, shard=0, stage=1, tensor=0)
     """
 
     data: int = 0
+    shard: int = 0
     stage: int = 0
     tensor: int = 0
 
     @property
     def replica(self) -> "Coordinate":
         """The first of those that have the same samples: 0 along every axis that does not divide samples."""
-        return FIRST._replace(**{axis: getattr(self, axis) for axis in AXES if AXES[axis].divides == "samples"})
+        return FIRST._replace(**{axis: getattr(self, axis) for axis in dividing("samples")})
 
     @property
     def rank(self) -> "Coordinate":
         """The first of those that have the same part of the model: 0 along every axis that divides samples."""
-        return self._replace(**{axis: 0 for axis in AXES if AXES[axis].divides == "samples"})
+        return self._replace(**dict.fromkeys(dividing("samples"), 0))
 
 
 class Axis(NamedTuple):
@@ -51,13 +53,21 @@ class Axis(NamedTuple):
     member: str
 
 
-AXES = {"data": Axis("samples", "replica"), "stage": Axis("operations", "stage"), "tensor": Axis("weights", "rank")}
+AXES = {
+    "data": Axis("samples", "replica"), "shard": Axis("samples", "shard"), "stage": Axis("operations", "stage"),
+    "tensor": Axis("weights", "rank"),
+}  # fmt: skip
 FIRST = Coordinate()
+
+
+def dividing(name: str) -> tuple[str, ...]:
+    """The axes that divide `"samples"`, `"operations"` or `"weights"`; of the name of an axis, that axis."""
+    return (name,) if name in AXES else tuple(axis for axis in AXES if AXES[axis].divides == name)
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Devices in a grid `devices[data, stage, tensor]`.
+    """Devices in a grid `devices[data, shard, stage, tensor]`.
 
     Ranks exchange most and are neighbours in the list of devices, then stages, then replicas (Narayanan et al.,
     "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM", section 3).
@@ -68,6 +78,9 @@ class Mesh:
         tensor: how many ranks divide the weights of each layer.
         devices: one name per coordinate, `tensor` counting fastest and `data` slowest; empty for a mesh that only has
             a shape.
+        shard: how many replicas share one set of what ZeRO divides. There are `data` times `shard` replicas, in `data`
+            groups, of which each has all of it (hybrid sharding; Zhao et al., "PyTorch FSDP", 2023, section 3.2.2).
+            Without it, all replicas share one set.
 
     Raises:
         DeviceError: a size that is no whole number of at least 1, a device that repeats, or not as many devices as
@@ -83,6 +96,7 @@ class Mesh:
     stage: int = 1
     tensor: int = 1
     devices: tuple[str, ...] = ()
+    shard: int = field(default=1, kw_only=True)
 
     def __post_init__(self):
         for axis, size in zip(AXES, self.shape, strict=True):
@@ -98,12 +112,12 @@ class Mesh:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The sizes of `data`, `stage` and `tensor`."""
+        """The sizes of the axes: `data`, `shard`, `stage` and `tensor`."""
         return tuple(getattr(self, axis) for axis in AXES)
 
     @property
     def size(self) -> int:
-        """The number of coordinates: data x stage x tensor."""
+        """The number of coordinates: data x shard x stage x tensor."""
         return prod(self.shape)
 
     @property
@@ -122,7 +136,7 @@ class Mesh:
     @property
     def lane_shape(self) -> tuple[int, ...]:
         """The sizes of the axes, 1 for `stage`."""
-        return tuple(1 if axis == "stage" else getattr(self, axis) for axis in AXES)
+        return tuple(1 if AXES[axis].divides == "operations" else getattr(self, axis) for axis in AXES)
 
     @cached_property
     def lanes(self) -> tuple[Coordinate, ...]:
@@ -139,13 +153,19 @@ class Mesh:
         """The lanes of the first replica: every part of a layer's weights once."""
         return tuple(lane for lane in self.lanes if lane == lane.rank)
 
+    def count(self, axis: str) -> int:
+        """How many devices there are along an axis, or along all that divide `"samples"`, say."""
+        return prod(getattr(self, each) for each in dividing(axis))
+
     def along(self, axis: str, at: Coordinate) -> tuple[Coordinate, ...]:
         """The coordinates that differ from `at` along an axis only, `at` itself among them.
 
         Args:
-            axis: `"data"`, `"stage"` or `"tensor"`.
+            axis: its name, or what several divide: `"samples"`, say.
         """
-        return tuple(at._replace(**{axis: n}) for n in range(getattr(self, axis)))
+        axes = dividing(axis)
+        places = product(*(range(getattr(self, each)) for each in axes))
+        return tuple(at._replace(**dict(zip(axes, place, strict=True))) for place in places)
 
     def on(self, devices: Sequence[str]) -> "Mesh":
         """A mesh of the same shape on these devices.

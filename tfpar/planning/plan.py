@@ -44,7 +44,7 @@ class Exchange(NamedTuple):
         bytes: of one sample of the undivided tensor; of all, for gradients of weights and statistics of batches.
         scope: its name in TensorFlow's graph and in profiles, after the kind.
         batched: whether `bytes` are those of one sample.
-        axis: of the mesh: `"data"` or `"tensor"`.
+        axis: of the mesh, or `"samples"` for all that divide these.
     """
 
     kind: str
@@ -110,7 +110,7 @@ class Plan:
     @property
     def micro_rows(self) -> int:
         """Samples in the largest micro-batch."""
-        return -(-self.rows // (self.mesh.data * self.schedule.micro_batches))
+        return -(-self.rows // (self.mesh.count("samples") * self.schedule.micro_batches))
 
     @property
     def cost(self) -> StageCost:

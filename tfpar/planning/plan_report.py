@@ -8,7 +8,7 @@ from rich.box import SIMPLE
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
-from tfpar.planning.mesh import AXES, Coordinate
+from tfpar.planning.mesh import AXES, Coordinate, dividing
 from tfpar.planning.sharding import bounds
 
 if TYPE_CHECKING:
@@ -40,14 +40,14 @@ def devices(plan: "Plan") -> Table:
     names = [member for member, n in counts.items() if n > 1] + ["device"]
     names += ["first layer"] if stages > 1 else []
     numbers = ["layers", "time"] if stages > 1 else []
-    numbers += ["samples"] if mesh.data > 1 else []
+    numbers += ["samples"] if (replicas := mesh.count("samples")) > 1 else []
     numbers += ["parameters"] + (["of all"] if mesh.tensor > 1 or plan.zero == 3 else [])
     numbers += ["gradients", "optimizer", f"activations\nof {plan.rows} samples"]
     for name in names:
         table.add_column(name)
     for name in numbers:
         table.add_column(name, justify="right")
-    seconds, rows = sum(plan.cost.forward) or 1.0, bounds(plan.rows, mesh.data)
+    seconds, rows = sum(plan.cost.forward) or 1.0, bounds(plan.rows, replicas)
     whole = sum(v.bytes for v in plan.partition.graph.variables) or 1
     for at in (Coordinate(*places) for places in product(*map(range, counts.values()))):
         s, ops = at.stage, plan.partition.ops(at.stage)
@@ -57,17 +57,18 @@ def devices(plan: "Plan") -> Table:
         if stages > 1:
             first = plan.partition.graph.ops[ops[0]].layer
             cells += [first, str(len(ops)), f"{plan.cost.forward[s] / seconds:.0%}"]
-        cells += [str(rows[at.data + 1] - rows[at.data])] if mesh.data > 1 else []
+        replica = mesh.replicas.index(at._replace(stage=0).replica)
+        cells += [str(rows[replica + 1] - rows[replica])] if replicas > 1 else []
         cells += [in_units(held)] + ([f"{held / whole:.0%}"] if mesh.tensor > 1 or plan.zero == 3 else [])
         slots = in_units(plan.optimizer_bytes(s, at)) if plan.slot_bytes else "?"
         cells += [in_units(plan.gradient_bytes(s, at)), slots, in_units(plan.activation_bytes(s))]
         table.add_row(*cells)
     notes = [f"predicted bubble {plan.timeline.bubble:.0%} (idle share of all devices)"] if stages > 1 else []
-    if mesh.data > 1:
+    if replicas > 1:
         reduced = in_units(sum(v.bytes for v in plan.partition.graph.variables if v.trainable))
         programs = f"{plan.segments} program{'s' if plan.segments > 1 else ''}"
         notes.append(f"{reduced} of gradients added up over replicas, from {programs}")
-    if mesh.data > 1 and plan.zero:
+    if replicas > 1 and plan.zero:
         notes.append(f"replicas divide {ZERO[plan.zero]} (ZeRO {plan.zero})")
     if len(mesh.lanes) > 1:
         where = f"between programs: {plan.cut_because}" if plan.cut_because else "inside the programs of training"
@@ -103,7 +104,8 @@ def exchanges(plan: "Plan") -> Table:
     for kind, axis, backward in dict.fromkeys((e.kind, e.axis, e.backward) for e in plan.exchanges):
         found = [e for e in plan.exchanges if (e.kind, e.axis, e.backward) == (kind, axis, backward)]
         total = sum(e.bytes * (plan.rows if e.batched else 1) for e in found)
-        table.add_row(kind, axis, "backward" if backward else "forward", str(len(found)), in_units(total))
+        over = " x ".join(each for each in dividing(axis) if plan.mesh.count(each) > 1)
+        table.add_row(kind, over, "backward" if backward else "forward", str(len(found)), in_units(total))
     return table
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from tfpar.planning.mesh import AXES, FIRST, Coordinate, Mesh, number_of
+from tfpar.planning.mesh import AXES, FIRST, Coordinate, Mesh, dividing, number_of
 
 
 def bounds(count: Any, parts: int) -> list[Any]:
@@ -122,9 +122,13 @@ UNSHARDED = Sharding()
 
 
 def sharded(shape: Sequence[int], sharding: Sharding) -> Sharding:
-    """The same, what a rank has divided between replicas too: along its longest dim, if that is long enough."""
-    part, replicas = sharding.shape(shape), sharding.mesh.data
+    """The same, what a rank has divided between the replicas of a group too: along its longest dim, if that suffices.
+
+    A group is along the last axis that divides samples.
+    """
+    part, mesh = sharding.shape(shape), sharding.mesh
+    axis = next((axis for axis in reversed(dividing("samples")) if mesh.count(axis) > 1), None)
     dim = max(range(len(part)), key=lambda d: part[d], default=None)
-    if replicas == 1 or dim is None or part[dim] < replicas:
+    if axis is None or dim is None or part[dim] < mesh.count(axis):
         return sharding
-    return replace(sharding, dims={**sharding.dims, "data": dim})
+    return replace(sharding, dims={**sharding.dims, axis: dim})

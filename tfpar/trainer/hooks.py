@@ -140,7 +140,7 @@ class KerasHooks:
             self.has_targets = targets
             with self.strategy.planning(), self.announced():
                 before = self.engine.plan if self.engine else None
-                replicas = self.strategy.mesh.data
+                replicas = self.strategy.mesh.count("samples")
                 if before is None and rows < replicas:
                     warnings.warn(
                         f"a batch of {rows} samples keeps {rows} of {replicas} replicas busy: make batches of at least "

@@ -55,6 +55,7 @@ def planned(
         global_batch: names of operations that were found to need the whole batch.
     """
     mesh, schedule = strategy.mesh, strategy.schedule(strategy.parts.fit(rows).micro_batches)
+    replicas = mesh.count("samples")
     x, y, _ = _keras.unpack_x_y_sample_weight(data)
     graphs = graphs_of(model, x, schedule.stages, mesh.size)
     cut = cut_of(strategy, graphs[0], schedule, rows, before)
@@ -66,13 +67,13 @@ def planned(
         ways = zip(graphs, told_in_steps(model), strict=True)
         graphs = [inline_layers(graph, training, checked, closed) for graph, training in ways]
     names = of_distinct(graphs, lambda graph: global_batch | batch_wide(strategy, graph))
-    if mesh.data > 1 and strategy.batch_norm == "global":
+    if replicas > 1 and strategy.batch_norm == "global":
         names[0] = names[0] | hidden_normalizations(graphs[0])
     names = [sharing_state(graph, found) for graph, found in zip(graphs, names, strict=True)]
     warn_of(names[0])
     finals = [with_global_batch(graph, found) for graph, found in zip(graphs, names, strict=True)]
-    if mesh.data > 1 and strategy.batch_norm == "global":
-        finals[0] = with_shared_statistics(finals[0], names[0], mesh.data)
+    if replicas > 1 and strategy.batch_norm == "global":
+        finals[0] = with_shared_statistics(finals[0], names[0], replicas)
     shapes = [tuple(symbol.shape) for symbol in finals[0].symbols]
     between = {"exchanges": tuple(exchanges(finals[0], shapes))}
     if mesh.tensor > 1:
@@ -223,7 +224,7 @@ def cut_of(strategy: Description, graph: KerasGraph, schedule: Schedule, rows: i
 
 def batch_wide(strategy: Description, graph: KerasGraph) -> set[str]:
     """Operations that mix the samples of a batch, or keep something for each: every replica computes all of it."""
-    if strategy.mesh.data == 1 or strategy.parts.micro_batches > 1:
+    if strategy.mesh.count("samples") == 1 or strategy.parts.micro_batches > 1:
         return set()
     stateful = {i for i, call in enumerate(graph.calls) if any(map(is_stateful, _keras.layers_in(call.operation)))}
     return {graph.graph.ops[i].name for i in stateful | set(mixing(graph, Probe(graph)))}

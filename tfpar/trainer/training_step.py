@@ -104,7 +104,7 @@ class TrainingStep:
         update = None
         if options.get("differentiate") and not options.get("clock") and not self.hooks.checks:
             rows = micro_batch.count(self.data.whole)
-            equal = isinstance(rows, int) and rows % engine.mesh.data == 0
+            equal = isinstance(rows, int) and rows % engine.mesh.count("samples") == 0
             update = self.hooks.update.inside(route, self.parts, equal)
         shares = micro_batch.shares([micro_batch.count(part) for part, *_ in pieces])
         return Execution(engine, self.parts, inputs, shares, told, route=route, update=update, **options)

@@ -15,7 +15,7 @@ from tfpar.compat._tf import (
     select_replica,
     update_regroup,
 )
-from tfpar.planning.mesh import Coordinate, Mesh
+from tfpar.planning.mesh import Mesh
 from tfpar.planning.sharding import UNSHARDED
 from tfpar.variables.logical import HOST, Home, LogicalVariable, parts_of
 
@@ -27,7 +27,7 @@ class Extended(MirroredExtended):
         self, strategy: tf.distribute.Strategy, mesh: Mesh, cross_device_ops: Any = None, on_all: bool = False
     ):
         self.mesh = mesh
-        self.replicas = tuple(map(mesh.device, mesh.along("data", Coordinate())))
+        self.replicas = tuple(map(mesh.device, mesh.replicas))
         ops = cross_device_ops or tf.distribute.ReductionToOneDevice()
         super().__init__(strategy, devices=list(self.replicas), cross_device_ops=ops)
         # variables of stages and ranks wait in host memory until a plan says where they belong

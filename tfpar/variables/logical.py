@@ -21,7 +21,7 @@ from tfpar.compat._tf import (
     unrecorded,
 )
 from tfpar.errors import ModelError, ScopeError
-from tfpar.planning.mesh import AXES, Coordinate
+from tfpar.planning.mesh import AXES, FIRST, Coordinate, dividing
 from tfpar.planning.sharding import UNSHARDED, Sharding
 
 HOST = "CPU:0"
@@ -125,7 +125,8 @@ class LogicalVariable(AsNumber, MirroredVariable):
             return bound[id(self)]
         if not tf.executing_eagerly() and not _keras.in_program():
             self._settled = True  # a function holds on to the value where it is
-        return self.copy_of(Coordinate(data=number_of(replica) if replica else 0))
+        replicas = [lane for lane in self.lanes if lane == lane.replica] if replica else [FIRST]
+        return self.copy_of(replicas[number_of(replica) if replica else 0])
 
     _get_cross_replica = _get_on_device_or_primary = _get
 
@@ -184,9 +185,11 @@ class LogicalVariable(AsNumber, MirroredVariable):
 
     def of_lane(self, at: Coordinate) -> tf.Tensor:
         """The value, or the part of a rank, for a lane, on the current device."""
-        lanes = self._sharding.mesh.along("data", at) if "data" in self._sharding.dims else [at]
-        shards = {lane: copy_on_device(self.copy_of(lane)) for lane in lanes}
-        return self._sharding.joined(shards, tf.concat, "data")
+        shards = {at: copy_on_device(self.copy_of(at))}
+        for axis in filter(self._sharding.dims.__contains__, dividing("samples")):
+            lanes = self._sharding.mesh.along(axis, at)
+            shards = {lane: copy_on_device(self.copy_of(lane)) for lane in lanes}
+        return self._sharding.joined(shards, tf.concat, *dividing("samples"))
 
     def _export_to_saved_model_graph(self, *args, **kwargs):
         if self._sharding.divides:

@@ -5,7 +5,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfpar.planning.mesh import Coordinate
+from tfpar.planning.mesh import Coordinate, dividing
 from tfpar.variables.logical import LogicalVariable, region_of
 
 
@@ -88,5 +88,5 @@ def write_shards(variable: LogicalVariable, shards: Sequence[tf.Tensor]):
             value = of_lane[at]
             if variable.slot_sharding != variable.sharding:
                 of_rank = {lane: shard for lane, shard in of_lane.items() if lane.rank == at.rank}
-                value = variable.slot_sharding.joined(of_rank, tf.concat, "data")
+                value = variable.slot_sharding.joined(of_rank, tf.concat, *dividing("samples"))
             copy.assign(value)
