@@ -84,6 +84,15 @@ class Sharding:
             found.append(Coordinate(number, *reversed(at)))
         return found
 
+    def replica(self, number: int, copies: int) -> Coordinate:
+        """The first lane of a replica, of those that so many copies or parts are of."""
+        return [lane for lane in self.lanes(copies) if lane == lane.replica][number]
+
+    def group(self, at: Coordinate) -> tuple[Coordinate, ...]:
+        """The lanes whose shards make up what the rank of a lane has."""
+        axis = next((axis for axis in dividing("samples") if axis in self.dims), None)
+        return (at,) if axis is None else self.mesh.along(axis, at)
+
     def number(self, at: Coordinate) -> int:
         """Which of the copies or parts is that of a lane."""
         return number_of(at, self.mesh.lane_shape)

@@ -125,8 +125,7 @@ class LogicalVariable(AsNumber, MirroredVariable):
             return bound[id(self)]
         if not tf.executing_eagerly() and not _keras.in_program():
             self._settled = True  # a function holds on to the value where it is
-        replicas = [lane for lane in self.lanes if lane == lane.replica] if replica else [FIRST]
-        return self.copy_of(replicas[number_of(replica) if replica else 0])
+        return self.copy_of(self._sharding.replica(number_of(replica), len(self._values)) if replica else FIRST)
 
     _get_cross_replica = _get_on_device_or_primary = _get
 
@@ -185,10 +184,7 @@ class LogicalVariable(AsNumber, MirroredVariable):
 
     def of_lane(self, at: Coordinate) -> tf.Tensor:
         """The value, or the part of a rank, for a lane, on the current device."""
-        shards = {at: copy_on_device(self.copy_of(at))}
-        for axis in filter(self._sharding.dims.__contains__, dividing("samples")):
-            lanes = self._sharding.mesh.along(axis, at)
-            shards = {lane: copy_on_device(self.copy_of(lane)) for lane in lanes}
+        shards = {lane: copy_on_device(self.copy_of(lane)) for lane in self._sharding.group(at)}
         return self._sharding.joined(shards, tf.concat, *dividing("samples"))
 
     def _export_to_saved_model_graph(self, *args, **kwargs):
