@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import product
 from math import prod
 from typing import NamedTuple
@@ -60,6 +60,7 @@ AXES = {
 FIRST = Coordinate()
 
 
+@cache
 def dividing(name: str) -> tuple[str, ...]:
     """The axes that divide `"samples"`, `"operations"` or `"weights"`; of the name of an axis, that axis."""
     return (name,) if name in AXES else tuple(axis for axis in AXES if AXES[axis].divides == name)
@@ -110,7 +111,7 @@ class Mesh:
         if self.devices and len(self.devices) != self.size:
             raise DeviceError(f"{self} has {self.size} places, but {len(self.devices)} devices were given")
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """The sizes of the axes: `data`, `shard`, `stage` and `tensor`."""
         return tuple(getattr(self, axis) for axis in AXES)
@@ -133,7 +134,7 @@ class Mesh:
         """
         return self.devices[number_of(at, self.shape)]
 
-    @property
+    @cached_property
     def lane_shape(self) -> tuple[int, ...]:
         """The sizes of the axes, 1 for `stage`."""
         return tuple(1 if AXES[axis].divides == "operations" else getattr(self, axis) for axis in AXES)
@@ -143,12 +144,12 @@ class Mesh:
         """The coordinate of each lane on stage 0: a lane is a rank of a replica, on all its stages."""
         return tuple(Coordinate(*at) for at in product(*map(range, self.lane_shape)))
 
-    @property
+    @cached_property
     def replicas(self) -> tuple[Coordinate, ...]:
         """The first lane of each replica: every part of a batch once."""
         return tuple(lane for lane in self.lanes if lane == lane.replica)
 
-    @property
+    @cached_property
     def ranks(self) -> tuple[Coordinate, ...]:
         """The lanes of the first replica: every part of a layer's weights once."""
         return tuple(lane for lane in self.lanes if lane == lane.rank)
