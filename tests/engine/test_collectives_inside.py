@@ -3,6 +3,8 @@
 On CPUs the collectives are TensorFlow's own, in programs that are not compiled; `tests/on_gpus.py` runs XLA's.
 """
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -16,8 +18,10 @@ from tfpar.comm import in_program
 from tfpar.compat import _xla
 from tfpar.engine import forward_backward
 from tfpar.engine.optimizer_step import Update
+from tfpar.engine.program import Function
 from tfpar.trainer import planner
 from tfpar.trainer.hooks import steps_of
+from tfpar.trainer.step_function import StepFunction
 
 FAST, EVERY = pytest.mark.fast, pytest.mark.every
 X, Y = data(16)
@@ -126,6 +130,41 @@ def test_micro_batches_take_turns_at_each_collective(options, monkeypatch):
     assert steps_of(model).engine.inside
     exchanges = [pair for pair in seen if pair[1] not in ("identity", "slice")]
     assert len(exchanges) > 8 and exchanges[::2] == exchanges[1::2]
+
+
+def leads_to(x):
+    """The operations that a tensor follows from."""
+    found, left = set(), [x.op]
+    while left:
+        op = left.pop()
+        if op not in found:
+            found.add(op)
+            left += [y.op for y in op.inputs]
+    return found
+
+
+@FAST
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_turns_wait_for_what_is_computed_not_for_what_is_exchanged(micro_batches, monkeypatch):
+    """Of programs as XLA would compile them for GPUs."""
+    monkeypatch.setattr(_xla, "gather_gang", lambda *_: None)
+    monkeypatch.setattr(planner, "inter_op_threads", lambda: 99)
+    traced, original = [], Function.trace
+    monkeypatch.setattr(Function, "trace", lambda self, args: (traced.append(original(self, args)), traced[-1])[1])
+    with inside(tensor=2, micro_batches=micro_batches).scope():
+        model = encoder()
+        model.compile("sgd", "sparse_categorical_crossentropy", jit_compile=True)
+    steps = steps_of(model)
+    StepFunction(steps, steps.train_step).prepared([(*map(tf.constant, words()), None)], None, None)
+    calls = [op for f in traced for op in f.graph.get_operations() if op.type == "XlaCallModule"]
+    exchanges = [op for op in calls if b"@exchange" in op.get_attr("module")]
+    pairs = [(before, set().union(*(leads_to(x) for x in op.inputs if x.op is not before)))
+             for before, op in itertools.pairwise(exchanges)]  # fmt: skip
+    assert len(pairs) > 6
+    waiting = [before in made for before, made in pairs]
+    assert sum(waiting) == 0 if micro_batches == 2 else sum(waiting) > len(pairs) / 2
+    computed = [before.inputs[0].op in made for before, made in pairs]
+    assert sum(computed) > len(pairs) * 0.8
 
 
 @FAST
