@@ -33,7 +33,8 @@ def printed(plan: "Plan") -> Console:
 def devices(plan: "Plan") -> Table:
     """What is on each device."""
     mesh, stages = plan.mesh, plan.partition.stages
-    counts = {AXES[axis].member: n for axis, n in zip(AXES, mesh.shape, strict=True)} | {"stage": stages}
+    members = {axis: AXES[axis].member for axis in AXES} | ({"data": "group"} if mesh.shard > 1 else {})
+    counts = {members[axis]: n for axis, n in zip(AXES, mesh.shape, strict=True)} | {"stage": stages}
     several = [f"{n} {member}s" for member, n in counts.items() if n > 1] or ["1 device"]
     several += [f"{plan.schedule.micro_batches} micro-batches"] if stages * plan.schedule.micro_batches > 1 else []
     table = Table(title=", ".join(several), box=SIMPLE, padding=(0, 1, 0, 0))
