@@ -21,7 +21,7 @@ class MeshStrategy(Strategy):
         mesh: the size of each axis; its devices are the first GPUs, else logical CPUs, if it names none.
         micro_batches: into how many micro-batches each replica divides its part of a batch; one for each sample, if
             there are fewer. They follow one another through its stages.
-        schedule: `"1f1b"` (least memory), `"eager-1f1b"` (fastest on GPUs), `"gpipe"`, or a function
+        schedule: `"1f1b"` (least memory), `"eager-1f1b"` (faster on GPUs), `"gpipe"`, or a function
             `(devices, micro_batches) -> Schedule`, where `devices` is the size of the axis `stage`.
         placement: the layers of each stage, see `LayerPlacementStrategy`.
         layout, sequence_parallel: how ranks divide weights and activations, see `TensorParallelStrategy`.

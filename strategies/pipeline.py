@@ -18,7 +18,7 @@ class PipelineStrategy(Strategy):
         micro_batches: into how many a batch is divided; one for each sample, if there are fewer. More of them leave
             devices less idle, about (stages - 1) / (micro_batches + stages - 1) of the time, and make each matrix
             product smaller.
-        schedule: `"1f1b"` (least memory), `"eager-1f1b"` (fastest on GPUs), `"gpipe"`, or a function
+        schedule: `"1f1b"` (least memory), `"eager-1f1b"` (faster on GPUs), `"gpipe"`, or a function
             `(devices, micro_batches) -> Schedule`.
         placement: the layers of each stage, see `LayerPlacementStrategy`.
 

@@ -34,7 +34,7 @@ def test_meshes_of_several_axes(mesh):
     timeline = measured(compiled(strategy), X, Y)
     assert timeline.devices == mesh.size and 0 <= timeline.bubble < 1
     for d in range(mesh.size):
-        replica, stage, _ = np.unravel_index(d, mesh.shape)
+        replica, _, stage, _ = np.unravel_index(d, mesh.shape)
         spans = [s for s in timeline.spans if s.device == d]
         assert {s.action.micro_batch for s in spans} == {2 * replica, 2 * replica + 1}
         if mesh.tensor == 1:

@@ -130,7 +130,7 @@ def traced_exchanges(model: Any, *batch: Any) -> list[tuple[str, str]]:
     function, _ = StepFunction(steps, steps.train_step).prepared((batch,), None, None)
     devices: dict[tuple[str, str], set[str]] = {}
     for op in function.graph.get_operations():
-        found = re.match(rf"(?:replica\d+/|rank\d+/)?({KINDS})/(weights|.+?/(?:{KINDS})(?:-of-gradient)?)/", op.name)
+        found = re.match(rf"(?:[a-z]+\d+/)*({KINDS})/(weights|.+?/(?:{KINDS})(?:-of-gradient)?)/", op.name)
         if found:
             devices.setdefault((found[1], found[2]), set()).add(op.device)
     ranks = set(map(str, steps.strategy.mesh.devices))

@@ -132,6 +132,23 @@ def test_micro_batches_take_turns_at_each_collective(options, monkeypatch):
     assert len(exchanges) > 8 and exchanges[::2] == exchanges[1::2]
 
 
+def looked_up_twice():
+    """A table of which each sample has the same rows, once some and, after an exchange, others."""
+    table = layers.Embedding(16, 8)
+    x = layers.Input((5, 8))
+    h = layers.Dense(8, activation="tanh")(x + table(keras.ops.arange(0, 5)))
+    h = layers.MultiHeadAttention(2, 4)(h, h)
+    return keras.Model(x, layers.Dense(4, "softmax")(h + table(keras.ops.arange(7, 12))))
+
+
+@FAST
+def test_rows_that_all_samples_have_are_added_up_for_each_look_up():
+    rng = np.random.default_rng(0)
+    fit = history(rng.normal(size=(16, 5, 8)).astype("float32"), rng.integers(0, 4, (16, 5)), batch_size=8, epochs=2)
+    _, model = check(inside(tensor=2, micro_batches=2), fit, build=looked_up_twice, rtol=1e-4, atol=1e-5)
+    assert steps_of(model).engine.inside
+
+
 def leads_to(x):
     """The operations that a tensor follows from."""
     found, left = set(), [x.op]

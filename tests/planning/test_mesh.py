@@ -14,9 +14,9 @@ def test_neighbours():
     assert mesh.device(Coordinate(stage=1)) == "GPU:2"
     assert mesh.device(Coordinate(data=1)) == "GPU:6"
     assert mesh.lanes == tuple(Coordinate(data=r, tensor=k) for r, k in ((0, 0), (0, 1), (1, 0), (1, 1)))
-    assert mesh.along("stage", Coordinate(1, 0, 2, 1)) == tuple(Coordinate(1, 0, s, 1) for s in range(3))
+    assert mesh.along("stage", Coordinate(1, 2, 1)) == tuple(Coordinate(1, s, 1) for s in range(3))
     assert mesh.replicas == (Coordinate(), Coordinate(data=1)) and mesh.ranks == (Coordinate(), Coordinate(tensor=1))
-    at = Coordinate(1, 0, 0, 1)
+    at = Coordinate(1, 0, 1)
     assert (at.replica, at.rank) == (Coordinate(data=1), Coordinate(tensor=1))
     assert (mesh.size, mesh.shape) == (12, (2, 1, 3, 2))
     assert str(mesh) == "Mesh(data=2, stage=3, tensor=2)"

@@ -179,6 +179,16 @@ def test_convert(whole):
 
 
 @pytest.mark.fast
+def test_a_loop_right_after_it():
+    strategy, other = STRATEGIES["pipeline"](), tfpar.DataParallelStrategy(2)
+    model = fit(compiled(strategy, adam, build=deep), 1)
+    expected = model.predict(X, verbose=0)
+    strategy.convert(model, other)
+    found = other.run(lambda: model(X))
+    assert all(difference(expected, y) < 1e-6 for y in other.experimental_local_results(found))
+
+
+@pytest.mark.fast
 def test_convert_with_all_its_optimizers():
     class Two(keras.Model):
         def __init__(self):

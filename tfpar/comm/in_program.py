@@ -56,8 +56,12 @@ class Gang:
         """For each axis, the numbers of the lanes of each group along it."""
         shape, lanes = self.mesh.lane_shape, self.mesh.lanes
         return {
-            axis: [[number_of(at, shape) for at in self.mesh.along(axis, lane)] for lane in lanes if not lane[n]]
-            for n, axis in enumerate(AXES)
+            axis: [
+                [number_of(at, shape) for at in self.mesh.along(axis, lane)]
+                for lane in lanes
+                if getattr(lane, axis) == 0
+            ]
+            for axis in AXES
         }
 
     def place(self, axis: str, lane: tf.Tensor) -> tf.Tensor:
@@ -155,7 +159,7 @@ EXCHANGES: dict[str, Callable] = {
     "identity": identity, "all-reduce": all_reduce, "all-gather": all_gather, "slice": own_part,
     "reduce-scatter": reduce_scatter, "maximum": maximum,
 }  # fmt: skip
-ALONE = ("identity", "slice", "rank")  # what a lane does by itself
+OWN = ("identity", "slice", "rank")  # what a lane does by itself
 DIVIDING = ("all-gather", "slice", "reduce-scatter")  # for equal parts only
 
 
@@ -168,8 +172,8 @@ class InProgram:
     """
 
     variables = ()
-    exchanges_forward = property(lambda self: self.collective.forward not in ALONE, doc="Whether it waits for others.")
-    exchanges_backward = property(lambda self: self.collective.backward not in ALONE, doc="The same, on the way back.")
+    exchanges_forward = property(lambda self: self.collective.forward not in OWN, doc="Whether it waits for others.")
+    exchanges_backward = property(lambda self: self.collective.backward not in OWN, doc="The same, on the way back.")
 
     def __init__(self, collective: Collective, gang: Gang):
         self.collective, self.gang, self.number = collective, gang, next(NUMBERS)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import tensorflow as tf
 
 from tfpar.comm.collectives import elements_of
-from tfpar.comm.gradients import SharedRows, add, cast, plain
+from tfpar.comm.gradients import SharedRows, add, cast, plain, sum_of
 from tfpar.comm.in_program import Gang
 from tfpar.compat._tf import independent
 from tfpar.engine import added_losses, in_place
@@ -154,7 +154,7 @@ def passes(
                 state[n].update(part.result.state)
                 taken[c, n] = part
     cotangents = [{t: [x] for t, x in micro.cotangents.items()} for micro in given]
-    total: dict[int, Any] = {}
+    terms: dict[int, dict[Any, Any]] = {}  # of rows that all parts of the batch have, one for each part of the way
     for turn in turns[1]:
         for n, x in enumerate(given):
             for c in turn:
@@ -163,12 +163,15 @@ def passes(
                 ends = held(program.gang, ends) if several and c == turn[0] else ends
                 weights, edges = backward(run, part, ends, x.share, loss_cotangent)
                 for v, gradient in weights.items():
-                    total[v] = counted(run, s, v, total.get(v), gradient, len(given))
+                    gradient = one_of_several(run, s, v, gradient) if several else gradient
+                    of, key = terms.setdefault(v, {}), c if isinstance(gradient, SharedRows) else None
+                    of[key] = add(of[key], gradient) if key in of else gradient
                 for t, cotangent in edges.items():
                     arrived.setdefault(t, []).append(cotangent)
     results = [merged(program, programs, [taken[c, n].result for c in range(len(programs))]) for n in range(len(given))]
     pairs = zip(given, cotangents, strict=True)
     needed = [{t: tf.add_n(found[t]) for t in x.edges if t in found} for x, found in pairs]
+    total = {v: of.popitem()[1] if len(of) == 1 else sum_of(map(plain, of.values())) for v, of in terms.items()}
     return results, total, needed
 
 
@@ -206,13 +209,11 @@ def backward(
     return present(part.inside, found), present(part.outside, found[len(part.inside) :])
 
 
-def counted(run: "Execution", s: int, v: int, known: Any, gradient: Any, count: int) -> Any:
-    """The gradient of a variable with one more term; of several micro-batches in the dtype of the variable."""
-    if count > 1:
-        if shares_rows(run, s, v, gradient):
-            gradient = SharedRows(gradient.values, gradient.indices, gradient.dense_shape)
-        gradient = cast(gradient, run.engine.graph.variables[v].dtype)
-    return gradient if known is None else add(known, gradient)
+def one_of_several(run: "Execution", s: int, v: int, gradient: Any) -> Any:
+    """The gradient of a variable for one of several micro-batches, to be added up in the dtype of the variable."""
+    if shares_rows(run, s, v, gradient):
+        gradient = SharedRows(gradient.values, gradient.indices, gradient.dense_shape)
+    return cast(gradient, run.engine.graph.variables[v].dtype)
 
 
 def merged(program: Program, parts: Sequence[Program], found: Sequence[Result]) -> Result:
@@ -240,7 +241,7 @@ def exchanged_in_program(
     last_first = sorted(gradients, key=run.engine.first_used.__getitem__, reverse=True)
     edges = {v: edge_of(run.engine, v, run.in_parts) for v in last_first}
     for axis in gang.groups:
-        terms = {v: found[v] for v, edge in edges.items() if edge.backward(axis) == "all-reduce"}
+        terms = {v: found[v] for v, edge in edges.items() if edge.is_summed_early(axis)}
         summed = {v: x for v, x in terms.items() if isinstance(x, tf.Tensor)}
         for dtype in dict.fromkeys(x.dtype for x in summed.values()):
             same = {v: x for v, x in summed.items() if x.dtype == dtype}
@@ -256,11 +257,12 @@ def exchanged_in_program(
 
 
 def gathered(
-    run: "Execution", v: int, gradient: tf.IndexedSlices, axis: str, gang: Gang, lane: tf.Tensor
+    run: "Execution", v: int, gradient: Any, axis: str, gang: Gang, lane: tf.Tensor
 ) -> tf.IndexedSlices:  # fmt: skip
     """A sparse gradient with the rows of all lanes along an axis; where all have the same rows, with their sums."""
     (values, indices, shape), rows = (gradient.values, gradient.indices, gradient.dense_shape), ("rows", v, axis)
-    if AXES[axis].divides != "samples" or shares_rows(run, 0, v, gradient):
+    shared = isinstance(gradient, SharedRows) or shares_rows(run, 0, v, gradient)
+    if AXES[axis].divides != "samples" or shared:
         return tf.IndexedSlices(gang.exchanged("add", axis, values, lane, rows), indices, shape)
     values = gang.exchanged("all_gather", axis, values, lane, rows)
     return tf.IndexedSlices(values, gang.exchanged("all_gather", axis, indices, lane, (*rows, "indices")), shape)

@@ -230,7 +230,7 @@ class Update:
     def counted(self, place: Place) -> tf.Tensor:
         """With what weight each gradient of a device counts in a norm."""
         shardings = [self.edges[n].sharding for n in self.members[place.stage]]
-        counts = [all(n == 0 or axis in of.dims for axis, n in zip(AXES, place.lane, strict=True)) for of in shardings]
+        counts = [all(getattr(place.lane, axis) == 0 or axis in of.dims for axis in AXES) for of in shardings]
         return tf.cast(tf.constant(counts), tf.float64)
 
 

@@ -15,19 +15,19 @@ class Coordinate(NamedTuple):
 
     Args:
         data: the replica of the model; with `shard`, the group of replicas.
-        shard: which replica of its group it is, and so which shard it has.
         stage: the stage, one of the model's consecutive parts.
         tensor: the rank, which has a shard of each divided weight.
+        shard: which replica of its group it is, and so which shard of what ZeRO divides it has.
 
     Example:
         >>> Coordinate(stage=1)
-        Coordinate(data=0, shard=0, stage=1, tensor=0)
+        Coordinate(data=0, stage=1, tensor=0, shard=0)
     """
 
     data: int = 0
-    shard: int = 0
     stage: int = 0
     tensor: int = 0
+    shard: int = 0
 
     @property
     def replica(self) -> "Coordinate":
@@ -142,7 +142,8 @@ class Mesh:
     @cached_property
     def lanes(self) -> tuple[Coordinate, ...]:
         """The coordinate of each lane on stage 0: a lane is a rank of a replica, on all its stages."""
-        return tuple(Coordinate(*at) for at in product(*map(range, self.lane_shape)))
+        places = product(*map(range, self.lane_shape))
+        return tuple(Coordinate(**dict(zip(AXES, at, strict=True))) for at in places)
 
     @cached_property
     def replicas(self) -> tuple[Coordinate, ...]:
@@ -181,8 +182,8 @@ class Mesh:
 
 
 def number_of(at: Coordinate, shape: Sequence[int]) -> int:
-    """The place of a coordinate in a list of all of a grid, the last axis counting fastest."""
+    """The place of a coordinate in a list of all of a grid, sizes in the order of `AXES`, the last counting fastest."""
     number = 0
-    for size, place in zip(shape, at, strict=True):
-        number = number * size + place
+    for size, axis in zip(shape, AXES, strict=True):
+        number = number * size + getattr(at, axis)
     return number

@@ -50,10 +50,10 @@ def devices(plan: "Plan") -> Table:
         table.add_column(name, justify="right")
     seconds, rows = sum(plan.cost.forward) or 1.0, bounds(plan.rows, replicas)
     whole = sum(v.bytes for v in plan.partition.graph.variables) or 1
-    for at in (Coordinate(*places) for places in product(*map(range, counts.values()))):
+    for at in (Coordinate(**dict(zip(AXES, places, strict=True))) for places in product(*map(range, counts.values()))):
         s, ops = at.stage, plan.partition.ops(at.stage)
         held = plan.parameter_bytes(s, at)
-        cells = [str(n) for n, count in zip(at, counts.values(), strict=True) if count > 1]
+        cells = [str(getattr(at, axis)) for axis, count in zip(AXES, counts.values(), strict=True) if count > 1]
         cells.append(plan.device(s, at))
         if stages > 1:
             first = plan.partition.graph.ops[ops[0]].layer

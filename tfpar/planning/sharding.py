@@ -75,18 +75,18 @@ class Sharding:
 
     def lanes(self, copies: int) -> list[Coordinate]:
         """Whose each of so many copies or parts is."""
-        (_, *sizes), found = self.mesh.lane_shape, []
+        (first, *others), (_, *sizes), found = AXES, self.mesh.lane_shape, []
         for number in range(copies):
             at = []
             for size in reversed(sizes):
                 number, place = divmod(number, size)
                 at.append(place)
-            found.append(Coordinate(number, *reversed(at)))
+            found.append(Coordinate(**{first: number}, **dict(zip(others, reversed(at), strict=True))))
         return found
 
     def replica(self, number: int, copies: int) -> Coordinate:
         """The first lane of a replica, of those that so many copies or parts are of."""
-        return [lane for lane in self.lanes(copies) if lane == lane.replica][number]
+        return FIRST if copies == 1 else [lane for lane in self.lanes(copies) if lane == lane.replica][number]
 
     def group(self, at: Coordinate) -> tuple[Coordinate, ...]:
         """The lanes whose shards make up what the rank of a lane has."""

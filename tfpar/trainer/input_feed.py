@@ -13,8 +13,8 @@ from tfpar.variables.logical import HOST
 class Feed:
     """A dataset whose next batch goes to the devices of the replicas, divided, while the present one is computed.
 
-    The dataset is read once, whatever the number of replicas. Batches of whole numbers, such as tokens, stay with the
-    host: they are small, and TensorFlow would fetch them back from a GPU, and wait for that, in each step.
+    The dataset is read once, whatever the number of replicas. Batches of int32 and int64 alone, such as
+    tokens, stay with the host: they are small, and TensorFlow would fetch them back from a GPU, and wait, in each step.
 
     Args:
         dataset: of batches.
@@ -22,7 +22,7 @@ class Feed:
     """
 
     def __init__(self, dataset: tf.data.Dataset, devices: Sequence[str]):
-        whole_numbers = all(spec.dtype.is_integer for spec in tf.nest.flatten(dataset.element_spec))
+        whole_numbers = all(spec.dtype in (tf.int32, tf.int64) for spec in tf.nest.flatten(dataset.element_spec))
         self.devices = [HOST] * len(devices) if whole_numbers else list(devices)
         self.element_spec = dataset.element_spec
         self.pieces = dataset.flat_map(self.divided)

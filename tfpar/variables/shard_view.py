@@ -87,6 +87,6 @@ def write_shards(variable: LogicalVariable, shards: Sequence[tf.Tensor]):
         with tf.device(copy.device):
             value = of_lane[at]
             if variable.slot_sharding != variable.sharding:
-                of_rank = {lane: shard for lane, shard in of_lane.items() if lane.rank == at.rank}
+                of_rank = {lane: of_lane[lane] for lane in variable.slot_sharding.group(at)}
                 value = variable.slot_sharding.joined(of_rank, tf.concat, *dividing("samples"))
             copy.assign(value)
