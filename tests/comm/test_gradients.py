@@ -273,7 +273,7 @@ def test_parts_make_up_the_whole(dim, make):
 
 
 def rows_one_after_the_other(patch):
-    patch.setattr("tfpar.engine.vjp.shares_rows", lambda run, s, v, gradient: False)
+    patch.setattr("tfpar.engine.combination.shares_rows", lambda run, s, v, gradient: False)
 
 
 def dense_at_once(patch):

@@ -13,7 +13,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfpar.comm.collectives import Collective
+from tfpar.comm.collectives import LOCAL, Collective
 from tfpar.compat import _keras, _xla
 from tfpar.planning.mesh import AXES, Mesh, number_of
 
@@ -54,20 +54,13 @@ class Gang:
     @cached_property
     def groups(self) -> dict[str, list[list[int]]]:
         """For each axis, the numbers of the lanes of each group along it."""
-        shape, lanes = self.mesh.lane_shape, self.mesh.lanes
-        return {
-            axis: [
-                [number_of(at, shape) for at in self.mesh.along(axis, lane)]
-                for lane in lanes
-                if getattr(lane, axis) == 0
-            ]
-            for axis in AXES
-        }
+        shape = self.mesh.lane_shape
+        return {axis: [[number_of(at, shape) for at in group] for group in self.mesh.groups(axis)] for axis in AXES}
 
     def place(self, axis: str, lane: tf.Tensor) -> tf.Tensor:
         """The place of a lane, given by its number, along an axis."""
         after = self.mesh.lane_shape[list(AXES).index(axis) + 1 :]
-        return lane // prod(after) % self.mesh.count(axis)
+        return lane // prod(after) % getattr(self.mesh, axis)
 
     def exchanged(
         self, kind: str, axis: str, x: tf.Tensor, lane: tf.Tensor, which: Any, dim: int = 0
@@ -109,7 +102,7 @@ class Gang:
 
     def own_part(self, axis: str, x: tf.Tensor, lane: tf.Tensor, dim: int) -> tf.Tensor:
         """Of what all have, a lane's part of equal ones along `dim`."""
-        rows = (tf.shape(x)[dim] if x.shape[dim] is None else x.shape[dim]) // self.mesh.count(axis)
+        rows = (tf.shape(x)[dim] if x.shape[dim] is None else x.shape[dim]) // getattr(self.mesh, axis)
         first = [self.place(axis, lane) * rows if d == dim else 0 for d in range(x.shape.rank)]
         return tf.slice(x, first, [rows if d == dim else -1 for d in range(x.shape.rank)])
 
@@ -159,7 +152,6 @@ EXCHANGES: dict[str, Callable] = {
     "identity": identity, "all-reduce": all_reduce, "all-gather": all_gather, "slice": own_part,
     "reduce-scatter": reduce_scatter, "maximum": maximum,
 }  # fmt: skip
-OWN = ("identity", "slice", "rank")  # what a lane does by itself
 DIVIDING = ("all-gather", "slice", "reduce-scatter")  # for equal parts only
 
 
@@ -172,8 +164,8 @@ class InProgram:
     """
 
     variables = ()
-    exchanges_forward = property(lambda self: self.collective.forward not in OWN, doc="Whether it waits for others.")
-    exchanges_backward = property(lambda self: self.collective.backward not in OWN, doc="The same, on the way back.")
+    exchanges_forward = property(lambda self: self.collective.forward not in LOCAL, doc="Whether it waits for others.")
+    exchanges_backward = property(lambda self: self.collective.backward not in LOCAL, doc="The same, on the way back.")
 
     def __init__(self, collective: Collective, gang: Gang):
         self.collective, self.gang, self.number = collective, gang, next(NUMBERS)

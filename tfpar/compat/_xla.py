@@ -41,46 +41,30 @@ def exchanged(
     Source:
         The StableHLO specification: all_reduce, all_gather, reduce_scatter, optimization_barrier.
     """
-    size, element = len(groups[0]), mlir([], values[0].dtype)
-    shapes = [x.shape.as_list() for x in values]
-    made = [list(shape) for shape in shapes]
+    size, element, count = len(groups[0]), mlir([], values[0].dtype), len(values)
+    made = [x.shape.as_list() for x in values]
     if kind == "all_gather":
         made[0][dim] *= size
     if kind == "reduce_scatter":
         made[0][dim] //= size
     graph = tf.compat.v1.get_default_graph()
     before = graph.get_collection_ref(LAST)
-    inputs = [*values, *before]
-    given = [mlir(x.shape.as_list(), x.dtype) for x in inputs]
-    results = ", ".join(mlir(shape, x.dtype) for shape, x in zip(made, values, strict=True))
-    names = [f"%a{n}" for n, _ in enumerate(inputs)]
-    held = [f"%b#{n}" for n, _ in enumerate(values)]
     groups_ = f"replica_groups = dense<{[list(g) for g in groups]}> : tensor<{len(groups)}x{size}xi64>"
     reduce = "maximum" if kind == "maximum" else "add"
     region = (
         f"({{ ^bb0(%x: {element}, %y: {element}): %z = stablehlo.{reduce} %x, %y : {element} "
         f"stablehlo.return %z : {element} }})"
     )
-    arguments = ", ".join(held)
+    arguments = ", ".join(f"%b#{n}" for n in range(count))
     call = {
         "all_gather": f'"stablehlo.all_gather"({arguments}) {{all_gather_dim = {dim} : i64, {groups_}}}',
         "reduce_scatter": f'"stablehlo.reduce_scatter"({arguments}) {region} {{scatter_dimension = {dim} : i64, '
         f"{groups_}}}",
     }.get(kind, f'"stablehlo.all_reduce"({arguments}) {region} {{{groups_}}}')
-    count = len(values)
-    arguments = ", ".join(f"{n}: {t}" for n, t in zip(names, given, strict=True))
-    text = (
-        f"module @exchange {{ func.func public @main({arguments}) "
-        f"-> ({results}) {{ %b:{len(inputs)} = stablehlo.optimization_barrier {', '.join(names)} : {', '.join(given)} "
-        f"%c:{count} = {call} : ({', '.join(given[:count])}) -> ({results}) "
-        f"return {', '.join(f'%c#{n}' for n in range(count))} : {results} }} }}"
-    )
-    found = xla.call_module(
-        inputs, version=STABLEHLO, module=text, Tout=[x.dtype for x in values], Sout=made, platforms=()
-    )  # fmt: skip
+    found = after("exchange", values, before, made, call)
     before[:] = found[:1]
     graph.get_collection_ref(GIVEN)[:] = values[:1]
-    return list(found)
+    return found
 
 
 def held(values: Sequence[tf.Tensor]) -> list[tf.Tensor]:
@@ -94,22 +78,33 @@ def held(values: Sequence[tf.Tensor]) -> list[tf.Tensor]:
     given = tf.compat.v1.get_default_graph().get_collection_ref(GIVEN)
     if not given or not values:
         return list(values)
-    inputs = [*values, *given]
-    types = [mlir(x.shape.as_list(), x.dtype) for x in inputs]
+    return after("held", values, given, [x.shape.as_list() for x in values])
+
+
+def after(
+    name: str, values: Sequence[tf.Tensor], others: Sequence[tf.Tensor], made: Sequence[Sequence[int]], call: str = ""
+) -> list[tf.Tensor]:  # fmt: skip
+    """An operation of StableHLO on values, `%b`, or else the values, once these and others are there.
+
+    Args:
+        name: of the module.
+        made: the shapes of what it returns, one for each value, of its dtype.
+        call: the operation, without its type.
+    """
+    inputs, count = [*values, *others], len(values)
+    given = [mlir(x.shape.as_list(), x.dtype) for x in inputs]
+    results = ", ".join(mlir(shape, x.dtype) for shape, x in zip(made, values, strict=True))
     names = [f"%a{n}" for n, _ in enumerate(inputs)]
-    arguments = ", ".join(f"{n}: {t}" for n, t in zip(names, types, strict=True))
-    results, count = ", ".join(types[: len(values)]), len(values)
+    arguments = ", ".join(f"{n}: {t}" for n, t in zip(names, given, strict=True))
+    called = f"%c:{count} = {call} : ({', '.join(given[:count])}) -> ({results}) " if call else ""
+    ends = ", ".join(f"%{'c' if call else 'b'}#{n}" for n in range(count))
     text = (
-        f"module @held {{ func.func public @main({arguments}) -> ({results}) {{ "
-        f"%b:{len(inputs)} = stablehlo.optimization_barrier {', '.join(names)} : {', '.join(types)} "
-        f"return {', '.join(f'%b#{n}' for n in range(count))} : {results} }} }}"
+        f"module @{name} {{ func.func public @main({arguments}) "
+        f"-> ({results}) {{ %b:{len(inputs)} = stablehlo.optimization_barrier {', '.join(names)} : {', '.join(given)} "
+        f"{called}return {ends} : {results} }} }}"
     )
-    return list(
-        xla.call_module(
-            inputs, version=STABLEHLO, module=text, Tout=[x.dtype for x in values],
-            Sout=[x.shape.as_list() for x in values], platforms=(),
-        )
-    )  # fmt: skip
+    dtypes = [x.dtype for x in values]
+    return list(xla.call_module(inputs, version=STABLEHLO, module=text, Tout=dtypes, Sout=made, platforms=()))
 
 
 def mlir(shape: Sequence[int], dtype: tf.DType) -> str:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
+from tfpar.comm.gradients import SharedRows
 from tfpar.errors import Caught, ModelError
 from tfpar.graph.batch_probe import Combine, Findings
 from tfpar.graph.recording import NeedsWholeBatch
@@ -32,6 +33,12 @@ def needs_whole(run: "Execution", i: int, why: str) -> Exception:
     if run.parts.micro_batches == 1:
         return NeedsWholeBatch(run.graph.ops[i].name, run.route.graph)
     return ModelError(f"{why}. Use micro_batches=1 (LayerPlacementStrategy)")
+
+
+def known_rows(run: "Execution", s: int, v: int, gradient: Any) -> Any:
+    """A variable's gradient in a segment, as `SharedRows` if it has the same rows for each part of the batch."""
+    shared = shares_rows(run, s, v, gradient)
+    return SharedRows(gradient.values, gradient.indices, gradient.dense_shape) if shared else gradient
 
 
 def shares_rows(run: "Execution", s: int, v: int, gradient: Any) -> bool:

@@ -16,7 +16,7 @@ from tfpar.comm.gradients import SharedRows, add, cast, plain, sum_of
 from tfpar.comm.in_program import Gang
 from tfpar.compat._tf import independent
 from tfpar.engine import added_losses, in_place
-from tfpar.engine.combination import shares_rows
+from tfpar.engine.combination import known_rows, shares_rows
 from tfpar.engine.engine import MicroBatch, tensors_of
 from tfpar.engine.program import Edge, Program, Result, tensor_of, with_logits
 from tfpar.engine.reading import value_of
@@ -141,17 +141,16 @@ def passes(
         programs = [run.engine.program(route, c, run.training) for c in range(route.partition.stages)]
         turns = route.turns
     values = [dict(x.edges) for x in given]
-    state: list[dict[int, tf.Tensor]] = [{} for _ in given]
+    variables = [dict(zip(program.variables, x.variables, strict=True)) for x in given]
     taken: dict[tuple[int, int], Part] = {}
     for turn in turns[0]:
-        for n, x in enumerate(given):
+        for n, _ in enumerate(given):
             for c in turn:
-                before = {**dict(zip(program.variables, x.variables, strict=True)), **state[n]}
                 needed = with_logits(values[n], route.partition.needs(c)) if several else values[n]
                 needed = held(program.gang, needed) if several and c == turn[0] else needed
-                part = forward(run, programs[c], [before[v] for v in programs[c].variables], needed)
+                part = forward(run, programs[c], [variables[n][v] for v in programs[c].variables], needed)
                 values[n].update(part.result.edges)
-                state[n].update(part.result.state)
+                variables[n].update(part.result.state)
                 taken[c, n] = part
     cotangents = [{t: [x] for t, x in micro.cotangents.items()} for micro in given]
     terms: dict[int, dict[Any, Any]] = {}  # of rows that all parts of the batch have, one for each part of the way
@@ -163,7 +162,8 @@ def passes(
                 ends = held(program.gang, ends) if several and c == turn[0] else ends
                 weights, edges = backward(run, part, ends, x.share, loss_cotangent)
                 for v, gradient in weights.items():
-                    gradient = one_of_several(run, s, v, gradient) if several else gradient
+                    if several:  # added up in the dtype of the variable
+                        gradient = cast(known_rows(run, s, v, gradient), run.engine.graph.variables[v].dtype)
                     of, key = terms.setdefault(v, {}), c if isinstance(gradient, SharedRows) else None
                     of[key] = add(of[key], gradient) if key in of else gradient
                 for t, cotangent in edges.items():
@@ -207,13 +207,6 @@ def backward(
     sources = [*part.inside.values(), *part.outside.values()]
     found = part.tape.gradient(ends, sources, [*cotangents.values(), *added.values()])
     return present(part.inside, found), present(part.outside, found[len(part.inside) :])
-
-
-def one_of_several(run: "Execution", s: int, v: int, gradient: Any) -> Any:
-    """The gradient of a variable for one of several micro-batches, to be added up in the dtype of the variable."""
-    if shares_rows(run, s, v, gradient):
-        gradient = SharedRows(gradient.values, gradient.indices, gradient.dense_shape)
-    return cast(gradient, run.engine.graph.variables[v].dtype)
 
 
 def merged(program: Program, parts: Sequence[Program], found: Sequence[Result]) -> Result:

@@ -56,8 +56,8 @@ class GradientReduction:
             for members in buckets.values():
                 for axis in (axis for axis in reversed(AXES) if AXES[axis].divides != "operations"):
                     found = [(n, term) for n in members for term in terms[n] if not self.is_done(run, n, axis)]
-                    for first in (lane for lane in mesh.lanes if getattr(lane, axis) == 0):
-                        self.exchange(found, axis, mesh.along(axis, first))
+                    for lanes in mesh.groups(axis):
+                        self.exchange(found, axis, lanes)
         found = [{lane: self.total(n, lane, terms[n]) for lane in mesh.lanes} for n in range(len(self.edges))]
         if self.engine.plan.zero < 3:
             return found

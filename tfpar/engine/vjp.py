@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import tensorflow as tf
 
 from tfpar.comm.collectives import elements_of
-from tfpar.comm.gradients import SharedRows, add, cast
+from tfpar.comm.gradients import add, cast
 from tfpar.compat._tf import made_again
 from tfpar.engine import in_place
-from tfpar.engine.combination import shares_rows
+from tfpar.engine.combination import known_rows
 from tfpar.engine.engine import MicroBatch, device_of, tensors_of
 from tfpar.engine.program import Edge, Program, Result, differentiable, key_of, packed, tensor_of
 from tfpar.engine.reading import is_gathered, value_of
@@ -34,9 +34,7 @@ def keep(run: "Execution", s: int, m: MicroBatch, gradients: dict[int, Any]):
     """Add gradients of variables to those of earlier micro-batches; of those that replicas divide, the shards."""
     whole = {}
     for v, gradient in gradients.items():
-        if shares_rows(run, s, v, gradient):
-            gradient = SharedRows(gradient.values, gradient.indices, gradient.dense_shape)
-        edge = edge_of(run.engine, v, run.in_parts)
+        gradient, edge = known_rows(run, s, v, gradient), edge_of(run.engine, v, run.in_parts)
         if run.scatters and edge.scattered:
             run.waiting.setdefault(v, {})[m.lane] = cast(gradient, edge.variable.dtype)
         else:
@@ -45,11 +43,11 @@ def keep(run: "Execution", s: int, m: MicroBatch, gradients: dict[int, Any]):
     if m.lane == run.lanes[-1]:
         for v, found in run.waiting.items():
             edge = edge_of(run.engine, v, True)
-            for first in (lane for lane in run.mesh.lanes if getattr(lane, edge.scattered) == 0):
-                lanes = run.mesh.along(edge.scattered, first)
+            axis = edge.scattered
+            for lanes in run.mesh.groups(axis):
                 parts = [found.get(lane) for lane in lanes]
                 busy = any(part is not None for part in parts)  # a short batch may leave a group without samples
-                shards = exchange([edge], edge.scattered, lanes, [parts], None)[0] if busy else []
+                shards = exchange([edge], axis, lanes, [parts], None)[0] if busy else []
                 for lane, shard in zip(lanes, shards, strict=False):
                     with tf.device(device_of(edge.variable, lane)):
                         count(run, s, lane, {v: shard})

@@ -142,8 +142,7 @@ class Mesh:
     @cached_property
     def lanes(self) -> tuple[Coordinate, ...]:
         """The coordinate of each lane on stage 0: a lane is a rank of a replica, on all its stages."""
-        places = product(*map(range, self.lane_shape))
-        return tuple(Coordinate(**dict(zip(AXES, at, strict=True))) for at in places)
+        return tuple(map(coordinate_of, product(*map(range, self.lane_shape))))
 
     @cached_property
     def replicas(self) -> tuple[Coordinate, ...]:
@@ -169,6 +168,11 @@ class Mesh:
         places = product(*(range(getattr(self, each)) for each in axes))
         return tuple(at._replace(**dict(zip(axes, place, strict=True))) for place in places)
 
+    def groups(self, axis: str) -> list[tuple[Coordinate, ...]]:
+        """All lanes, in groups of those that differ along an axis only."""
+        firsts = [lane for lane in self.lanes if not any(getattr(lane, each) for each in dividing(axis))]
+        return [self.along(axis, first) for first in firsts]
+
     def on(self, devices: Sequence[str]) -> "Mesh":
         """A mesh of the same shape on these devices.
 
@@ -179,6 +183,11 @@ class Mesh:
 
     def __str__(self) -> str:
         return f"Mesh({', '.join(f'{a}={n}' for a, n in zip(AXES, self.shape, strict=True) if n > 1) or 'data=1'})"
+
+
+def coordinate_of(places: Sequence[int]) -> Coordinate:
+    """The coordinate with these places, in the order of `AXES`."""
+    return Coordinate(**dict(zip(AXES, places, strict=True)))
 
 
 def number_of(at: Coordinate, shape: Sequence[int]) -> int:

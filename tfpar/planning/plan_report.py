@@ -8,7 +8,7 @@ from rich.box import SIMPLE
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
-from tfpar.planning.mesh import AXES, Coordinate, dividing
+from tfpar.planning.mesh import AXES, coordinate_of, dividing
 from tfpar.planning.sharding import bounds
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def devices(plan: "Plan") -> Table:
         table.add_column(name, justify="right")
     seconds, rows = sum(plan.cost.forward) or 1.0, bounds(plan.rows, replicas)
     whole = sum(v.bytes for v in plan.partition.graph.variables) or 1
-    for at in (Coordinate(**dict(zip(AXES, places, strict=True))) for places in product(*map(range, counts.values()))):
+    for at in map(coordinate_of, product(*map(range, counts.values()))):
         s, ops = at.stage, plan.partition.ops(at.stage)
         held = plan.parameter_bytes(s, at)
         cells = [str(getattr(at, axis)) for axis, count in zip(AXES, counts.values(), strict=True) if count > 1]

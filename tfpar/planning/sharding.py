@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from tfpar.planning.mesh import AXES, FIRST, Coordinate, Mesh, dividing, number_of
+from tfpar.planning.mesh import AXES, FIRST, Coordinate, Mesh, coordinate_of, dividing, number_of
 
 
 def bounds(count: Any, parts: int) -> list[Any]:
@@ -75,13 +75,13 @@ class Sharding:
 
     def lanes(self, copies: int) -> list[Coordinate]:
         """Whose each of so many copies or parts is."""
-        (first, *others), (_, *sizes), found = AXES, self.mesh.lane_shape, []
+        (_, *sizes), found = self.mesh.lane_shape, []
         for number in range(copies):
             at = []
             for size in reversed(sizes):
                 number, place = divmod(number, size)
                 at.append(place)
-            found.append(Coordinate(**{first: number}, **dict(zip(others, reversed(at), strict=True))))
+            found.append(coordinate_of([number, *reversed(at)]))
         return found
 
     def replica(self, number: int, copies: int) -> Coordinate:
