@@ -67,12 +67,13 @@ def cases(gpus):
     shapes = [{"tensor": 2}, {"data": 2}, {"stage": 2}]
     if gpus >= 4:
         shapes += [{"tensor": 4}, {"data": 4}, {"stage": 4}, {"data": 2, "tensor": 2}, {"stage": 2, "tensor": 2}]
+        shapes += [{"data": 2, "shard": 2}]
     for shape in shapes:
         mesh, micro_batches = tfpar.Mesh(**shape), 4 if shape.get("stage") else 1
-        options = [{}]
+        options = [{}] if not shape.get("shard") else []
         options += [{"sequence_parallel": True}] if shape.get("tensor") else []
         options += [{"micro_batches": 2}] if shape.get("tensor") and not shape.get("stage") else []
-        options += [{"zero": 3}] if shape.get("data") else []
+        options += [{"zero": 1}, {"zero": 3}] if shape.get("data") else []
         for option in options:
             for where in ("inside", "between") if micro_batches == 1 else ("between",):
                 name = " ".join([str(mesh), *(f"{k}={v}" for k, v in option.items()), where])
@@ -80,12 +81,14 @@ def cases(gpus):
                 yield name, lambda mesh=mesh, more=more: tfpar.MeshStrategy(mesh, **more)
 
 
-HOW_IT_ENDS = {  # what a process trains, the signal that ends it if it is to be, what it is expected to say
+# What a process trains, the signal that ends it if it is to be, what it is to say, which GPUs have little memory.
+HOW_IT_ENDS = {
     "1,000 steps of Mesh(data=2)": ("Mesh(data=2)", 16, 1000, None, "trained"),
     "1,000 steps of Mesh(tensor=2)": ("Mesh(tensor=2)", 16, 1000, None, "trained"),
     "1,000 steps of Mesh(data=2, tensor=2)": ("Mesh(data=2, tensor=2)", 16, 1000, None, "trained"),
-    "out of memory in Mesh(data=2)": ("Mesh(data=2)", 2**25, 1, None, "ResourceExhausted"),
-    "out of memory in Mesh(tensor=2)": ("Mesh(tensor=2)", 2**25, 1, None, "ResourceExhausted"),
+    "out of memory in Mesh(data=2)": ("Mesh(data=2)", 2**17, 1, None, "ResourceExhausted", "gpus"),
+    "out of memory in Mesh(tensor=2)": ("Mesh(tensor=2)", 2**17, 1, None, "ResourceExhausted", "gpus"),
+    "out of memory on one of Mesh(tensor=2)": ("Mesh(tensor=2)", 2**17, 1, None, "ResourceExhausted", "gpus[1:]"),
     "killed in Mesh(tensor=2)": ("Mesh(tensor=2)", 16, 10**6, signal.SIGKILL, "training"),
     "the next one": ("Mesh(tensor=2)", 16, 10, None, "trained"),
 }
@@ -93,8 +96,12 @@ SCRIPT = """
 import sys; sys.path.insert(0, {folder!r})
 import keras, numpy as np, tensorflow as tf, tfpar, on_gpus
 from tfpar import Mesh
-for gpu in tf.config.list_physical_devices("GPU"):
-    tf.config.experimental.set_memory_growth(gpu, True)
+gpus = tf.config.list_physical_devices("GPU")
+for gpu in gpus:
+    if gpu in {small}:
+        tf.config.set_logical_device_configuration(gpu, [tf.config.LogicalDeviceConfiguration(memory_limit=512)])
+    else:
+        tf.config.experimental.set_memory_growth(gpu, True)
 with tfpar.MeshStrategy({mesh}, collectives="inside").scope():
     model = on_gpus.encoder()
     model.compile("adam", "sparse_categorical_crossentropy", jit_compile=True)
@@ -106,9 +113,9 @@ print("trained", "to a loss that is", "finite" if np.isfinite(found) else "NOT F
 """
 
 
-def ended(mesh, rows, steps, killed, expected, most=150):
+def ended(mesh, rows, steps, killed, expected, small="()", most=150):
     """What is wrong with how a training ends in a process of its own, if anything."""
-    script = SCRIPT.format(folder=sys.path[0], mesh=mesh, rows=rows, steps=steps)
+    script = SCRIPT.format(folder=sys.path[0], mesh=mesh, rows=rows, steps=steps, small=small)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     with subprocess.Popen([sys.executable, "-P", "-c", script], **pipes) as process:
         try:

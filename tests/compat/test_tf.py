@@ -356,6 +356,27 @@ def test_made_again(compiled):
     np.testing.assert_allclose(dx_again, 2.0 * dx)
 
 
+def test_takes_again():
+    """Operations from a place on use another tensor, also where they use what follows from it alone."""
+
+    @tf.function
+    def found(w, x, other):
+        first, again = tf.identity(w), tf.identity(other)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = tf.matmul(x, tf.transpose(first * tf.constant(2.0)))
+        graph = tf.compat.v1.get_default_graph()
+        before = len(graph.get_operations())
+        gradient = tape.gradient(y, x)
+        _tf.takes_again(graph.get_operations()[before:], [(first, again)])
+        return y, gradient
+
+    w, x = tf.constant([[1.0, 2.0], [3.0, 4.0]]), tf.constant([[0.1, 0.2]])
+    y, gradient = found(w, x, 10.0 * w)
+    np.testing.assert_allclose(y, 2.0 * x @ tf.transpose(w), rtol=1e-6)
+    np.testing.assert_allclose(gradient, 20.0 * tf.ones_like(y) @ w, rtol=1e-6)
+
+
 def test_number_of():
     strategy = tfpar.DataParallelStrategy(["CPU:0", "CPU:1"])
     assert _tf.number_of(_tf.LogicalReplica(strategy, 1)) == 1

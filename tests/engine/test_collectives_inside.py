@@ -16,7 +16,7 @@ import tfpar
 from tfpar import Mesh
 from tfpar.comm import in_program
 from tfpar.compat import _xla
-from tfpar.engine import forward_backward
+from tfpar.engine import weights_inside
 from tfpar.engine.optimizer_step import Update
 from tfpar.engine.program import Function
 from tfpar.trainer import planner
@@ -28,7 +28,7 @@ X, Y = data(16)
 
 
 def inside(**shape):
-    options = {k: shape.pop(k) for k in ("zero", "sequence_parallel", "micro_batches") if k in shape}
+    options = {k: shape.pop(k) for k in ("zero", "sequence_parallel", "micro_batches", "buckets") if k in shape}
     return tfpar.MeshStrategy(Mesh(**shape), collectives="inside", **options)
 
 
@@ -56,7 +56,7 @@ def words(rows=16):
         pytest.param({"tensor": 4, "micro_batches": 2}, marks=EVERY),
         pytest.param({"data": 2}, marks=EVERY),
         pytest.param({"data": 2, "tensor": 2, "micro_batches": 2}, marks=FAST),
-        pytest.param({"data": 2, "tensor": 2}, marks=FAST),
+        {"data": 2, "tensor": 2},
         pytest.param({"data": 2, "tensor": 2, "zero": 1}, marks=EVERY),
         {"data": 2, "tensor": 2, "zero": 3, "sequence_parallel": True},
     ],
@@ -160,21 +160,29 @@ def leads_to(x):
     return found
 
 
-@FAST
-@pytest.mark.parametrize("micro_batches", [1, 2])
-def test_turns_wait_for_what_is_computed_not_for_what_is_exchanged(micro_batches, monkeypatch):
-    """Of programs as XLA would compile them for GPUs."""
+def operations(strategy, monkeypatch, optimizer="sgd"):
+    """Those of the programs of training as XLA would compile them for GPUs."""
     monkeypatch.setattr(_xla, "gather_gang", lambda *_: None)
     monkeypatch.setattr(planner, "inter_op_threads", lambda: 99)
     traced, original = [], Function.trace
     monkeypatch.setattr(Function, "trace", lambda self, args: (traced.append(original(self, args)), traced[-1])[1])
-    with inside(tensor=2, micro_batches=micro_batches).scope():
+    with strategy.scope():
         model = encoder()
-        model.compile("sgd", "sparse_categorical_crossentropy", jit_compile=True)
+        model.compile(optimizer, "sparse_categorical_crossentropy", jit_compile=True)
     steps = steps_of(model)
     StepFunction(steps, steps.train_step).prepared([(*map(tf.constant, words()), None)], None, None)
-    calls = [op for f in traced for op in f.graph.get_operations() if op.type == "XlaCallModule"]
-    exchanges = [op for op in calls if b"@exchange" in op.get_attr("module")]
+    return [op for f in traced for op in f.graph.get_operations()]
+
+
+def modules(ops, text):
+    """The operations of StableHLO among some in whose text this is."""
+    return [op for op in ops if op.type == "XlaCallModule" and text in op.get_attr("module")]
+
+
+@FAST
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_turns_wait_for_what_is_computed_not_for_what_is_exchanged(micro_batches, monkeypatch):
+    exchanges = modules(operations(inside(tensor=2, micro_batches=micro_batches), monkeypatch), b"@exchange")
     pairs = [(before, set().union(*(leads_to(x) for x in op.inputs if x.op is not before)))
              for before, op in itertools.pairwise(exchanges)]  # fmt: skip
     assert len(pairs) > 6
@@ -182,6 +190,106 @@ def test_turns_wait_for_what_is_computed_not_for_what_is_exchanged(micro_batches
     assert sum(waiting) == 0 if micro_batches == 2 else sum(waiting) > len(pairs) / 2
     computed = [before.inputs[0].op in made for before, made in pairs]
     assert sum(computed) > len(pairs) * 0.8
+
+
+ZERO = {"data": 2, "zero": 3}
+
+
+@FAST
+@pytest.mark.parametrize("buckets", [1, 4])
+def test_weights_are_gathered_anew_on_the_way_back(buckets, monkeypatch):
+    """No product of the way back holds on to what was gathered on the way forward, but those of the last part."""
+    ops = operations(inside(**ZERO, buckets=buckets), monkeypatch, "adam")
+    gathers, scatters = modules(ops, b"stablehlo.all_gather"), modules(ops, b"stablehlo.reduce_scatter")
+    again = [op for op in gathers if modules(followed(op, lambda op: [x.op for x in op.inputs]), b"@later")]
+    places = {op: n for n, op in enumerate(ops)}
+    assert bool(again) == (buckets > 1) and len(scatters) >= buckets - 1
+    if again:
+        turn, first = min(places[op] for op in again), [op for op in gathers if op not in again]
+        assert places[scatters[0]] < places[again[-1]]  # gradients do not wait until all are there
+        users = {op: followed(op, lambda op: [user for x in op.outputs for user in x.consumers()]) for op in first}
+        held = [op for op in first if any(places[x] > turn and "MatMul" in x.type for x in users[op])]
+        assert 0 < len(held) < len(first) - len(held)
+
+
+def followed(op, neighbours):
+    """The operations that are next to one, and next to those of them that only give another form to a tensor."""
+    found, left = [], [op]
+    for op in left:
+        found += neighbours(op)
+        left += [
+            x for x in neighbours(op) if x.type in ("Cast", "ConcatV2", "Identity", "Reshape", "Transpose", "SplitV")
+        ]
+    return found
+
+
+@pytest.mark.parametrize("shape", [{"shard": 2}, {"tensor": 2}, {"tensor": 2, "micro_batches": 2}], ids=str)
+def test_shards_are_gathered_summed_and_updated_in_one_program(shape, monkeypatch):
+    """Of sparse gradients too, clipped by norms that lanes find parts of."""
+    monkeypatch.setattr(Update, "__call__", lambda *_: pytest.fail("the update was not inside"))
+    adam = lambda: keras.optimizers.Adam(0.01, epsilon=1e-4, global_clipnorm=0.5)  # noqa: E731
+    fit = history(*words(), batch_size=8, epochs=2)
+    check(inside(**ZERO, **shape), fit, build=encoder, optimizer=adam, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("zero", [1, pytest.param(2, marks=EVERY)])
+def test_slots_are_divided_where_weights_are_not(zero, monkeypatch):
+    monkeypatch.setattr(Update, "__call__", lambda *_: pytest.fail("the update was not inside"))
+    sgd = lambda: keras.optimizers.SGD(0.1, momentum=0.9, clipnorm=0.1)  # noqa: E731
+    fit = history(*words(), batch_size=8, epochs=2)
+    _, model = check(inside(data=2, zero=zero), fit, build=encoder, optimizer=sgd, rtol=1e-4, atol=1e-5)
+    slots = [v.value for v in model.optimizer.variables if "momentum" in v.path and len(v.shape) > 1]
+    assert slots and all(v.copies[0].shape.num_elements() * 2 == v.shape.num_elements() for v in slots)
+
+
+@FAST
+@pytest.mark.parametrize("kind", ["of its own samples", "the first part of each"])
+def test_planted_scattered_gradients_are_caught(kind, monkeypatch):
+    def planted(self, axis, values, lane):
+        own = kind == "of its own samples"
+        return {k: self.own_part(axis, x, lane if own else 0 * lane, dim) for k, (x, dim) in values.items()}
+
+    monkeypatch.setattr(in_program.Gang, "scattered", planted)
+    with pytest.raises(AssertionError):
+        check(inside(**ZERO), history(*words(), batch_size=8, epochs=2), build=encoder)
+
+
+@FAST
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_own_rows_are_those_of_the_dense_gradient(dim, compiled):
+    """Compiled, those of others are skipped, whatever adds rows up."""
+    rows = tf.IndexedSlices(tf.reshape(tf.range(24.0), (4, 6)), tf.constant([5, 1, 5, 0]), tf.constant([6, 6]))
+    expected = tf.split(tf.convert_to_tensor(rows), 3, dim)
+
+    @tf.function(jit_compile=compiled)
+    def found(variable, place):
+        own = in_program.own_rows(rows, dim, 2, place, compiled)
+        variable.scatter_sub(own)
+        return tf.convert_to_tensor(own)
+
+    for place, part in enumerate(expected):
+        variable = tf.Variable(tf.zeros(part.shape))
+        np.testing.assert_array_equal(found(variable, tf.constant(place)), part)
+        np.testing.assert_array_equal(-variable, part)
+
+
+@FAST
+def test_tensors_that_are_exchanged_together_come_back_as_they_were(monkeypatch):
+    def exchanged(kind, values, groups, dim):
+        """As if the other lane had 100 more."""
+        (x,) = values
+        return [tf.concat([x, x + 100.0], dim) if kind == "all_gather" else tf.split(x, 2, dim)[1]]
+
+    monkeypatch.setattr(_xla, "exchanged", exchanged)
+    gang, dims = in_program.Gang(("a", "b"), Mesh(data=2), True), [((4,), 0), ((2, 6), 0), ((2, 6), 1), ((3, 5, 4), 2)]
+    given = {n: (tf.random.stateless_uniform(shape, (n, 0)), dim) for n, (shape, dim) in enumerate(dims)}
+    for n, found in gang.gathered("data", given, 0).items():
+        x, dim = given[n]
+        np.testing.assert_array_equal(found, tf.concat([x, x + 100.0], dim))
+    for n, found in gang.scattered("data", given, 0).items():
+        x, dim = given[n]
+        np.testing.assert_array_equal(found, tf.split(x, 2, dim)[1])
 
 
 @FAST
@@ -215,7 +323,7 @@ def test_where_programs_are_cut_explain_says_why(strategy, build, why):
 
 @FAST
 @pytest.mark.parametrize(
-    "more, inside", [({}, True), ({"zero": 1}, True), ({"buckets": 2}, False), ({"zero": 3}, False)]
+    "more, inside", [({}, True), ({"zero": 1}, True), ({"buckets": 2}, False), ({"zero": 3}, True)]
 )
 def test_buckets_stay_where_all_at_once_was_not_asked_for(more, inside, monkeypatch):
     """As on GPUs."""
@@ -324,7 +432,7 @@ def test_large_gradients_have_a_sum_of_their_own(monkeypatch):
         return original(self, axis, values, lane)
 
     monkeypatch.setattr(in_program.Gang, "added_up", added_up)
-    monkeypatch.setattr(forward_backward, "ALONE", 20)
+    monkeypatch.setattr(weights_inside, "ALONE", 20)
     check(inside(data=2), history(X, Y, batch_size=8))
     assert any(len(some) > 1 for some in sums) and any(some[0] >= 20 for some in sums)
     assert all(len(some) == 1 or max(some) < 20 for some in sums)

@@ -82,10 +82,8 @@ class Gang:
             "instance_key": instance_of(x, key_of(self.number, which)),
         }  # fmt: skip
         if kind == "all_gather":
-            order = [dim, *(d for d in range(x.shape.rank) if d != dim)]
-            found = tf.raw_ops.CollectiveGatherV2(input=tf.transpose(wide(x), order), **options)
-            back = sorted(range(len(order)), key=order.__getitem__)
-            return tf.cast(tf.transpose(found, back), x.dtype)
+            found = tf.raw_ops.CollectiveGatherV2(input=rows_first(wide(x), dim), **options)
+            return tf.cast(rows_back(found, dim), x.dtype)
         merge = "Max" if kind == "maximum" else "Add"
         found = tf.cast(tf.raw_ops.CollectiveReduceV2(input=wide(x), merge_op=merge, final_op="Id", **options), x.dtype)
         return self.own_part(axis, found, lane, dim) if kind == "reduce_scatter" else found
@@ -96,6 +94,43 @@ class Gang:
             return dict(zip(values, _xla.exchanged("add", list(values.values()), self.groups[axis]), strict=True))
         return {which: self.exchanged("add", axis, x, lane, (axis, which)) for which, x in values.items()}
 
+    def gathered(
+        self, axis: str, parts: dict[Any, tuple[tf.Tensor, int]], lane: tf.Tensor
+    ) -> dict[Any, tf.Tensor]:  # fmt: skip
+        """What lanes along an axis have equal parts of, along a dim each, by names; compiled, in one collective.
+
+        Args:
+            parts: of one dtype.
+        """
+        if not self.compiled or len(parts) == 1:
+            given = parts.items()
+            return {which: self.exchanged("all_gather", axis, x, lane, which, dim) for which, (x, dim) in given}
+        flat = tf.concat([tf.reshape(rows_first(x, dim), [-1]) for x, dim in parts.values()], 0)
+        rows = tf.reshape(self.exchanged("all_gather", axis, flat, lane, None), [getattr(self.mesh, axis), -1])
+        found = zip(parts.items(), tf.split(rows, [x.shape.num_elements() for x, _ in parts.values()], 1), strict=True)
+        return {which: rows_back(tf.reshape(x, [-1, *others(part, dim)]), dim) for (which, (part, dim)), x in found}
+
+    def scattered(
+        self, axis: str, values: dict[Any, tuple[tf.Tensor, int]], lane: tf.Tensor
+    ) -> dict[Any, tf.Tensor]:  # fmt: skip
+        """Of sums along an axis, to each lane its equal parts; the other way round."""
+        if not self.compiled or len(values) == 1:
+            given = values.items()
+            return {which: self.exchanged("reduce_scatter", axis, x, lane, which, dim) for which, (x, dim) in given}
+        count = getattr(self.mesh, axis)
+        flat = tf.concat([tf.reshape(rows_first(x, dim), [count, -1]) for x, dim in values.values()], 1)
+        row = tf.reshape(self.exchanged("reduce_scatter", axis, flat, lane, None), [-1])
+        sizes = [x.shape.num_elements() // count for x, _ in values.values()]
+        found = zip(values.items(), tf.split(row, sizes), strict=True)
+        return {which: rows_back(tf.reshape(x, [-1, *others(whole, dim)]), dim) for (which, (whole, dim)), x in found}
+
+    def after(self, values: Sequence[tf.Tensor], others: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """The same values, once others are there."""
+        if self.compiled:
+            return _xla.after("later", values, others, [x.shape.as_list() for x in values])
+        with tf.control_dependencies(list(others)):
+            return [tf.identity(x) for x in values]
+
     def held(self, values: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """The same values, in a compiled program once what it exchanged last had been computed."""
         return _xla.held(values) if self.compiled else list(values)
@@ -105,6 +140,45 @@ class Gang:
         rows = (tf.shape(x)[dim] if x.shape[dim] is None else x.shape[dim]) // getattr(self.mesh, axis)
         first = [self.place(axis, lane) * rows if d == dim else 0 for d in range(x.shape.rank)]
         return tf.slice(x, first, [rows if d == dim else -1 for d in range(x.shape.rank)])
+
+
+def rows_first(x: tf.Tensor, dim: int) -> tf.Tensor:
+    """A tensor with one of its dims before the others."""
+    return x if dim == 0 else tf.transpose(x, [dim, *(d for d in range(x.shape.rank) if d != dim)])
+
+
+def rows_back(x: tf.Tensor, dim: int) -> tf.Tensor:
+    """A tensor with its first dim where it was."""
+    return x if dim == 0 else tf.transpose(x, [*range(1, dim + 1), 0, *range(dim + 1, x.shape.rank)])
+
+
+def others(x: tf.Tensor, dim: int) -> list[int]:
+    """The sizes of a tensor but for one dim."""
+    return [n for d, n in enumerate(x.shape.as_list()) if d != dim]
+
+
+def own_rows(x: tf.IndexedSlices, dim: int, size: int, place: tf.Tensor, compiled: bool) -> tf.IndexedSlices:
+    """Of the gradient of some rows, what belongs to one of equal parts of a weight along a dim.
+
+    Args:
+        size: of each part along it.
+        place: of the part.
+        compiled: whether all shapes must be known: then rows of others stay, as zeros for row -1, which is skipped.
+    """
+    first = tf.cast(place, x.indices.dtype) * size
+    if dim:
+        begin = [first if d == dim else tf.zeros_like(first) for d in range(x.values.shape.rank)]
+        values = tf.slice(x.values, begin, [size if d == dim else -1 for d in range(x.values.shape.rank)])
+        shape = [size if d == dim else n for d, n in enumerate(tf.unstack(x.dense_shape))]
+        return tf.IndexedSlices(values, x.indices, tf.stack([tf.cast(n, x.dense_shape.dtype) for n in shape]))
+    here = (x.indices >= first) & (x.indices < first + size)
+    shape = tf.concat([[tf.cast(size, x.dense_shape.dtype)], x.dense_shape[1:]], 0)
+    if compiled:
+        wide = tf.reshape(here, [-1] + [1] * (x.values.shape.rank - 1))
+        return tf.IndexedSlices(
+            tf.where(wide, x.values, tf.zeros_like(x.values)), tf.where(here, x.indices - first, -1), shape
+        )
+    return tf.IndexedSlices(tf.boolean_mask(x.values, here), tf.boolean_mask(x.indices, here) - first, shape)
 
 
 def instance_of(x: tf.Tensor, key: int) -> tf.Tensor:

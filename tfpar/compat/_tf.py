@@ -229,31 +229,52 @@ def made_again(call: tf.Operation, function: Any, known: int, inputs: Sequence[C
         known: the outputs that the call had before its gradient was taken; those since are kept for the backward pass.
         inputs: for each of the first inputs, what gives it again.
     """
-    sources = {id(x.op): given for x, given in zip(function.graph.inputs, inputs, strict=False) if given is not None}
-    known_of: dict[int, bool] = {}
-    made: dict[int, tf.Operation] = {}
-
-    def follows(op: tf.Operation) -> bool:
-        if id(op) not in known_of:
-            plain = op.inputs and not op.control_inputs and not op.op_def.is_stateful and "Call" not in op.type
-            given = id(op) in sources or op.type == "Const"
-            known_of[id(op)] = given or bool(plain and all(follows(x.op) for x in op.inputs))
-        return known_of[id(op)]
-
-    def again(op: tf.Operation) -> tf.Operation:
-        if id(op) not in made:
-            given = sources.get(id(op))
-            made[id(op)] = given().op if given else copied(op, [anew(x) for x in op.inputs], call.graph)
-        return made[id(op)]
-
-    def anew(x: tf.Tensor) -> tf.Tensor:
-        return again(x.op).outputs[x.value_index]
-
+    given = {id(x.op): make for x, make in zip(function.graph.inputs, inputs, strict=False) if make is not None}
+    anew = Anew(given, call.graph)
     for output, inside in zip(call.outputs[known:], function.graph.outputs[known:], strict=False):
-        for user in output.consumers() if inside.op.type != "Const" and follows(inside.op) else ():
-            for index, given in enumerate(user.inputs):
-                if given is output:
+        for user in output.consumers() if inside.op.type != "Const" and anew.follows(inside.op) is not None else ():
+            for index, taken in enumerate(user.inputs):
+                if taken is output:
                     user._update_input(index, anew(inside))
+
+
+def takes_again(operations: Sequence[tf.Operation], given: Sequence[tuple[tf.Tensor, tf.Tensor]]):
+    """Let operations of the present graph take tensors in place of others, and of what depends on those only."""
+    anew = Anew({id(x.op): lambda y=y: y for x, y in given}, ops.get_default_graph())
+    for op in operations:
+        for index, taken in enumerate(op.inputs):
+            if anew.follows(taken.op):
+                op._update_input(index, anew(taken))
+
+
+class Anew:
+    """Makes tensors anew that depend on some operations only.
+
+    Args:
+        sources: of these operations, by their ids, each of one output: what gives that again.
+        graph: where.
+    """
+
+    def __init__(self, sources: dict[int, Callable[[], tf.Tensor]], graph: tf.Graph):
+        self.sources, self.graph = sources, graph
+        self.known: dict[int, bool | None] = {}
+        self.made: dict[int, tf.Operation] = {}
+
+    def follows(self, op: tf.Operation) -> bool | None:
+        """Whether an operation depends on sources, or else on constants only; `None` if on anything else."""
+        if id(op) not in self.known:
+            plain = op.inputs and not op.control_inputs and not op.op_def.is_stateful and "Call" not in op.type
+            of = [self.follows(x.op) for x in op.inputs] if plain and id(op) not in self.sources else []
+            known = None if not of or None in of else any(of)
+            self.known[id(op)] = False if op.type == "Const" else id(op) in self.sources or known
+        return self.known[id(op)]
+
+    def __call__(self, x: tf.Tensor) -> tf.Tensor:
+        op = x.op
+        if id(op) not in self.made:
+            given = self.sources.get(id(op))
+            self.made[id(op)] = given().op if given else copied(op, [self(y) for y in op.inputs], self.graph)
+        return self.made[id(op)].outputs[x.value_index]
 
 
 def copied(op: tf.Operation, inputs: list[tf.Tensor], graph: tf.Graph | None = None) -> tf.Operation:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import keras
@@ -86,6 +85,7 @@ class ExecutionGraph:
         loss: scalars, if it ends with the loss: the weighted sum, and each output's.
         gangs: for each segment, who runs it at once and exchanges tensors in it, if its collectives are in it.
         lane: the input that is the number of the lane, if collectives need it.
+        parts: then the segment of each operation if programs ended at collectives.
     """
 
     graph: KerasGraph
@@ -96,6 +96,7 @@ class ExecutionGraph:
     loss: tuple[int, ...] = ()
     gangs: tuple[Gang, ...] = ()
     lane: int | None = None
+    parts: tuple[int, ...] = ()
 
     @property
     def source(self) -> KerasGraph:
@@ -143,11 +144,8 @@ class ExecutionGraph:
 
     @cached_property
     def cut_inside(self) -> "ExecutionGraph":
-        """The same way, cut where programs exchange tensors: segments end with that, or begin with it going back."""
-        held = [call.operation if isinstance(call.operation, InProgram) else None for call in self.graph.calls]
-        pairs = zip([None, *held], held, strict=False)
-        begins = [bool((x and x.exchanges_backward) or (before and before.exchanges_forward)) for before, x in pairs]
-        return replace(self, partition=Partition(self.graph.graph, tuple(accumulate([0, *begins[1:]]))), gangs=())
+        """The same way in the segments that it would have if programs ended at collectives."""
+        return replace(self, partition=Partition(self.graph.graph, self.parts), gangs=())
 
     @cached_property
     def turns(self) -> tuple[list[list[int]], list[list[int]]]:

@@ -6,30 +6,27 @@ Training via Generic Tensor Slicing and Overlapping", 2024, section 3.
 
 # s: segment, c: part of it, m: micro-batch of a lane, n: its number, v: variable, t: tensor of the graph
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tensorflow as tf
 
-from tfpar.comm.collectives import elements_of
 from tfpar.comm.gradients import SharedRows, add, cast, plain, sum_of
 from tfpar.comm.in_program import Gang
 from tfpar.compat._tf import independent
 from tfpar.engine import added_losses, in_place
-from tfpar.engine.combination import known_rows, shares_rows
+from tfpar.engine.combination import known_rows
 from tfpar.engine.engine import MicroBatch, tensors_of
 from tfpar.engine.program import Edge, Program, Result, tensor_of, with_logits
-from tfpar.engine.reading import value_of
+from tfpar.engine.reading import is_gathered, value_of
 from tfpar.engine.remat import present
-from tfpar.engine.vjp import groups, watched
-from tfpar.engine.weight_edge import edge_of
-from tfpar.planning.mesh import AXES
+from tfpar.engine.vjp import watched
+from tfpar.engine.weights_inside import GatheredWeights, exchanged
 from tfpar.planning.schedule import Kind
 
 if TYPE_CHECKING:
     from tfpar.engine.executor import Execution
-
-ALONE = 2**22  # elements of a gradient that has a sum of its own: XLA copies those of one sum into one buffer first
 
 
 class Part(NamedTuple):
@@ -103,11 +100,11 @@ def fused(
             x._replace(variables=[a if b is None else b for a, b in zip(weights, x.variables, strict=True)])
             for x in given
         ]
-        results, of_weights, of_edges = passes(run, s, program, given, loss_cotangent)
-        of_weights = exchanged_in_program(run, program, of_weights, lane)
+        results, of_weights, of_edges = passes(run, s, program, given, loss_cotangent, read, lane)
         if update:
             written = [v for result in results for v in result.state]
-            update.apply(copies, {v: plain(x) for v, x in of_weights.items()}, written, loss_cotangent)
+            gradients = {v: plain(x) for v, x in of_weights.items()}
+            update.apply(copies, gradients, written, loss_cotangent, program.gang, lane)
             of_weights = {}
         of_weights, done = in_place.added(program, of_weights, sums, replaces)
         return (results, of_weights, of_edges), done
@@ -125,54 +122,71 @@ def fused(
 
 
 def passes(
-    run: "Execution", s: int, program: Program, given: Sequence[Given], loss_cotangent: Any
-) -> tuple[list[Result], dict[int, Any], list[dict[int, tf.Tensor]]]:
+    run: "Execution", s: int, program: Program, given: Sequence[Given], loss_cotangent: Any,
+    own: dict[int, tf.Tensor], lane: tf.Tensor | None,
+) -> tuple[list[Result], dict[int, Any], list[dict[int, tf.Tensor]]]:  # fmt: skip
     """For each micro-batch its result, the gradients of variables over all, and of each one's edges.
 
     Args:
         program: of the segment.
-        given: for each micro-batch; one takes all of its operations at once.
+        given: for each micro-batch; one takes all of its operations at once, if it has all weights.
+        own: what the lane has of variables that the program reads itself.
+        lane: its number, if the program exchanges tensors.
     """
-    route, programs = run.route, [program]
-    turns = ([[0]], [[0]])
-    if several := len(given) > 1:
+    route, programs, turns = run.route, [program], ([[0]], [[0]])
+    several = len(given) > 1
+    if cut := several or any(map(partial(is_gathered, run), own)):
         program.gang.meet()
         route = run.route.cut_inside
         programs = [run.engine.program(route, c, run.training) for c in range(route.partition.stages)]
         turns = route.turns
+    weights = GatheredWeights(run, program, own if cut else {}, lane, [part.variables for part in programs])
     values = [dict(x.edges) for x in given]
     variables = [dict(zip(program.variables, x.variables, strict=True)) for x in given]
     taken: dict[tuple[int, int], Part] = {}
     for turn in turns[0]:
         for n, _ in enumerate(given):
             for c in turn:
-                needed = with_logits(values[n], route.partition.needs(c)) if several else values[n]
+                needed = with_logits(values[n], route.partition.needs(c)) if cut else values[n]
                 needed = held(program.gang, needed) if several and c == turn[0] else needed
-                part = forward(run, programs[c], [variables[n][v] for v in programs[c].variables], needed)
+                known = {**variables[n], **weights.forward(c)}
+                part = forward(run, programs[c], [known[v] for v in programs[c].variables], needed)
                 values[n].update(part.result.edges)
                 variables[n].update(part.result.state)
                 taken[c, n] = part
     cotangents = [{t: [x] for t, x in micro.cotangents.items()} for micro in given]
     terms: dict[int, dict[Any, Any]] = {}  # of rows that all parts of the batch have, one for each part of the way
+    total: dict[int, Any] = {}
     for turn in turns[1]:
         for n, x in enumerate(given):
             for c in turn:
                 part, arrived = taken[c, n], cotangents[n]
                 ends = {t: tf.add_n(arrived[t]) for t in part.result.edges if t in arrived}
                 ends = held(program.gang, ends) if several and c == turn[0] else ends
-                weights, edges = backward(run, part, ends, x.share, loss_cotangent)
-                for v, gradient in weights.items():
+                weights.ahead(c, ends.values())
+                with weights.taken_again(c):
+                    of_weights, edges = backward(run, part, ends, x.share, loss_cotangent)
+                for v, gradient in of_weights.items():
                     if several:  # added up in the dtype of the variable
                         gradient = cast(known_rows(run, s, v, gradient), run.engine.graph.variables[v].dtype)
                     of, key = terms.setdefault(v, {}), c if isinstance(gradient, SharedRows) else None
                     of[key] = add(of[key], gradient) if key in of else gradient
                 for t, cotangent in edges.items():
                     arrived.setdefault(t, []).append(cotangent)
+                if weights and x is given[-1]:  # what is complete is exchanged: the lane keeps its shards
+                    left = {v for before in programs[:c] for v in before.variables}
+                    total.update(exchanged(run, program, summed(terms, terms.keys() - left), own, lane))
     results = [merged(program, programs, [taken[c, n].result for c in range(len(programs))]) for n in range(len(given))]
     pairs = zip(given, cotangents, strict=True)
     needed = [{t: tf.add_n(found[t]) for t in x.edges if t in found} for x, found in pairs]
-    total = {v: of.popitem()[1] if len(of) == 1 else sum_of(map(plain, of.values())) for v, of in terms.items()}
+    total.update(exchanged(run, program, summed(terms, terms.keys()), own, lane))
     return results, total, needed
+
+
+def summed(terms: dict[int, dict[Any, Any]], variables: Iterable[int]) -> dict[int, Any]:
+    """The gradients of variables, taken out of what they are the sums of."""
+    found = {v: terms.pop(v) for v in list(terms) if v in variables}
+    return {v: of.popitem()[1] if len(of) == 1 else sum_of(map(plain, of.values())) for v, of in found.items()}
 
 
 def held(gang: Gang, values: dict[int, Any]) -> dict[int, Any]:
@@ -222,40 +236,3 @@ def merged(program: Program, parts: Sequence[Program], found: Sequence[Result]) 
     edges = {t: edge for result in found for t, edge in result.edges.items() if tensor_of(t) in program.gives}
     losses = {i: x for result in found for i, x in result.losses.items()}
     return Result(edges, losses, moments, {v: x for result in found for v, x in result.state.items()})
-
-
-def exchanged_in_program(
-    run: "Execution", program: Program, gradients: dict[int, Any], lane: tf.Tensor | None
-) -> dict[int, Any]:
-    """The gradients of weights, summed over axes where the program can do it; which are said in `run.exchanged`."""
-    gang, found = program.gang, dict(gradients)
-    if gang is None:
-        return found
-    last_first = sorted(gradients, key=run.engine.first_used.__getitem__, reverse=True)
-    edges = {v: edge_of(run.engine, v, run.in_parts) for v in last_first}
-    for axis in gang.groups:
-        terms = {v: found[v] for v, edge in edges.items() if edge.is_summed_early(axis)}
-        summed = {v: x for v, x in terms.items() if isinstance(x, tf.Tensor)}
-        for dtype in dict.fromkeys(x.dtype for x in summed.values()):
-            same = {v: x for v, x in summed.items() if x.dtype == dtype}
-            large = [v for v, x in same.items() if elements_of(x) >= ALONE]
-            for some in [*([v] for v in large), *groups({v: x for v, x in same.items() if v not in large})]:
-                narrow = run.engine.reduce_dtype or dtype
-                sums = gang.added_up(axis, {v: tf.cast(found[v], narrow) for v in some}, lane)
-                found.update({v: tf.cast(total, dtype) for v, total in sums.items()})
-                program.exchanged.update((v, axis) for v in some)
-        for v in [v for v in terms if v not in summed] if run.update else []:  # in one order on all lanes
-            found[v] = gathered(run, v, terms[v], axis, gang, lane)
-    return found
-
-
-def gathered(
-    run: "Execution", v: int, gradient: Any, axis: str, gang: Gang, lane: tf.Tensor
-) -> tf.IndexedSlices:  # fmt: skip
-    """A sparse gradient with the rows of all lanes along an axis; where all have the same rows, with their sums."""
-    (values, indices, shape), rows = (gradient.values, gradient.indices, gradient.dense_shape), ("rows", v, axis)
-    shared = isinstance(gradient, SharedRows) or shares_rows(run, 0, v, gradient)
-    if AXES[axis].divides != "samples" or shared:
-        return tf.IndexedSlices(gang.exchanged("add", axis, values, lane, rows), indices, shape)
-    values = gang.exchanged("all_gather", axis, values, lane, rows)
-    return tf.IndexedSlices(values, gang.exchanged("all_gather", axis, indices, lane, (*rows, "indices")), shape)

@@ -35,7 +35,7 @@ def keep(run: "Execution", s: int, m: MicroBatch, gradients: dict[int, Any]):
     whole = {}
     for v, gradient in gradients.items():
         gradient, edge = known_rows(run, s, v, gradient), edge_of(run.engine, v, run.in_parts)
-        if run.scatters and edge.scattered:
+        if run.scatters and edge.scattered and (v, edge.scattered) not in run.exchanged:
             run.waiting.setdefault(v, {})[m.lane] = cast(gradient, edge.variable.dtype)
         else:
             whole[v] = gradient

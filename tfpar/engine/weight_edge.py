@@ -59,11 +59,6 @@ class WeightEdge:
         """The axis along which the gradient is divided as soon as it is there; `None` if it is not."""
         return next((axis for axis in AXES if self.backward(axis) == "reduce-scatter"), None)
 
-    def is_summed_early(self, axis: str) -> bool:
-        """Whether a program may sum the whole gradient along an axis: it is not divided first, along another one."""
-        divided = self.scattered is not None and AXES[axis].divides == "samples"
-        return self.backward(axis) == "all-reduce" and not divided
-
     def backward(self, axis: str) -> str:
         """What is exchanged of the gradient: replicas have those of their own samples."""
         if AXES[axis].divides == "samples":

@@ -131,13 +131,14 @@ UNSHARDED = Sharding()
 
 
 def sharded(shape: Sequence[int], sharding: Sharding) -> Sharding:
-    """The same, what a rank has divided between the replicas of a group too: along its longest dim, if that suffices.
+    """The same, what a rank has divided between the replicas of a group too: along its first dim with equal parts.
 
-    A group is along the last axis that divides samples.
+    What has none stays whole. A group is along the last axis that divides samples.
     """
-    part, mesh = sharding.shape(shape), sharding.mesh
+    mesh = sharding.mesh
     axis = next((axis for axis in reversed(dividing("samples")) if mesh.count(axis) > 1), None)
-    dim = max(range(len(part)), key=lambda d: part[d], default=None)
-    if axis is None or dim is None or part[dim] < mesh.count(axis):
+    if axis is None:
         return sharding
-    return replace(sharding, dims={**sharding.dims, axis: dim})
+    of_ranks = [sharding.shape(shape, rank) for rank in mesh.ranks]
+    equal = [d for d, _ in enumerate(shape) if all(part[d] and part[d] % mesh.count(axis) == 0 for part in of_ranks)]
+    return replace(sharding, dims={**sharding.dims, axis: equal[0]}) if equal else sharding

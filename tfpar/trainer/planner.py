@@ -115,8 +115,8 @@ def cut_because(strategy: Description, model: keras.Model) -> str | None:
     if model.jit_compile and inter_op_threads() <= len(mesh.lanes):
         few = f"{inter_op_threads()} inter-op threads for {len(mesh.lanes)} devices"
         return f"{few} are too few: programs would wait for each other; python -m tfpar run sets more"
-    if strategy.collectives == "auto" and mesh.tensor == 1 and strategy.buckets > 1:
-        return "the model is cut into buckets, so that not all weights or gradients are there at once"
+    if strategy.collectives == "auto" and mesh.tensor == 1 and strategy.buckets > 1 and strategy.zero < 2:
+        return "the model is cut into buckets, so that not all gradients are there at once"
     return 'collectives="between" was asked for' if strategy.collectives == "between" else None
 
 

@@ -1,0 +1,167 @@
+"""What a program that holds its collectives exchanges of weights: shards of their values, and gradients."""
+
+# v: variable of the graph, c: part of the way
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import tensorflow as tf
+
+from tfpar.comm.collectives import elements_of
+from tfpar.comm.gradients import SharedRows
+from tfpar.comm.in_program import Gang, own_rows
+from tfpar.compat._tf import takes_again
+from tfpar.engine.combination import shares_rows
+from tfpar.engine.program import Program
+from tfpar.engine.vjp import groups
+from tfpar.engine.weight_edge import edge_of
+from tfpar.planning.mesh import AXES, dividing
+
+if TYPE_CHECKING:
+    from tfpar.engine.executor import Execution
+
+ALONE = 2**22  # elements of a tensor that has an exchange of its own: XLA copies those of one into one buffer first
+
+
+class GatheredWeights:
+    """Weights of which replicas have shards, put together for each part of the way that reads them (ZeRO 3).
+
+    Those of the next part are on their way while a part is computed; on the way back they are gathered once more, so
+    that a lane has those of few parts at a time.
+
+    Args:
+        run: whose.
+        program: of the whole way.
+        values: what the lane has of each variable.
+        lane: its number.
+        parts: the variables of each part.
+    """
+
+    def __init__(
+        self,
+        run: "Execution",
+        program: Program,
+        values: dict[int, tf.Tensor],
+        lane: tf.Tensor,
+        parts: Sequence[Sequence[int]],
+    ):
+        self.gang, self.reads, self.values, self.lane = program.gang, program.reads, values, lane
+        edges = {v: edge_of(run.engine, v, run.in_parts) for v in values}
+        self.dims = {
+            v: (axis, edge.sharding.dims[axis])
+            for v, edge in edges.items()
+            for axis in dividing("samples")
+            if edge.forward(axis) == "all-gather"
+        }
+        self.parts = [[v for v in part if v in self.dims] for part in parts]
+        self.there: dict[tuple[str, int], dict[int, tf.Tensor]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self.dims)
+
+    def forward(self, c: int) -> dict[int, tf.Tensor]:
+        """The weights of a part on the way forward."""
+        for n in (c, c + 1):
+            if self.dims and n < len(self.parts) and ("forward", n) not in self.there:
+                self.there["forward", n] = self.gathered(("forward", n), self.parts[n], ())
+        return self.there.get(("forward", c), {})
+
+    def ahead(self, c: int, cotangents: Iterable[tf.Tensor]):
+        """Gather those of the part that comes before, now that these cotangents arrive at a part on the way back."""
+        if self.dims and c and ("backward", c - 1) not in self.there:
+            self.there["backward", c - 1] = self.gathered(("backward", c - 1), self.parts[c - 1], list(cotangents)[:1])
+
+    @contextlib.contextmanager
+    def taken_again(self, c: int) -> Iterator[None]:
+        """Operations made inside, of the way back through a part, hold on to nothing gathered on the way forward."""
+        graph = tf.compat.v1.get_default_graph()
+        before = len(graph.get_operations()) if self.dims else 0
+        yield
+        if self.dims and ("backward", c) in self.there:  # the last part turns around at once
+            first, again = self.there["forward", c], self.there["backward", c]
+            takes_again(graph.get_operations()[before:], [(first[v], again[v]) for v in first])
+
+    def gathered(self, name: Any, variables: Sequence[int], after: Sequence[tf.Tensor]) -> dict[int, tf.Tensor]:
+        """All that a rank has of these variables, exchanged in the dtype in which layers read them."""
+        found = {}
+        own = [self.values[v] for v in variables]
+        given = dict(zip(variables, self.gang.after(own, after) if after and own else own, strict=True))
+        for (axis, dtype), same in grouped(variables, lambda v: (self.dims[v][0], self.dtype(v))).items():
+            for some in packs({v: given[v] for v in same}):
+                parts = {(name, v): (tf.cast(given[v], dtype), self.dims[v][1]) for v in some}
+                whole = self.gang.gathered(axis, parts, self.lane)
+                found.update({v: tf.identity(tf.cast(x, given[v].dtype)) for (_, v), x in whole.items()})
+        return found
+
+    def dtype(self, v: int) -> tf.DType:
+        """In which dtype a variable is exchanged."""
+        return tf.as_dtype(self.reads.get(v, self.values[v].dtype))
+
+
+def exchanged(
+    run: "Execution", program: Program, gradients: dict[int, Any], own: dict[int, tf.Tensor], lane: tf.Tensor | None
+) -> dict[int, Any]:  # fmt: skip
+    """The gradients of weights, summed or summed and divided over each axis; which are said in `program.exchanged`.
+
+    Sparse ones only where the program ends with the update: devices add those up otherwise.
+
+    Args:
+        own: what the lane has of variables that are updated.
+        lane: its number.
+    """
+    gang, found = program.gang, dict(gradients)
+    if gang is None:
+        return found
+    last_first = sorted(gradients, key=run.engine.first_used.__getitem__, reverse=True)
+    edges = {v: edge_of(run.engine, v, run.in_parts) for v in last_first}
+    for axis in reversed(gang.groups):
+        kinds = grouped(last_first, lambda v: edges[v].backward(axis))  # noqa: B023
+        dense = {kind: [v for v in of if isinstance(found[v], tf.Tensor)] for kind, of in kinds.items()}
+        for kind in ("reduce-scatter", "all-reduce"):
+            for dtype, same in grouped(dense.get(kind, ()), lambda v: found[v].dtype).items():
+                for some in packs({v: found[v] for v in same}):
+                    given = {v: tf.cast(found[v], run.engine.reduce_dtype or dtype) for v in some}
+                    if kind == "all-reduce":
+                        sums = gang.added_up(axis, given, lane)
+                    else:
+                        dims = {(axis, v): (x, edges[v].sharding.dims[axis]) for v, x in given.items()}
+                        sums = {v: x for (_, v), x in gang.scattered(axis, dims, lane).items()}
+                    found.update({v: tf.cast(total, dtype) for v, total in sums.items()})
+                    program.exchanged.update((v, axis) for v in some)
+        for v in last_first if run.update else ():  # in one order on all lanes
+            if edges[v].backward(axis) != "identity" and not isinstance(found[v], tf.Tensor):
+                found[v] = rows_of_all(run, v, found[v], axis, gang, lane)
+    for v, edge in edges.items() if run.update else ():
+        axis = edge.scattered
+        if axis is not None and not isinstance(found[v], tf.Tensor):  # last, as lanes have different numbers of rows
+            dim, parts = edge.sharding.dims[axis], getattr(gang.mesh, axis)
+            size = own[v].shape[dim] // (1 if edge.forward(axis) == "all-gather" else parts)
+            found[v] = own_rows(found[v], dim, size, gang.place(axis, lane), gang.compiled)
+    return found
+
+
+def rows_of_all(
+    run: "Execution", v: int, gradient: Any, axis: str, gang: Gang, lane: tf.Tensor
+) -> tf.IndexedSlices:  # fmt: skip
+    """A sparse gradient with the rows of all lanes along an axis; where all have the same rows, with their sums."""
+    (values, indices, shape), rows = (gradient.values, gradient.indices, gradient.dense_shape), ("rows", v, axis)
+    shared = isinstance(gradient, SharedRows) or shares_rows(run, 0, v, gradient)
+    if AXES[axis].divides != "samples" or shared:
+        return tf.IndexedSlices(gang.exchanged("add", axis, values, lane, rows), indices, shape)
+    values = gang.exchanged("all_gather", axis, values, lane, rows)
+    return tf.IndexedSlices(values, gang.exchanged("all_gather", axis, indices, lane, (*rows, "indices")), shape)
+
+
+def grouped(items: Iterable[int], kind: Any) -> dict[Any, list[int]]:
+    """Items by their kind, in their order."""
+    found: dict[Any, list[int]] = {}
+    for item in items:
+        found.setdefault(kind(item), []).append(item)
+    return found
+
+
+def packs(tensors: dict[int, tf.Tensor]) -> list[list[int]]:
+    """Tensors that have an exchange in common: small ones; each large one has its own."""
+    large = [v for v, x in tensors.items() if elements_of(x) >= ALONE]
+    return [*([v] for v in large), *groups({v: x for v, x in tensors.items() if v not in large})]
