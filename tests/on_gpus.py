@@ -99,7 +99,7 @@ from tfpar import Mesh
 gpus = tf.config.list_physical_devices("GPU")
 for gpu in gpus:
     if gpu in {small}:
-        tf.config.set_logical_device_configuration(gpu, [tf.config.LogicalDeviceConfiguration(memory_limit=512)])
+        tf.config.set_logical_device_configuration(gpu, [tf.config.LogicalDeviceConfiguration(memory_limit=1536)])
     else:
         tf.config.experimental.set_memory_growth(gpu, True)
 with tfpar.MeshStrategy({mesh}, collectives="inside").scope():

@@ -24,8 +24,7 @@ TESTED_THROUGH = {  # for modules without a test file of their own, the test tha
     "engine/test_engine": "added_losses batch_results combination device_order executor layer_placement loss pipeline "
     "program reading",
     "engine/test_remat": "vjp",
-    "engine/test_collectives_inside": "_xla forward_backward in_program update_inside "
-    "weights_inside",
+    "engine/test_collectives_inside": "_xla forward_backward in_program update_inside weights_inside",
     "graph/test_keras_graph": "inline_model",
     "graph/test_mixing": "progress samples",
     "planning/test_partition": "cost op_graph",

@@ -359,16 +359,15 @@ def test_made_again(compiled):
 def test_takes_again():
     """Operations from a place on use another tensor, also where they use what follows from it alone."""
 
-    @tf.function
+    @tf.function(autograph=False)
     def found(w, x, other):
         first, again = tf.identity(w), tf.identity(other)
-        with tf.GradientTape() as tape:
+        with tf.GradientTape() as tape, _tf.operations_made() as forward:
             tape.watch(x)
             y = tf.matmul(x, tf.transpose(first * tf.constant(2.0)))
-        graph = tf.compat.v1.get_default_graph()
-        before = len(graph.get_operations())
-        gradient = tape.gradient(y, x)
-        _tf.takes_again(graph.get_operations()[before:], [(first, again)])
+        with _tf.operations_made() as back:
+            gradient = tape.gradient(y, x)
+        _tf.takes_again(back, forward, [(first, again)])
         return y, gradient
 
     w, x = tf.constant([[1.0, 2.0], [3.0, 4.0]]), tf.constant([[0.1, 0.2]])

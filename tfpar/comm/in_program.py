@@ -131,6 +131,10 @@ class Gang:
         with tf.control_dependencies(list(others)):
             return [tf.identity(x) for x in values]
 
+    def can_wait(self, x: tf.Tensor) -> bool:
+        """Whether `after` takes a tensor."""
+        return not self.compiled or (x.dtype in _xla.TYPES and x.shape.is_fully_defined())
+
     def held(self, values: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """The same values, in a compiled program once what it exchanged last had been computed."""
         return _xla.held(values) if self.compiled else list(values)

@@ -229,52 +229,69 @@ def made_again(call: tf.Operation, function: Any, known: int, inputs: Sequence[C
         known: the outputs that the call had before its gradient was taken; those since are kept for the backward pass.
         inputs: for each of the first inputs, what gives it again.
     """
-    given = {id(x.op): make for x, make in zip(function.graph.inputs, inputs, strict=False) if make is not None}
-    anew = Anew(given, call.graph)
+    given = {x.name: make for x, make in zip(function.graph.inputs, inputs, strict=False) if make is not None}
+    anew = Anew(function.graph.get_operations(), given, call.graph)
     for output, inside in zip(call.outputs[known:], function.graph.outputs[known:], strict=False):
-        for user in output.consumers() if inside.op.type != "Const" and anew.follows(inside.op) is not None else ():
+        for user in output.consumers() if inside.op.type != "Const" and anew.follows(inside) is not None else ():
             for index, taken in enumerate(user.inputs):
                 if taken is output:
                     user._update_input(index, anew(inside))
 
 
-def takes_again(operations: Sequence[tf.Operation], given: Sequence[tuple[tf.Tensor, tf.Tensor]]):
-    """Let operations of the present graph take tensors in place of others, and of what depends on those only."""
-    anew = Anew({id(x.op): lambda y=y: y for x, y in given}, ops.get_default_graph())
+@contextlib.contextmanager
+def operations_made() -> Iterator[list[tf.Operation]]:
+    """Gives a list that afterwards has the operations that were made inside, in the present graph."""
+    graph, found = ops.get_default_graph(), []
+    before = len(graph.get_operations())
+    yield found
+    found += graph.get_operations()[before:]
+
+
+def takes_again(
+    operations: Sequence[tf.Operation], made: Sequence[tf.Operation], given: Sequence[tuple[tf.Tensor, tf.Tensor]]
+):
+    """Let operations of the present graph take tensors in place of others, and of what follows from those alone.
+
+    Args:
+        operations: these.
+        made: others before them, in their order, of which the results may be made anew.
+        given: tensors, and what takes the place of each.
+    """
+    anew = Anew(made, {x.name: lambda y=y: y for x, y in given}, ops.get_default_graph())
     for op in operations:
         for index, taken in enumerate(op.inputs):
-            if anew.follows(taken.op):
+            if anew.follows(taken):
                 op._update_input(index, anew(taken))
 
 
 class Anew:
-    """Makes tensors anew that depend on some operations only.
+    """Makes tensors anew that follow from some alone.
 
     Args:
-        sources: of these operations, by their ids, each of one output: what gives that again.
+        operations: that may be repeated, in their order.
+        sources: of these tensors, by their names, what gives them again.
         graph: where.
     """
 
-    def __init__(self, sources: dict[int, Callable[[], tf.Tensor]], graph: tf.Graph):
+    def __init__(self, operations: Sequence[tf.Operation], sources: dict[str, Callable], graph: tf.Graph):
         self.sources, self.graph = sources, graph
-        self.known: dict[int, bool | None] = {}
-        self.made: dict[int, tf.Operation] = {}
-
-    def follows(self, op: tf.Operation) -> bool | None:
-        """Whether an operation depends on sources, or else on constants only; `None` if on anything else."""
-        if id(op) not in self.known:
+        self.known: dict[str, bool | None] = {}
+        self.made: dict[str, tf.Operation] = {}
+        for op in operations:
             plain = op.inputs and not op.control_inputs and not op.op_def.is_stateful and "Call" not in op.type
-            of = [self.follows(x.op) for x in op.inputs] if plain and id(op) not in self.sources else []
-            known = None if not of or None in of else any(of)
-            self.known[id(op)] = False if op.type == "Const" else id(op) in self.sources or known
-        return self.known[id(op)]
+            of = [self.follows(x) for x in op.inputs] if plain else []
+            self.known[op.name] = False if op.type == "Const" else None if not of or None in of else any(of)
+
+    def follows(self, x: tf.Tensor) -> bool | None:
+        """Whether a tensor follows from sources, or else from constants only; `None` if from anything else."""
+        return x.name in self.sources or self.known.get(x.op.name)
 
     def __call__(self, x: tf.Tensor) -> tf.Tensor:
-        op = x.op
-        if id(op) not in self.made:
-            given = self.sources.get(id(op))
-            self.made[id(op)] = given().op if given else copied(op, [self(y) for y in op.inputs], self.graph)
-        return self.made[id(op)].outputs[x.value_index]
+        if x.name in self.sources:
+            return self.sources[x.name]()
+        if x.op.name not in self.made:
+            self.made[x.op.name] = copied(x.op, [self(y) for y in x.op.inputs], self.graph)
+        return self.made[x.op.name].outputs[x.value_index]
 
 
 def copied(op: tf.Operation, inputs: list[tf.Tensor], graph: tf.Graph | None = None) -> tf.Operation:

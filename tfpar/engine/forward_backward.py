@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from tfpar.comm.gradients import SharedRows, add, cast, plain, sum_of
 from tfpar.comm.in_program import Gang
-from tfpar.compat._tf import independent
+from tfpar.compat._tf import independent, operations_made
 from tfpar.engine import added_losses, in_place
 from tfpar.engine.combination import known_rows
 from tfpar.engine.engine import MicroBatch, tensors_of
@@ -36,12 +36,16 @@ class Part(NamedTuple):
         tape: that has seen it.
         inside, outside: the variables and the edges of which gradients are wanted.
         result: of the operations.
+        taken: what they take that is not there anyway: edges, and seeds.
+        made: the operations of the graph.
     """
 
     tape: tf.GradientTape
     inside: dict[int, tf.Tensor]
     outside: dict[int, tf.Tensor]
     result: Result
+    taken: list[tf.Tensor]
+    made: Sequence[tf.Operation]
 
 
 class Given(NamedTuple):
@@ -163,9 +167,11 @@ def passes(
                 part, arrived = taken[c, n], cotangents[n]
                 ends = {t: tf.add_n(arrived[t]) for t in part.result.edges if t in arrived}
                 ends = held(program.gang, ends) if several and c == turn[0] else ends
-                weights.ahead(c, ends.values())
-                with weights.taken_again(c):
+                weights.ahead(c, list(ends.values()))
+                with operations_made() as made:
                     of_weights, edges = backward(run, part, ends, x.share, loss_cotangent)
+                if weights:
+                    weights.let_go(c, part.made, part.taken, made, list(ends.values()))
                 for v, gradient in of_weights.items():
                     if several:  # added up in the dtype of the variable
                         gradient = cast(known_rows(run, s, v, gradient), run.engine.graph.variables[v].dtype)
@@ -204,10 +210,11 @@ def held(gang: Gang, values: dict[int, Any]) -> dict[int, Any]:
 def forward(run: "Execution", program: Program, variables: Sequence[Any], edges: dict[int, Edge]) -> Part:
     """A part of the way forward."""
     inside, outside = watched(run, program, variables, edges)
-    with tf.GradientTape() as tape:
+    with tf.GradientTape() as tape, operations_made() as made:
         tape.watch([*inside.values(), *outside.values()])
         result = program.run(list(variables), edges)
-    return Part(tape, inside, outside, result)
+    taken = [*tensors_of(edges), *(x for x in variables if not x.dtype.is_floating)]
+    return Part(tape, inside, outside, result, taken, made)
 
 
 def backward(

@@ -85,19 +85,8 @@ class SplitProgram:
         taken = [x for x in taken if x.op.name not in later]
         weights = [x.name for x in self.inputs[: len(self.program.variables)] if x.dtype.is_floating]
         free = {*self.constants, *weights}  # they are there anyway
-        sizes, ways, first, named = {}, [], [], {}
-        for op in makers(taken):
-            inputs = [x.name for x in inputs_of(op) if x.name in sizes]
-            if inputs or (op.type == "Placeholder" and op.outputs[0].name not in free):
-                named.update({x.name: x for x in op.outputs})
-                sizes.update({x.name: row_bytes(x) for x in op.outputs})
-                if op.type in CHEAP:
-                    ways += [(x, y.name) for x in inputs for y in op.outputs]
-                else:
-                    first += [x.name for x in op.outputs]
-        taken = [x for x in taken if x.name in sizes]  # what else there is follows from weights and constants
-        cut = smallest_cut(sizes, ways, first, [x.name for x in taken])
-        kept = {x.name: x for x in (same(named[name]) for name in named if name in cut)}  # in the order of the graph
+        found = fewest_bytes(taken, [x for x in self.inputs if x.name not in free])
+        kept = {x.name: x for x in map(same, found)}
         reached = {x.name for op in makers(self.found, kept) for x in op.outputs}
         self.needs = [n for n, x in enumerate(self.inputs) if x.name in kept or x.name in reached]
         given = {x.name for x in self.inputs}
@@ -133,6 +122,31 @@ class SplitProgram:
         """What the backward pass takes: the arguments that it needs, and what the way forward returned."""
         outputs = tensors_of(result)
         return [*needed, *(outputs[n] for n in self.known.values()), *kept]
+
+
+def fewest_bytes(
+    taken: Sequence[tf.Tensor], sources: Iterable[tf.Tensor], there: Iterable[str] = ()
+) -> list[tf.Tensor]:  # fmt: skip
+    """The tensors with the fewest bytes of which cheap operations can make some others, in their order.
+
+    Args:
+        taken: the others.
+        sources: what they are made of, and what is not there anyway.
+        there: names of tensors that are, where it ends.
+    """
+    named = {x.name: x for x in sources}
+    sizes, ways, first = {name: row_bytes(x) for name, x in named.items()}, [], list(named)
+    for op in makers(taken, {*named, *there}):
+        inputs = [x.name for x in inputs_of(op) if x.name in sizes]
+        if inputs:
+            named.update({x.name: x for x in op.outputs})
+            sizes.update({x.name: row_bytes(x) for x in op.outputs})
+            if op.type in CHEAP:
+                ways += [(x, y.name) for x in inputs for y in op.outputs]
+            else:
+                first += [x.name for x in op.outputs]
+    cut = smallest_cut(sizes, ways, first, [x.name for x in taken if x.name in sizes])
+    return [x for name, x in named.items() if name in cut]
 
 
 def makers(targets: Iterable[tf.Tensor], given: Container[str] = ()) -> list[tf.Operation]:

@@ -2,8 +2,7 @@
 
 # v: variable of the graph, c: part of the way
 
-import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
@@ -14,6 +13,7 @@ from tfpar.comm.in_program import Gang, own_rows
 from tfpar.compat._tf import takes_again
 from tfpar.engine.combination import shares_rows
 from tfpar.engine.program import Program
+from tfpar.engine.remat import fewest_bytes
 from tfpar.engine.vjp import groups
 from tfpar.engine.weight_edge import edge_of
 from tfpar.planning.mesh import AXES, dividing
@@ -21,7 +21,7 @@ from tfpar.planning.mesh import AXES, dividing
 if TYPE_CHECKING:
     from tfpar.engine.executor import Execution
 
-ALONE = 2**22  # elements of a tensor that has an exchange of its own: XLA copies those of one into one buffer first
+ALONE = 2**22  # elements of a tensor that has a sum of its own: XLA copies those of one into one buffer first
 
 
 class GatheredWeights:
@@ -67,20 +67,33 @@ class GatheredWeights:
                 self.there["forward", n] = self.gathered(("forward", n), self.parts[n], ())
         return self.there.get(("forward", c), {})
 
-    def ahead(self, c: int, cotangents: Iterable[tf.Tensor]):
+    def ahead(self, c: int, cotangents: Sequence[tf.Tensor]):
         """Gather those of the part that comes before, now that these cotangents arrive at a part on the way back."""
         if self.dims and c and ("backward", c - 1) not in self.there:
-            self.there["backward", c - 1] = self.gathered(("backward", c - 1), self.parts[c - 1], list(cotangents)[:1])
+            self.there["backward", c - 1] = self.gathered(("backward", c - 1), self.parts[c - 1], cotangents[:1])
 
-    @contextlib.contextmanager
-    def taken_again(self, c: int) -> Iterator[None]:
-        """Operations made inside, of the way back through a part, hold on to nothing gathered on the way forward."""
-        graph = tf.compat.v1.get_default_graph()
-        before = len(graph.get_operations()) if self.dims else 0
-        yield
-        if self.dims and ("backward", c) in self.there:  # the last part turns around at once
-            first, again = self.there["forward", c], self.there["backward", c]
-            takes_again(graph.get_operations()[before:], [(first[v], again[v]) for v in first])
+    def let_go(
+        self, c: int, forward: Sequence[tf.Operation], taken: Sequence[tf.Tensor], backward: Sequence[tf.Operation],
+        cotangents: Sequence[tf.Tensor],
+    ):  # fmt: skip
+        """Hold on to little between the ways forward and back through a part, but for the last, which turns around.
+
+        What was gathered is gathered again; what cheap operations make of other tensors, or of weights, is made again.
+
+        Args:
+            forward, backward: the operations of both ways.
+            taken: what those forward take that is not there anyway.
+            cotangents: what arrives on the way back.
+        """
+        if c >= len(self.parts) - 1:
+            return
+        made, behind = {x.name for op in forward for x in op.outputs}, {op.name for op in backward}
+        there = {x.name for op in forward for x in op.inputs} - made
+        ends = {x.name: x for op in backward for x in op.inputs if x.op.name not in behind}
+        kept = [x for x in fewest_bytes(list(ends.values()), taken, there) if self.gang.can_wait(x)]
+        pairs = list(zip(kept, self.gang.after(kept, cotangents[:1]) if kept else [], strict=True))
+        first, again = (self.there.get((way, c), {}) for way in ("forward", "backward"))
+        takes_again(backward, forward, [*pairs, *((first[v], again[v]) for v in first)])
 
     def gathered(self, name: Any, variables: Sequence[int], after: Sequence[tf.Tensor]) -> dict[int, tf.Tensor]:
         """All that a rank has of these variables, exchanged in the dtype in which layers read them."""
@@ -88,7 +101,7 @@ class GatheredWeights:
         own = [self.values[v] for v in variables]
         given = dict(zip(variables, self.gang.after(own, after) if after and own else own, strict=True))
         for (axis, dtype), same in grouped(variables, lambda v: (self.dims[v][0], self.dtype(v))).items():
-            for some in packs({v: given[v] for v in same}):
+            for some in groups({v: given[v] for v in same}):
                 parts = {(name, v): (tf.cast(given[v], dtype), self.dims[v][1]) for v in some}
                 whole = self.gang.gathered(axis, parts, self.lane)
                 found.update({v: tf.identity(tf.cast(x, given[v].dtype)) for (_, v), x in whole.items()})
@@ -120,7 +133,8 @@ def exchanged(
         dense = {kind: [v for v in of if isinstance(found[v], tf.Tensor)] for kind, of in kinds.items()}
         for kind in ("reduce-scatter", "all-reduce"):
             for dtype, same in grouped(dense.get(kind, ()), lambda v: found[v].dtype).items():
-                for some in packs({v: found[v] for v in same}):
+                together = groups if kind == "reduce-scatter" else packs
+                for some in together({v: found[v] for v in same}):
                     given = {v: tf.cast(found[v], run.engine.reduce_dtype or dtype) for v in some}
                     if kind == "all-reduce":
                         sums = gang.added_up(axis, given, lane)
@@ -162,6 +176,6 @@ def grouped(items: Iterable[int], kind: Any) -> dict[Any, list[int]]:
 
 
 def packs(tensors: dict[int, tf.Tensor]) -> list[list[int]]:
-    """Tensors that have an exchange in common: small ones; each large one has its own."""
+    """Tensors that have a sum in common: small ones; each large one has its own."""
     large = [v for v, x in tensors.items() if elements_of(x) >= ALONE]
     return [*([v] for v in large), *groups({v: x for v, x in tensors.items() if v not in large})]
