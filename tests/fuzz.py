@@ -575,7 +575,9 @@ STRATEGIES = [
     "MeshStrategy(Mesh(2, 2, shard=2), zero=1)", "MeshStrategy(Mesh(2, shard=2), zero=3)", "MeshStrategy(Mesh(1, 1, 2, shard=2), zero=2)",
     "MeshStrategy(Mesh(1, 2, 2))", "MeshStrategy(Mesh(2, 1, 2), sequence_parallel=True, zero=1)",
     "MeshStrategy(Mesh(1, 1, 2), collectives='inside')", "MeshStrategy(Mesh(2, 1, 2), collectives='inside')",
-    "MeshStrategy(Mesh(2), collectives='inside')", "MeshStrategy(Mesh(2, 2, 2), micro_batches=2)", "MeshStrategy(Mesh(2, 2, 2), zero=3, micro_batches=2)",
+    "MeshStrategy(Mesh(2), collectives='inside')", "MeshStrategy(Mesh(2, shard=2), zero=3, collectives='inside')",
+    "MeshStrategy(Mesh(2), zero=1, collectives='inside')", "MeshStrategy(Mesh(2, 1, 2), zero=3, collectives='inside')",
+    "MeshStrategy(Mesh(2, 2, 2), micro_batches=2)", "MeshStrategy(Mesh(2, 2, 2), zero=3, micro_batches=2)",
 ]  # fmt: skip
 EXACT = ("LayerPlacementStrategy(2)", "MeshStrategy(Mesh(1, 2, 1))")  # in these, what is random is as on one device
 

@@ -56,7 +56,8 @@ def words(rows=16):
         pytest.param({"tensor": 4, "micro_batches": 2}, marks=EVERY),
         pytest.param({"data": 2}, marks=EVERY),
         pytest.param({"data": 2, "tensor": 2, "micro_batches": 2}, marks=FAST),
-        {"data": 2, "tensor": 2},
+        {"data": 2, "buckets": 3},
+        pytest.param({"data": 2, "tensor": 2}, marks=EVERY),
         pytest.param({"data": 2, "tensor": 2, "zero": 1}, marks=EVERY),
         {"data": 2, "tensor": 2, "zero": 3, "sequence_parallel": True},
     ],
@@ -212,6 +213,26 @@ def test_weights_are_gathered_anew_on_the_way_back(buckets, monkeypatch):
         assert 0 < len(held) < len(first) - len(held)
 
 
+@FAST
+@pytest.mark.parametrize("zero, exchange", [(0, b"stablehlo.all_reduce"), (2, b"stablehlo.reduce_scatter")])
+def test_parts_let_go(zero, exchange, monkeypatch):
+    """Gradients are exchanged part by part, and what is kept for the way back went through a barrier."""
+    ops = operations(inside(data=2, zero=zero, buckets=4), monkeypatch)
+    products = [n for n, op in enumerate(ops) if "MatMul" in op.type]
+    sums, later = ([n for n, op in enumerate(ops) if op in modules(ops, text)] for text in (exchange, b"@later"))
+    assert len(sums) > 2 and sums[0] < products[-1]
+    (loss,) = (n for n, op in enumerate(ops) if "CrossEntropy" in op.type)
+    made = [
+        op
+        for op in ops[:loss]
+        if op.type in ("BiasAdd", "Einsum", "MatMul", "Mul", "Relu", "Softmax", "SquaredDifference")
+    ]
+    users = {
+        user for op in made for user in op.outputs[0].consumers() if user.type not in ("Identity", "XlaCallModule")
+    }
+    assert len(made) > 8 and not [user for user in users if ops.index(user) > later[0]]
+
+
 def followed(op, neighbours):
     """The operations that are next to one, and next to those of them that only give another form to a tensor."""
     found, left = [], [op]
@@ -279,7 +300,7 @@ def test_tensors_that_are_exchanged_together_come_back_as_they_were(monkeypatch)
     def exchanged(kind, values, groups, dim):
         """As if the other lane had 100 more."""
         (x,) = values
-        return [tf.concat([x, x + 100.0], dim) if kind == "all_gather" else tf.split(x, 2, dim)[1]]
+        return [tf.concat([x, x + 100.0], dim) if kind == "all-gather" else tf.split(x, 2, dim)[1]]
 
     monkeypatch.setattr(_xla, "exchanged", exchanged)
     gang, dims = in_program.Gang(("a", "b"), Mesh(data=2), True), [((4,), 0), ((2, 6), 0), ((2, 6), 1), ((3, 5, 4), 2)]
@@ -322,17 +343,14 @@ def test_where_programs_are_cut_explain_says_why(strategy, build, why):
 
 
 @FAST
-@pytest.mark.parametrize(
-    "more, inside", [({}, True), ({"zero": 1}, True), ({"buckets": 2}, False), ({"zero": 3}, True)]
-)
-def test_buckets_stay_where_all_at_once_was_not_asked_for(more, inside, monkeypatch):
-    """As on GPUs."""
+@pytest.mark.parametrize("more", [{}, {"zero": 1}, {"buckets": 2}, {"zero": 3}], ids=str)
+def test_on_gpus_programs_hold_what_replicas_exchange(more, monkeypatch):
     monkeypatch.setattr(Mesh, "on_gpus", True)
     monkeypatch.setattr(planner, "each_gpu_is_one_device", lambda: True)
     monkeypatch.setattr(planner, "inter_op_threads", lambda: 8)
     model = encoder()
     model.compile("sgd", "mse", jit_compile=True)
-    assert (planner.cut_because(tfpar.DataParallelStrategy(2, **more), model) is None) == inside
+    assert planner.cut_because(tfpar.DataParallelStrategy(2, **more), model) is None
 
 
 @FAST
@@ -413,12 +431,13 @@ def test_models_on_the_same_devices_do_not_meet():
 
 @pytest.mark.parametrize("kind", ["all-reduce", "all-gather", "reduce-scatter"])
 def test_planted_bugs_are_caught(kind, monkeypatch):
-    original = in_program.EXCHANGES[kind]
+    original = in_program.Gang.exchanged
 
-    def wrong(gang, axis, x, lane, *more):
-        return original(gang, axis, x * (1 + 1e-3 * tf.cast(lane, x.dtype)), lane, *more)
+    def wrong(self, what, axis, x, lane, *more):
+        off = 1e-3 * tf.cast(lane, x.dtype) if what == kind else 0
+        return original(self, what, axis, x * (1 + off), lane, *more)
 
-    monkeypatch.setitem(in_program.EXCHANGES, kind, wrong)
+    monkeypatch.setattr(in_program.Gang, "exchanged", wrong)
     with pytest.raises(AssertionError):
         check(inside(tensor=2), history(X, Y, batch_size=8), build=normalized)
 
@@ -450,8 +469,8 @@ def test_stablehlo_is_what_it_says():
 
     @tf.function
     def program(x, y):
-        (a, b) = _xla.exchanged("add", [x, y], [[0, 1], [2, 3]])
-        return _xla.exchanged("all_gather", [a], [[0, 2], [1, 3]], 1)[0] + b[0, 0]
+        (a, b) = _xla.exchanged("all-reduce", [x, y], [[0, 1], [2, 3]])
+        return _xla.exchanged("all-gather", [a], [[0, 2], [1, 3]], 1)[0] + b[0, 0]
 
     traced = program.get_concrete_function(tf.TensorSpec([2, 3]), tf.TensorSpec([4, 3]))
     first, second = (op for op in traced.graph.get_operations() if op.type == "XlaCallModule")

@@ -4,7 +4,7 @@ All lanes run the same program at once, each on its own device. On GPUs the coll
 XLA they are TensorFlow's own.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count
@@ -65,7 +65,7 @@ class Gang:
     def exchanged(
         self, kind: str, axis: str, x: tf.Tensor, lane: tf.Tensor, which: Any, dim: int = 0
     ) -> tf.Tensor:  # fmt: skip
-        """A collective along an axis; `kind` as for `compat._xla.exchanged`.
+        """A collective along an axis; `kind` as in `comm.collectives.EXCHANGES`, but for what is local.
 
         Args:
             which: tells it from all others; the same on all lanes, whose programs may be traced apart.
@@ -81,18 +81,20 @@ class Gang:
             "group_size": len(groups[0]), "group_key": tf.gather(of_lane, lane), "ordering_token": [],
             "instance_key": instance_of(x, key_of(self.number, which)),
         }  # fmt: skip
-        if kind == "all_gather":
+        if kind == "all-gather":
             found = tf.raw_ops.CollectiveGatherV2(input=rows_first(wide(x), dim), **options)
             return tf.cast(rows_back(found, dim), x.dtype)
         merge = "Max" if kind == "maximum" else "Add"
         found = tf.cast(tf.raw_ops.CollectiveReduceV2(input=wide(x), merge_op=merge, final_op="Id", **options), x.dtype)
-        return self.own_part(axis, found, lane, dim) if kind == "reduce_scatter" else found
+        return self.own_part(axis, found, lane, dim) if kind == "reduce-scatter" else found
 
     def added_up(self, axis: str, values: dict[Any, tf.Tensor], lane: tf.Tensor) -> dict[Any, tf.Tensor]:
         """The sums along an axis of tensors of one dtype, by their names; compiled, in one collective."""
         if self.compiled and len(self.groups[axis][0]) > 1:
-            return dict(zip(values, _xla.exchanged("add", list(values.values()), self.groups[axis]), strict=True))
-        return {which: self.exchanged("add", axis, x, lane, (axis, which)) for which, x in values.items()}
+            return dict(
+                zip(values, _xla.exchanged("all-reduce", list(values.values()), self.groups[axis]), strict=True)
+            )
+        return {which: self.exchanged("all-reduce", axis, x, lane, (axis, which)) for which, x in values.items()}
 
     def gathered(
         self, axis: str, parts: dict[Any, tuple[tf.Tensor, int]], lane: tf.Tensor
@@ -104,9 +106,9 @@ class Gang:
         """
         if not self.compiled or len(parts) == 1:
             given = parts.items()
-            return {which: self.exchanged("all_gather", axis, x, lane, which, dim) for which, (x, dim) in given}
+            return {which: self.exchanged("all-gather", axis, x, lane, which, dim) for which, (x, dim) in given}
         flat = tf.concat([tf.reshape(rows_first(x, dim), [-1]) for x, dim in parts.values()], 0)
-        rows = tf.reshape(self.exchanged("all_gather", axis, flat, lane, None), [getattr(self.mesh, axis), -1])
+        rows = tf.reshape(self.exchanged("all-gather", axis, flat, lane, None), [getattr(self.mesh, axis), -1])
         found = zip(parts.items(), tf.split(rows, [x.shape.num_elements() for x, _ in parts.values()], 1), strict=True)
         return {which: rows_back(tf.reshape(x, [-1, *others(part, dim)]), dim) for (which, (part, dim)), x in found}
 
@@ -116,10 +118,10 @@ class Gang:
         """Of sums along an axis, to each lane its equal parts; the other way round."""
         if not self.compiled or len(values) == 1:
             given = values.items()
-            return {which: self.exchanged("reduce_scatter", axis, x, lane, which, dim) for which, (x, dim) in given}
+            return {which: self.exchanged("reduce-scatter", axis, x, lane, which, dim) for which, (x, dim) in given}
         count = getattr(self.mesh, axis)
         flat = tf.concat([tf.reshape(rows_first(x, dim), [count, -1]) for x, dim in values.values()], 1)
-        row = tf.reshape(self.exchanged("reduce_scatter", axis, flat, lane, None), [-1])
+        row = tf.reshape(self.exchanged("reduce-scatter", axis, flat, lane, None), [-1])
         sizes = [x.shape.num_elements() // count for x, _ in values.values()]
         found = zip(values.items(), tf.split(row, sizes), strict=True)
         return {which: rows_back(tf.reshape(x, [-1, *others(whole, dim)]), dim) for (which, (whole, dim)), x in found}
@@ -196,40 +198,7 @@ def wide(x: tf.Tensor) -> tf.Tensor:
     return tf.cast(x, {tf.bool: tf.int32, tf.bfloat16: tf.float32}.get(x.dtype, x.dtype))
 
 
-def identity(gang: Gang, axis: str, x: tf.Tensor, lane: tf.Tensor, dim: int, which: Any) -> tf.Tensor:
-    """The same."""
-    return tf.identity(x)
-
-
-def all_reduce(gang: Gang, axis: str, x: tf.Tensor, lane: tf.Tensor, dim: int, which: Any) -> tf.Tensor:
-    """The sum, everywhere."""
-    return gang.exchanged("add", axis, x, lane, which)
-
-
-def all_gather(gang: Gang, axis: str, x: tf.Tensor, lane: tf.Tensor, dim: int, which: Any) -> tf.Tensor:
-    """All parts along `dim`, everywhere."""
-    return gang.exchanged("all_gather", axis, x, lane, which, dim)
-
-
-def reduce_scatter(gang: Gang, axis: str, x: tf.Tensor, lane: tf.Tensor, dim: int, which: Any) -> tf.Tensor:
-    """Of the sum, each its part."""
-    return gang.exchanged("reduce_scatter", axis, x, lane, which, dim)
-
-
-def own_part(gang: Gang, axis: str, x: tf.Tensor, lane: tf.Tensor, dim: int, which: Any) -> tf.Tensor:
-    """Of what all have, each its part."""
-    return gang.own_part(axis, x, lane, dim)
-
-
-def maximum(gang: Gang, axis: str, x: tf.Tensor, lane: tf.Tensor, dim: int, which: Any) -> tf.Tensor:
-    """The largest of one element that each has along the last dim, everywhere."""
-    return gang.exchanged("maximum", axis, x, lane, which)
-
-
-EXCHANGES: dict[str, Callable] = {
-    "identity": identity, "all-reduce": all_reduce, "all-gather": all_gather, "slice": own_part,
-    "reduce-scatter": reduce_scatter, "maximum": maximum,
-}  # fmt: skip
+HELD = ("identity", "slice", "all-reduce", "maximum", "all-gather", "reduce-scatter")  # what programs can hold
 DIVIDING = ("all-gather", "slice", "reduce-scatter")  # for equal parts only
 
 
@@ -278,14 +247,17 @@ class InProgram:
 
     def emit(self, kind: str, x: tf.Tensor, lane: tf.Tensor, what: str) -> tf.Tensor:
         """One direction of the exchange."""
-        return EXCHANGES[kind](self.gang, self.collective.axis, x, lane, self.collective.dim, (self.number, what))
+        gang, axis, dim = self.gang, self.collective.axis, self.collective.dim
+        if kind in LOCAL:
+            return tf.identity(x) if kind == "identity" else gang.own_part(axis, x, lane, dim)
+        return gang.exchanged(kind, axis, x, lane, (self.number, what), dim)
 
 
 def fits(collective: Collective, parts: int) -> str | None:
     """Why a collective between so many devices cannot be in a program; `None` if it can."""
     kinds = {collective.forward, collective.backward}
-    if not kinds <= {*EXCHANGES, "rank"}:
-        return f"{', '.join(sorted(kinds - {*EXCHANGES}))} is exchanged between programs"
+    if not kinds <= {*HELD, "rank"}:
+        return f"{', '.join(sorted(kinds - {*HELD}))} is exchanged between programs"
     if kinds & {*DIVIDING} and (collective.extent is None or collective.extent % parts):
         return f"{collective.extent or 'an unknown number of'} elements make no equal parts for {parts} devices"
     return None

@@ -34,7 +34,7 @@ def exchanged(
     different orders, which would never end: each waits for the one before.
 
     Args:
-        kind: `"add"` and `"maximum"` reduce everywhere, `"all_gather"` and `"reduce_scatter"` along `dim`.
+        kind: `"all-reduce"` and `"maximum"` are everywhere, `"all-gather"` and `"reduce-scatter"` along `dim`.
         values: of known shapes and one dtype; several for reductions only.
         groups: the places in the gang, each once; of one size.
 
@@ -43,9 +43,9 @@ def exchanged(
     """
     size, element, count = len(groups[0]), mlir([], values[0].dtype), len(values)
     made = [x.shape.as_list() for x in values]
-    if kind == "all_gather":
+    if kind == "all-gather":
         made[0][dim] *= size
-    if kind == "reduce_scatter":
+    if kind == "reduce-scatter":
         made[0][dim] //= size
     graph = tf.compat.v1.get_default_graph()
     before = graph.get_collection_ref(LAST)
@@ -57,8 +57,8 @@ def exchanged(
     )
     arguments = ", ".join(f"%b#{n}" for n in range(count))
     call = {
-        "all_gather": f'"stablehlo.all_gather"({arguments}) {{all_gather_dim = {dim} : i64, {groups_}}}',
-        "reduce_scatter": f'"stablehlo.reduce_scatter"({arguments}) {region} {{scatter_dimension = {dim} : i64, '
+        "all-gather": f'"stablehlo.all_gather"({arguments}) {{all_gather_dim = {dim} : i64, {groups_}}}',
+        "reduce-scatter": f'"stablehlo.reduce_scatter"({arguments}) {region} {{scatter_dimension = {dim} : i64, '
         f"{groups_}}}",
     }.get(kind, f'"stablehlo.all_reduce"({arguments}) {region} {{{groups_}}}')
     found = after("exchange", values, before, made, call)

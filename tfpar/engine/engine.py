@@ -183,6 +183,7 @@ class Engine:
         cut_because: why programs end at collectives; `None` if they hold them.
         reduce_dtype: in which gradients are exchanged, if not in their own.
         fused_head: the largest attention head that programs have cuDNN compute; 0 for none.
+        buckets: in how many parts a program that holds its collectives has what is exchanged of weights.
     """
 
     plan: Plan
@@ -197,6 +198,7 @@ class Engine:
     cut_because: str | None = "there is one lane"
     reduce_dtype: str | None = None
     fused_head: int = 0
+    buckets: int = 1
     updates_apart: bool = False  # no program can end with the update
     has_masks: bool = False  # outputs have masks that their symbols do not show
     programs: dict[tuple[ExecutionGraph, int, bool | None], Program] = field(default_factory=dict)

@@ -133,18 +133,19 @@ def passes(
 
     Args:
         program: of the segment.
-        given: for each micro-batch; one takes all of its operations at once, if it has all weights.
+        given: for each micro-batch; one takes all of its operations at once, if the model is not cut into parts.
         own: what the lane has of variables that the program reads itself.
         lane: its number, if the program exchanges tensors.
     """
     route, programs, turns = run.route, [program], ([[0]], [[0]])
     several = len(given) > 1
-    if cut := several or any(map(partial(is_gathered, run), own)):
+    in_parts = bool(program.gang) and (run.engine.buckets > 1 or any(map(partial(is_gathered, run), own)))
+    if cut := several or in_parts:
         program.gang.meet()
         route = run.route.cut_inside
         programs = [run.engine.program(route, c, run.training) for c in range(route.partition.stages)]
         turns = route.turns
-    weights = GatheredWeights(run, program, own if cut else {}, lane, [part.variables for part in programs])
+    weights = GatheredWeights(run, program, own, lane, [part.variables for part in programs])
     values = [dict(x.edges) for x in given]
     variables = [dict(zip(program.variables, x.variables, strict=True)) for x in given]
     taken: dict[tuple[int, int], Part] = {}
@@ -170,7 +171,7 @@ def passes(
                 weights.ahead(c, list(ends.values()))
                 with operations_made() as made:
                     of_weights, edges = backward(run, part, ends, x.share, loss_cotangent)
-                if weights:
+                if in_parts:
                     weights.let_go(c, part.made, part.taken, made, list(ends.values()))
                 for v, gradient in of_weights.items():
                     if several:  # added up in the dtype of the variable
@@ -179,7 +180,7 @@ def passes(
                     of[key] = add(of[key], gradient) if key in of else gradient
                 for t, cotangent in edges.items():
                     arrived.setdefault(t, []).append(cotangent)
-                if weights and x is given[-1]:  # what is complete is exchanged: the lane keeps its shards
+                if in_parts and x is given[-1]:  # what is complete is exchanged: the lane keeps its shards
                     left = {v for before in programs[:c] for v in before.variables}
                     total.update(exchanged(run, program, summed(terms, terms.keys() - left), own, lane))
     results = [merged(program, programs, [taken[c, n].result for c in range(len(programs))]) for n in range(len(given))]

@@ -124,6 +124,6 @@ class UpdateInside:
         for axis in gang.groups:
             parts = tf.constant([axis in edge.sharding.dims for edge in self.update.edges])
             if len(gang.groups[axis][0]) > 1:
-                total = gang.exchanged("add", axis, squares, lane, ("squares", axis))
+                total = gang.exchanged("all-reduce", axis, squares, lane, ("squares", axis))
                 squares = tf.where(parts, total, squares)
         return squares, tf.reduce_sum(squares)

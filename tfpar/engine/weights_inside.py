@@ -57,9 +57,6 @@ class GatheredWeights:
         self.parts = [[v for v in part if v in self.dims] for part in parts]
         self.there: dict[tuple[str, int], dict[int, tf.Tensor]] = {}
 
-    def __bool__(self) -> bool:
-        return bool(self.dims)
-
     def forward(self, c: int) -> dict[int, tf.Tensor]:
         """The weights of a part on the way forward."""
         for n in (c, c + 1):
@@ -162,9 +159,9 @@ def rows_of_all(
     (values, indices, shape), rows = (gradient.values, gradient.indices, gradient.dense_shape), ("rows", v, axis)
     shared = isinstance(gradient, SharedRows) or shares_rows(run, 0, v, gradient)
     if AXES[axis].divides != "samples" or shared:
-        return tf.IndexedSlices(gang.exchanged("add", axis, values, lane, rows), indices, shape)
-    values = gang.exchanged("all_gather", axis, values, lane, rows)
-    return tf.IndexedSlices(values, gang.exchanged("all_gather", axis, indices, lane, (*rows, "indices")), shape)
+        return tf.IndexedSlices(gang.exchanged("all-reduce", axis, values, lane, rows), indices, shape)
+    values = gang.exchanged("all-gather", axis, values, lane, rows)
+    return tf.IndexedSlices(values, gang.exchanged("all-gather", axis, indices, lane, (*rows, "indices")), shape)
 
 
 def grouped(items: Iterable[int], kind: Any) -> dict[Any, list[int]]:

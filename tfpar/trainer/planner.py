@@ -96,7 +96,7 @@ def planned(
         loss_parallel=(loss, with_loss[0]) if with_loss else None,
         cross_device_ops=strategy.cross_device_ops, cut_because=cut_because(strategy, model),
         fused_head=largest_fused_head(strategy.mesh.devices) if model.jit_compile and not model.run_eagerly else 0,
-        reduce_dtype=strategy.reduce_dtype, **between,
+        reduce_dtype=strategy.reduce_dtype, buckets=strategy.buckets, **between,
     )  # fmt: skip
 
 
@@ -115,8 +115,6 @@ def cut_because(strategy: Description, model: keras.Model) -> str | None:
     if model.jit_compile and inter_op_threads() <= len(mesh.lanes):
         few = f"{inter_op_threads()} inter-op threads for {len(mesh.lanes)} devices"
         return f"{few} are too few: programs would wait for each other; python -m tfpar run sets more"
-    if strategy.collectives == "auto" and mesh.tensor == 1 and strategy.buckets > 1 and strategy.zero < 2:
-        return "the model is cut into buckets, so that not all gradients are there at once"
     return 'collectives="between" was asked for' if strategy.collectives == "between" else None
 
 
