@@ -332,6 +332,7 @@ def test_each_device_runs_one_program():
         (lambda: tfpar.MeshStrategy(Mesh(tensor=2)), encoder, "only programs that XLA compiles"),
         (lambda: tfpar.MeshStrategy(Mesh(tensor=2), collectives="between"), encoder, "was asked for"),
         (lambda: tfpar.MeshStrategy(Mesh(1, 2, 2), 2, collectives="inside"), encoder, "several stages"),
+        (lambda: tfpar.MeshStrategy(Mesh(tensor=2), 4), encoder, 'with collectives="inside", exactly two take turns'),
         (lambda: inside(tensor=3), encoder, "elements make no equal parts for 3 devices"),
     ],
 )

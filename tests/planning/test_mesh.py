@@ -13,6 +13,8 @@ def test_neighbours():
     assert mesh.device(Coordinate(tensor=1)) == "GPU:1"
     assert mesh.device(Coordinate(stage=1)) == "GPU:2"
     assert mesh.device(Coordinate(data=1)) == "GPU:6"
+    with pytest.raises(IndexError, match="Mesh.data=2, stage=3, tensor=2. has no Coordinate.data=0, stage=3"):
+        mesh.device(Coordinate(stage=3))
     assert mesh.lanes == tuple(Coordinate(data=r, tensor=k) for r, k in ((0, 0), (0, 1), (1, 0), (1, 1)))
     assert mesh.along("stage", Coordinate(1, 2, 1)) == tuple(Coordinate(1, s, 1) for s in range(3))
     assert mesh.replicas == (Coordinate(), Coordinate(data=1)) and mesh.ranks == (Coordinate(), Coordinate(tensor=1))

@@ -130,8 +130,10 @@ class Mesh:
         """The name of the device at a coordinate of this mesh.
 
         Raises:
-            IndexError: the mesh names no devices.
+            IndexError: the mesh names no devices, or has no such coordinate.
         """
+        if not all(0 <= getattr(at, axis) < size for axis, size in zip(AXES, self.shape, strict=True)):
+            raise IndexError(f"{self} has no {at}")
         return self.devices[number_of(at, self.shape)]
 
     @cached_property

@@ -107,7 +107,9 @@ def cut_because(strategy: Description, model: keras.Model) -> str | None:
         return "there is nothing to exchange"
     together = mesh.tensor > 1 and strategy.collectives == "inside" and strategy.parts.micro_batches == 2
     if mesh.stage > 1 or (strategy.parts.micro_batches > 1 and not together):
-        return "programs of several stages or micro-batches would meet others that exchange tensors at the same time"
+        why = "programs of several stages or micro-batches would meet others that exchange tensors at the same time"
+        two = '; with collectives="inside", exactly two take turns in one'
+        return why + two if mesh.stage == 1 < mesh.tensor else why
     if model.run_eagerly:
         return "the model runs eagerly"
     if strategy.collectives == "auto" and not (mesh.on_gpus and model.jit_compile and each_gpu_is_one_device()):
