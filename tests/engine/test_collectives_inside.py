@@ -253,6 +253,36 @@ def test_shards_are_gathered_summed_and_updated_in_one_program(shape, monkeypatc
     check(inside(**ZERO, **shape), fit, build=encoder, optimizer=adam, rtol=1e-4, atol=1e-5)
 
 
+def odd():
+    """Of shapes that layers ask for, divided along several dims."""
+    x = layers.Input((7,))
+    h = layers.GroupNormalization(2)(layers.LayerNormalization()(layers.Dense(8, kernel_regularizer="l2")(x)))
+    return keras.Model(x, layers.Dense(4, activation="softmax")(h))
+
+
+@pytest.mark.parametrize(
+    "optimizer, rows",
+    [
+        pytest.param("sgd", 16, marks=FAST), ("sgd", 14), (lambda: keras.optimizers.SGD(0.1, use_ema=True), 16),
+        pytest.param("adafactor", 16, marks=EVERY),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_programs_gather_weights_that_they_do_not_update(optimizer, rows, monkeypatch):
+    """Which would be there all at once if they were handed over."""
+    seen, original = [], weights_inside.GatheredWeights.gathered
+    monkeypatch.setattr(
+        weights_inside.GatheredWeights,
+        "gathered",
+        lambda self, name, variables, after: (seen.append(len(variables)), original(self, name, variables, after))[1],
+    )
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(rows, 7)).astype("float32"), rng.integers(0, 4, rows)
+    fit = history(x, y, batch_size=8, epochs=2)
+    check(inside(**ZERO), fit, build=odd, optimizer=optimizer, rtol=1e-4, atol=1e-5)
+    assert sum(seen) >= 6
+
+
 @pytest.mark.parametrize("zero", [1, pytest.param(2, marks=EVERY)])
 def test_slots_are_divided_where_weights_are_not(zero, monkeypatch):
     monkeypatch.setattr(Update, "__call__", lambda *_: pytest.fail("the update was not inside"))

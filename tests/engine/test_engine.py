@@ -294,3 +294,25 @@ def test_schedules_differ_in_memory():
 def test_steps_know_their_model():
     model = compiled(STRATEGIES["1f1b"]())
     assert steps_of(model).model is model and steps_of(build()) is None
+
+
+@pytest.mark.fast
+def test_what_a_layer_reads_of_its_state_has_no_gradient():
+    """Though it has just assigned it from a weight."""
+
+    class Average(layers.Layer):
+        def build(self, shape):
+            self.w = self.add_weight(shape=shape[1:], initializer="ones", name="w")
+            self.average = self.add_weight(shape=shape[1:], initializer="ones", trainable=False, name="average")
+
+        def call(self, x, training=None):
+            if training:
+                self.average.assign(0.9 * self.average + 0.1 * self.w)
+            return x * self.w + self.average
+
+    def build():
+        x = layers.Input((6,))
+        return keras.Model(x, layers.Dense(3, activation="softmax")(Average()(x)))
+
+    x, y = data(16)
+    check(tfpar.DataParallelStrategy(2), history(x, y, batch_size=8, epochs=2), build=build)

@@ -82,8 +82,11 @@ class Gang:
             "instance_key": instance_of(x, key_of(self.number, which)),
         }  # fmt: skip
         if kind == "all-gather":
-            found = tf.raw_ops.CollectiveGatherV2(input=rows_first(wide(x), dim), **options)
-            return tf.cast(rows_back(found, dim), x.dtype)
+            found = tf.cast(
+                rows_back(tf.raw_ops.CollectiveGatherV2(input=rows_first(wide(x), dim), **options), dim), x.dtype
+            )
+            found.set_shape([n and n * len(groups[0]) if d == dim else n for d, n in enumerate(x.shape.as_list())])
+            return found
         merge = "Max" if kind == "maximum" else "Add"
         found = tf.cast(tf.raw_ops.CollectiveReduceV2(input=wide(x), merge_op=merge, final_op="Id", **options), x.dtype)
         return self.own_part(axis, found, lane, dim) if kind == "reduce-scatter" else found
@@ -128,6 +131,8 @@ class Gang:
 
     def after(self, values: Sequence[tf.Tensor], others: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """The same values, once others are there."""
+        if not (values and others):
+            return list(values)
         if self.compiled:
             return _xla.after("later", values, others, [x.shape.as_list() for x in values])
         with tf.control_dependencies(list(others)):
@@ -145,7 +150,7 @@ class Gang:
         """Of what all have, a lane's part of equal ones along `dim`."""
         rows = (tf.shape(x)[dim] if x.shape[dim] is None else x.shape[dim]) // getattr(self.mesh, axis)
         first = [self.place(axis, lane) * rows if d == dim else 0 for d in range(x.shape.rank)]
-        return tf.slice(x, first, [rows if d == dim else -1 for d in range(x.shape.rank)])
+        return tf.slice(x, first, [rows if d == dim else -1 if n is None else n for d, n in enumerate(x.shape)])
 
 
 def rows_first(x: tf.Tensor, dim: int) -> tf.Tensor:

@@ -19,7 +19,7 @@ from tfpar.engine import added_losses, in_place
 from tfpar.engine.combination import known_rows
 from tfpar.engine.engine import MicroBatch, tensors_of
 from tfpar.engine.program import Edge, Program, Result, tensor_of, with_logits
-from tfpar.engine.reading import is_gathered, value_of
+from tfpar.engine.reading import is_gathered, own_value, value_of
 from tfpar.engine.remat import present
 from tfpar.engine.vjp import watched
 from tfpar.engine.weights_inside import GatheredWeights, exchanged
@@ -73,7 +73,8 @@ def forward_backward(run: "Execution", s: int, micro_batches: Sequence[MicroBatc
     edges = run.order.started(action, at, edges)
     inside, given = run.update.places if run.update else (), []
     for m, needed in zip(micro_batches, edges, strict=True):
-        variables = [None if v in inside else value_of(run, s, m, v) for v in program.variables]
+        value = own_value if program.gang else value_of
+        variables = [None if v in inside else value(run, s, m, v) for v in program.variables]
         if given:  # weights are handed over once
             pairs = zip(variables, given[0].variables, strict=True)
             variables = [None if value is same else value for value, same in pairs]
@@ -104,7 +105,8 @@ def fused(
             x._replace(variables=[a if b is None else b for a, b in zip(weights, x.variables, strict=True)])
             for x in given
         ]
-        results, of_weights, of_edges = passes(run, s, program, given, loss_cotangent, read, lane)
+        own = {v: x for v, x in zip(program.variables, weights, strict=True) if program.gang and is_gathered(run, v)}
+        results, of_weights, of_edges = passes(run, s, program, given, loss_cotangent, {**own, **read}, lane)
         if update:
             written = [v for result in results for v in result.state]
             gradients = {v: plain(x) for v, x in of_weights.items()}
@@ -134,7 +136,7 @@ def passes(
     Args:
         program: of the segment.
         given: for each micro-batch; one takes all of its operations at once, if the model is not cut into parts.
-        own: what the lane has of variables that the program reads itself.
+        own: what the lane has of variables of which it has a shard, or that the program reads itself.
         lane: its number, if the program exchanges tensors.
     """
     route, programs, turns = run.route, [program], ([[0]], [[0]])

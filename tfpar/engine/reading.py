@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import tensorflow as tf
 
 from tfpar.compat import _keras
-from tfpar.engine.engine import MicroBatch, read
+from tfpar.engine.engine import MicroBatch, copy_of, read
 from tfpar.engine.weight_edge import edge_of
 from tfpar.planning.mesh import dividing
+from tfpar.variables.logical import copy_on_device
 
 if TYPE_CHECKING:
     from tfpar.engine.executor import Execution
@@ -32,6 +33,15 @@ def value_of(run: "Execution", s: int, m: MicroBatch, v: int) -> tf.Tensor:
         m = m._replace(lane=lane.rank)
     # ranks that fill the same tensor draw the same numbers
     return _keras.nth_seed(value, run.all.index(m) if v in run.route.drawn else run.part(m))
+
+
+def own_value(run: "Execution", s: int, m: MicroBatch, v: int) -> tf.Tensor:
+    """The same; of a variable of which replicas have shards, the shard, for a program that gathers them itself."""
+    if not is_gathered(run, v):
+        return value_of(run, s, m, v)
+    if (s, m.lane, v) not in run.known:
+        run.known[s, m.lane, v] = copy_on_device(copy_of(run.engine.graph.variables[v], m.lane))
+    return run.known[s, m.lane, v]
 
 
 def is_gathered(run: "Execution", v: int) -> bool:

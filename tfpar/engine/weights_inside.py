@@ -10,6 +10,7 @@ import tensorflow as tf
 from tfpar.comm.collectives import elements_of
 from tfpar.comm.gradients import SharedRows
 from tfpar.comm.in_program import Gang, own_rows
+from tfpar.compat import _keras
 from tfpar.compat._tf import takes_again
 from tfpar.engine.combination import shares_rows
 from tfpar.engine.program import Program
@@ -49,7 +50,7 @@ class GatheredWeights:
         self.gang, self.reads, self.values, self.lane = program.gang, program.reads, values, lane
         edges = {v: edge_of(run.engine, v, run.in_parts) for v in values}
         self.dims = {
-            v: (axis, edge.sharding.dims[axis])
+            v: (axis, _keras.stored(edge.variable).sharding.dims[axis])
             for v, edge in edges.items()
             for axis in dividing("samples")
             if edge.forward(axis) == "all-gather"
@@ -84,19 +85,21 @@ class GatheredWeights:
         """
         if c >= len(self.parts) - 1:
             return
-        made, behind = {x.name for op in forward for x in op.outputs}, {op.name for op in backward}
-        there = {x.name for op in forward for x in op.inputs} - made
-        ends = {x.name: x for op in backward for x in op.inputs if x.op.name not in behind}
+        own = {x.name for op in forward for x in op.outputs} | {x.name for x in taken}
+        there = {x.name: x for op in forward for x in op.inputs if x.name not in own}
+        ends = {x.name: x for op in backward for x in op.inputs if x.name in own}
         kept = [x for x in fewest_bytes(list(ends.values()), taken, there) if self.gang.can_wait(x)]
-        pairs = list(zip(kept, self.gang.after(kept, cotangents[:1]) if kept else [], strict=True))
+        pairs = {x.name: (x, x) for x in there.values()}
+        pairs.update({x.name: (x, y) for x, y in zip(kept, self.gang.after(kept, cotangents[:1]), strict=True)})
         first, again = (self.there.get((way, c), {}) for way in ("forward", "backward"))
-        takes_again(backward, forward, [*pairs, *((first[v], again[v]) for v in first)])
+        pairs.update({first[v].name: (first[v], again[v]) for v in first})
+        takes_again(backward, forward, list(pairs.values()))
 
     def gathered(self, name: Any, variables: Sequence[int], after: Sequence[tf.Tensor]) -> dict[int, tf.Tensor]:
         """All that a rank has of these variables, exchanged in the dtype in which layers read them."""
         found = {}
         own = [self.values[v] for v in variables]
-        given = dict(zip(variables, self.gang.after(own, after) if after and own else own, strict=True))
+        given = dict(zip(variables, self.gang.after(own, after), strict=True))
         for (axis, dtype), same in grouped(variables, lambda v: (self.dims[v][0], self.dtype(v))).items():
             for some in groups({v: given[v] for v in same}):
                 parts = {(name, v): (tf.cast(given[v], dtype), self.dims[v][1]) for v in some}

@@ -56,6 +56,8 @@ class RecordingScope(keras.StatelessScope):
             # the gradient of a weight is that of all that was read of it, not of what was assigned
             before = tf.cast(self.state_mapping[id(variable)], variable.dtype)
             value = tf.stop_gradient(value) + (before - tf.stop_gradient(before))
+        else:
+            value = tf.stop_gradient(value)  # what is read of a state has no gradient either
         super().add_update((variable, value))
 
     def get_current_value(self, variable):
