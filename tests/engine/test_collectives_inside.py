@@ -306,6 +306,19 @@ def test_planted_scattered_gradients_are_caught(kind, monkeypatch):
 
 
 @FAST
+def test_planted_values_made_again_are_caught(monkeypatch):
+    """What the way back takes is what was there on the way forward."""
+    original = in_program.Gang.after
+
+    def planted(self, values, others):
+        return [x * 1.1 if x.dtype.is_floating and others else x for x in original(self, values, others)]
+
+    monkeypatch.setattr(in_program.Gang, "after", planted)
+    with pytest.raises(AssertionError):
+        check(inside(**ZERO), history(*words(), batch_size=8), build=encoder)
+
+
+@FAST
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("compiled", [True, False])
 def test_own_rows_are_those_of_the_dense_gradient(dim, compiled):
