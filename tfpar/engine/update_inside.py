@@ -14,6 +14,8 @@ from tfpar.compat import _keras, _keras_parts
 from tfpar.engine.engine import ExecutionGraph
 from tfpar.engine.micro_batch import Parts
 from tfpar.engine.stage_update import StageUpdate
+from tfpar.engine.vjp import groups
+from tfpar.engine.weights_inside import grouped
 from tfpar.graph.recording import UpdatesApart
 from tfpar.planning.mesh import Coordinate, dividing
 from tfpar.variables.logical import LogicalVariable
@@ -105,13 +107,15 @@ class UpdateInside:
         attached, whole = copies[: len(self.work.variables)], copies[len(self.work.variables) :]
         axes = [next(axis for axis in dividing("samples") if axis in v.slot_sharding.dims) for v in self.detached]
         dims = [v.slot_sharding.dims[axis] for v, axis in zip(self.detached, axes, strict=True)]
-        ways = list(zip(whole, axes, dims, strict=True))
+        ways = zip(whole, axes, dims, strict=True)
         values = [gang.own_part(axis, copy.read_value(), lane, dim) for copy, axis, dim in ways]
         norms = self.norms(attached, values, found, scale, gang, lane)
         new = self.work.applied(attached, values, found, scale, norms)
-        for n, (value, (copy, axis, dim)) in enumerate(zip(new, ways, strict=True)):
-            (updated,) = gang.gathered(axis, {("updated", n): (value, dim)}, lane).values()
-            copy.assign(updated)
+        for (axis, _), same in grouped(range(len(new)), lambda n: (axes[n], new[n].dtype)).items():
+            for some in groups({n: new[n] for n in same}):
+                updated = gang.gathered(axis, {("updated", n): (new[n], dims[n]) for n in some}, lane)
+                for n in some:
+                    whole[n].assign(updated["updated", n])
 
     def norms(
         self, copies: Sequence[tf.Variable], values: Sequence[tf.Tensor], gradients: Sequence[Any], scale: tf.Tensor,
