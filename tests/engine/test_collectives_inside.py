@@ -266,7 +266,7 @@ def odd():
         pytest.param("sgd", 16, marks=FAST), ("sgd", 14), (lambda: keras.optimizers.SGD(0.1, use_ema=True), 16),
         pytest.param("adafactor", 16, marks=EVERY),
     ],
-    ids=str,
+    ids=["regularized", "a batch of unknown size", "average", "whole weights"],
 )  # fmt: skip
 def test_programs_gather_weights_that_they_do_not_update(optimizer, rows, monkeypatch):
     """Which would be there all at once if they were handed over."""
