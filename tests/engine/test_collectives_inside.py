@@ -244,7 +244,9 @@ def followed(op, neighbours):
     return found
 
 
-@pytest.mark.parametrize("shape", [{"shard": 2}, {"tensor": 2}, {"tensor": 2, "micro_batches": 2}], ids=str)
+@pytest.mark.parametrize(
+    "shape", [{"shard": 2}, pytest.param({"tensor": 2}, marks=EVERY), {"tensor": 2, "micro_batches": 2}], ids=str
+)
 def test_shards_are_gathered_summed_and_updated_in_one_program(shape, monkeypatch):
     """Of sparse gradients too, clipped by norms that lanes find parts of."""
     monkeypatch.setattr(Update, "__call__", lambda *_: pytest.fail("the update was not inside"))
