@@ -285,6 +285,31 @@ def test_programs_gather_weights_that_they_do_not_update(optimizer, rows, monkey
     assert sum(seen) >= 6
 
 
+@FAST
+@pytest.mark.parametrize("buckets", [1, 4])
+def test_what_a_layer_assigns_is_not_gathered_again(buckets):
+    """A weight that a layer assigns each time it is called, in several parts."""
+
+    class Shrinking(layers.Layer):
+        def build(self, shape):
+            self.w = self.add_weight(shape=shape[1:], initializer="ones", name="w")
+
+        def call(self, x):
+            y = x * self.w
+            self.w.assign(self.w * 0.9)
+            return y
+
+    def build():
+        shrinking = Shrinking()
+        x = h = layers.Input((6,))
+        for _ in range(3):
+            h = shrinking(layers.Dense(6, activation="tanh")(h))
+        return keras.Model(x, layers.Dense(3, activation="softmax")(h))
+
+    _, model = check(inside(**ZERO, buckets=buckets), history(X, Y, batch_size=8, epochs=2), build=build)
+    assert steps_of(model).engine.inside
+
+
 @pytest.mark.parametrize("zero", [1, pytest.param(2, marks=EVERY)])
 def test_slots_are_divided_where_weights_are_not(zero, monkeypatch):
     monkeypatch.setattr(Update, "__call__", lambda *_: pytest.fail("the update was not inside"))
@@ -324,13 +349,14 @@ def test_planted_values_made_again_are_caught(monkeypatch):
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("compiled", [True, False])
 def test_own_rows_are_those_of_the_dense_gradient(dim, compiled):
-    """Compiled, those of others are skipped, whatever adds rows up."""
+    """Those of others add nothing, whatever adds rows up."""
+    gang = in_program.Gang(("a", "b", "c"), Mesh(data=3), compiled)
     rows = tf.IndexedSlices(tf.reshape(tf.range(24.0), (4, 6)), tf.constant([5, 1, 5, 0]), tf.constant([6, 6]))
     expected = tf.split(tf.convert_to_tensor(rows), 3, dim)
 
     @tf.function(jit_compile=compiled)
     def found(variable, place):
-        own = in_program.own_rows(rows, dim, 2, place, compiled)
+        own = gang.own_rows("data", rows, place, dim, expected[0].shape)
         variable.scatter_sub(own)
         return tf.convert_to_tensor(own)
 

@@ -83,16 +83,27 @@ def dense_part(value: Any, dim: int, start: Any, stop: Any) -> tf.Tensor:
 
 
 def sparse_part(gradient: Any, dim: int, shape: Sequence[int], start: int, stop: int) -> Any:
-    """A shard of a sparse gradient, of as many rows: those of other shards are zero, so that XLA knows all shapes."""
+    """A shard of a sparse gradient, of as many rows: those of other shards are zero."""
     values, indices = gradient.values, gradient.indices
     if dim:
         values = part_of(values, dim, start, stop)
     else:
-        inside = (indices >= start) & (indices < stop)
-        values = tf.where(tf.reshape(inside, [-1] + [1] * (len(shape) - 1)), values, tf.zeros((), values.dtype))
-        indices = tf.where(inside, indices - tf.cast(start, indices.dtype), tf.zeros((), indices.dtype))
+        values, indices = rows_of_shard(values, indices, start, stop - start)
     dense = [stop - start if d == dim else n for d, n in enumerate(shape)]
     return type(gradient)(values, indices, tf.constant(dense, tf.int32))
+
+
+def rows_of_shard(values: tf.Tensor, indices: tf.Tensor, start: Any, size: int) -> tuple[tf.Tensor, tf.Tensor]:
+    """Rows, and which of a shard's each is; those of other shards are zero, so that XLA knows all shapes.
+
+    Args:
+        start: the first row of the shard; may be a tensor.
+        size: its rows.
+    """
+    start = tf.cast(start, indices.dtype)
+    inside = (indices >= start) & (indices < start + size)
+    values = tf.where(tf.reshape(inside, [-1] + [1] * (values.shape.rank - 1)), values, tf.zeros((), values.dtype))
+    return values, tf.where(inside, indices - start, tf.zeros((), indices.dtype))
 
 
 def of_parts(parts: Sequence[Any], layout: Layout, shape: Sequence[int]) -> Any:

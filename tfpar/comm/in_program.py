@@ -14,6 +14,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfpar.comm.collectives import LOCAL, Collective
+from tfpar.comm.gradients import rows_of_shard
 from tfpar.compat import _keras, _xla
 from tfpar.planning.mesh import AXES, Mesh, number_of
 
@@ -82,9 +83,8 @@ class Gang:
             "instance_key": instance_of(x, key_of(self.number, which)),
         }  # fmt: skip
         if kind == "all-gather":
-            found = tf.cast(
-                rows_back(tf.raw_ops.CollectiveGatherV2(input=rows_first(wide(x), dim), **options), dim), x.dtype
-            )
+            whole = tf.raw_ops.CollectiveGatherV2(input=rows_first(wide(x), dim), **options)
+            found = tf.cast(rows_back(whole, dim), x.dtype)
             found.set_shape([n and n * len(groups[0]) if d == dim else n for d, n in enumerate(x.shape.as_list())])
             return found
         merge = "Max" if kind == "maximum" else "Add"
@@ -152,6 +152,17 @@ class Gang:
         first = [self.place(axis, lane) * rows if d == dim else 0 for d in range(x.shape.rank)]
         return tf.slice(x, first, [rows if d == dim else -1 if n is None else n for d, n in enumerate(x.shape)])
 
+    def own_rows(
+        self, axis: str, x: tf.IndexedSlices, lane: tf.Tensor, dim: int, shape: Sequence[int]
+    ) -> tf.IndexedSlices:  # fmt: skip
+        """Of the gradient of some rows that all have, what belongs to a lane's part, of this shape, along `dim`."""
+        values, indices = x.values, x.indices
+        if dim:
+            values = self.own_part(axis, values, lane, dim)
+        else:
+            values, indices = rows_of_shard(values, indices, self.place(axis, lane) * shape[0], shape[0])
+        return tf.IndexedSlices(values, indices, tf.constant(list(shape), x.dense_shape.dtype))
+
 
 def rows_first(x: tf.Tensor, dim: int) -> tf.Tensor:
     """A tensor with one of its dims before the others."""
@@ -166,30 +177,6 @@ def rows_back(x: tf.Tensor, dim: int) -> tf.Tensor:
 def others(x: tf.Tensor, dim: int) -> list[int]:
     """The sizes of a tensor but for one dim."""
     return [n for d, n in enumerate(x.shape.as_list()) if d != dim]
-
-
-def own_rows(x: tf.IndexedSlices, dim: int, size: int, place: tf.Tensor, compiled: bool) -> tf.IndexedSlices:
-    """Of the gradient of some rows, what belongs to one of equal parts of a weight along a dim.
-
-    Args:
-        size: of each part along it.
-        place: of the part.
-        compiled: whether all shapes must be known: then rows of others stay, as zeros for row -1, which is skipped.
-    """
-    first = tf.cast(place, x.indices.dtype) * size
-    if dim:
-        begin = [first if d == dim else tf.zeros_like(first) for d in range(x.values.shape.rank)]
-        values = tf.slice(x.values, begin, [size if d == dim else -1 for d in range(x.values.shape.rank)])
-        shape = [size if d == dim else n for d, n in enumerate(tf.unstack(x.dense_shape))]
-        return tf.IndexedSlices(values, x.indices, tf.stack([tf.cast(n, x.dense_shape.dtype) for n in shape]))
-    here = (x.indices >= first) & (x.indices < first + size)
-    shape = tf.concat([[tf.cast(size, x.dense_shape.dtype)], x.dense_shape[1:]], 0)
-    if compiled:
-        wide = tf.reshape(here, [-1] + [1] * (x.values.shape.rank - 1))
-        return tf.IndexedSlices(
-            tf.where(wide, x.values, tf.zeros_like(x.values)), tf.where(here, x.indices - first, -1), shape
-        )
-    return tf.IndexedSlices(tf.boolean_mask(x.values, here), tf.boolean_mask(x.indices, here) - first, shape)
 
 
 def instance_of(x: tf.Tensor, key: int) -> tf.Tensor:

@@ -149,14 +149,15 @@ def passes(
         turns = route.turns
     weights = GatheredWeights(run, program, own, lane, [part.variables for part in programs])
     values = [dict(x.edges) for x in given]
-    variables = [dict(zip(program.variables, x.variables, strict=True)) for x in given]
+    pairs = [zip(program.variables, x.variables, strict=True) for x in given]
+    variables = [{v: x for v, x in of if v not in weights.dims} for of in pairs]  # others are gathered, or assigned
     taken: dict[tuple[int, int], Part] = {}
     for turn in turns[0]:
         for n, _ in enumerate(given):
             for c in turn:
                 needed = with_logits(values[n], route.partition.needs(c)) if cut else values[n]
                 needed = held(program.gang, needed) if several and c == turn[0] else needed
-                known = {**variables[n], **weights.forward(c)}
+                known = {**weights.forward(c), **variables[n]}
                 part = forward(run, programs[c], [known[v] for v in programs[c].variables], needed)
                 values[n].update(part.result.edges)
                 variables[n].update(part.result.state)
@@ -235,7 +236,7 @@ def backward(
 
 def merged(program: Program, parts: Sequence[Program], found: Sequence[Result]) -> Result:
     """The results of all parts of the way of a micro-batch as that of the program."""
-    if len(parts) == 1:
+    if parts[0] is program:
         return found[0]
     moments: dict[int, list] = {}
     for part, result in zip(parts, found, strict=True):

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from tfpar.comm.collectives import elements_of
 from tfpar.comm.gradients import SharedRows
-from tfpar.comm.in_program import Gang, own_rows
+from tfpar.comm.in_program import Gang
 from tfpar.compat import _keras
 from tfpar.compat._tf import takes_again
 from tfpar.engine.combination import shares_rows
@@ -144,14 +144,14 @@ def exchanged(
                     found.update({v: tf.cast(total, dtype) for v, total in sums.items()})
                     program.exchanged.update((v, axis) for v in some)
         for v in last_first if run.update else ():  # in one order on all lanes
-            if edges[v].backward(axis) != "identity" and not isinstance(found[v], tf.Tensor):
+            kind = edges[v].backward(axis)
+            if kind != "identity" and not isinstance(found[v], tf.Tensor):
                 found[v] = rows_of_all(run, v, found[v], axis, gang, lane)
-    for v, edge in edges.items() if run.update else ():
-        axis = edge.scattered
-        if axis is not None and not isinstance(found[v], tf.Tensor):  # last, as lanes have different numbers of rows
-            dim, parts = edge.sharding.dims[axis], getattr(gang.mesh, axis)
-            size = own[v].shape[dim] // (1 if edge.forward(axis) == "all-gather" else parts)
-            found[v] = own_rows(found[v], dim, size, gang.place(axis, lane), gang.compiled)
+                if kind == "reduce-scatter":
+                    dim, shape = edges[v].sharding.dims[axis], own[v].shape.as_list()
+                    if edges[v].forward(axis) == "identity":
+                        shape[dim] //= getattr(gang.mesh, axis)
+                    found[v] = gang.own_rows(axis, found[v], lane, dim, shape)
     return found
 
 
