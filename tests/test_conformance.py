@@ -189,7 +189,7 @@ def on_strategies():
 
 
 FAST = [
-    ("branches", "sgd", ((1, 1, 2), {})), ("nested", "accumulation", "data_parallel"),
+    ("branches", "sgd", ((1, 1, 2), {})),
     ("stateful", "adamw clipnorm", ((1, 2, 1), {})),
 ]  # fmt: skip
 CASES = [

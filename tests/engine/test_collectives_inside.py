@@ -73,7 +73,7 @@ def test_numbers_are_those_of_one_device(strategy):
 @pytest.mark.parametrize(
     "strategy, jit_compile",
     [
-        pytest.param(lambda: tfpar.MeshStrategy(Mesh()), True, marks=FAST),
+        (lambda: tfpar.MeshStrategy(Mesh()), True),
         pytest.param(lambda: inside(data=2), False, marks=EVERY),
         (lambda: inside(data=2, tensor=2), False),
     ],

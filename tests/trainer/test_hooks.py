@@ -13,7 +13,6 @@ from tfpar.errors import ModelError
 from tfpar.testing import assert_same, difference
 
 
-@pytest.mark.fast
 def test_arrays_with_validation(strategy):
     x, y = data()
     check(strategy, history(x, y, batch_size=8, epochs=2, validation_split=0.25))
