@@ -230,6 +230,20 @@ def test_awaited():
     assert _tf.awaited(x) is x
 
 
+def test_unfolded():
+    """The same number, from an operation that is no constant."""
+    numbers = []
+
+    @tf.function
+    def function():
+        numbers.append(_tf.unfolded(tf.constant(2.0)))
+        return numbers[0] + 1.0
+
+    assert function() == 3.0 and numbers[0].op.type == "PlaceholderWithDefault" and numbers[0].shape == ()
+    x = tf.constant(1.0)
+    assert _tf.unfolded(x) is x
+
+
 def test_in_xla():
     seen = []
     for jit in (False, True):

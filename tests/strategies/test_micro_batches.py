@@ -9,6 +9,8 @@ from training import ROWS, WIDTH, check, compiled, data, history
 
 import tfpar
 from tfpar.testing import assert_same, difference
+from tfpar.trainer.hooks import steps_of
+from tfpar.trainer.step_function import StepFunction
 
 pytestmark = pytest.mark.fast
 
@@ -164,3 +166,38 @@ def test_state_that_micro_batches_cannot_give():
         assert "top keeps" in str(error) and "micro_batches=1" in str(error)
     else:
         raise AssertionError("the largest of a batch was taken for a mean")
+
+
+# ---- what TensorFlow has to optimise before the first step
+
+
+MANY, LABELS = data(32)
+
+
+def calls_of(micro_batches):
+    """The calls of functions in a step, by function, and the functions that TensorFlow would copy into each call."""
+    steps = steps_of(compiled(pipeline(micro_batches)))
+    graph = StepFunction(steps, steps.train_step).prepared(((MANY, LABELS),), None, None)[0].graph
+    calls = {}
+    for op in graph.get_operations():
+        if "PartitionedCall" in op.type and "/mb" in op.name:
+            calls.setdefault(op.get_attr("f").name, []).append(op)
+    copied = [x for x in graph.as_graph_def().library.function if not x.attr["_noinline"].b]
+    return calls, calls.keys() & {x.signature.name for x in copied}
+
+
+def constant(tensor):
+    """The constant that a tensor is known to be."""
+    while tensor.op.type in ("Identity", "Cast"):
+        tensor = tensor.op.inputs[0]
+    return tensor.name if tensor.op.type == "Const" else None
+
+
+def test_more_micro_batches_are_more_calls_of_the_same_functions():
+    """None of which is copied: into its calls, or for a constant that one of its calls has for itself."""
+    few, (many, copied) = calls_of(2)[0], calls_of(16)
+    assert len(few) == len(many) and sum(map(len, many.values())) == 8 * sum(map(len, few.values()))
+    assert not copied
+    for calls in many.values():
+        for same in zip(*(op.inputs for op in calls), strict=True):
+            assert len(set(map(constant, same))) == 1

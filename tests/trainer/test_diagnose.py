@@ -15,6 +15,7 @@ from training import compiled, data, deep, history, some_fast
 
 import tfpar
 from tfpar import Mesh
+from tfpar.engine import engine
 from tfpar.testing import named_values
 from tfpar.trainer.diagnose import at_node
 from tfpar.trainer.hooks import steps_of
@@ -87,6 +88,13 @@ def test_a_stage_that_fails(name, fault, match):
     assert message.startswith(f"stage {stage}, micro-batch {micro_batch}") and "in fragile failed" in message
     assert ("replica 1" in message) == (strategy.mesh.data > 1)
     assert np.isfinite(history(X, Y, batch_size=16)(model)["loss"]).all()  # the process goes on
+
+
+@pytest.mark.filterwarnings("ignore:could not check")
+def test_a_stage_that_stops_others(monkeypatch):
+    """TensorFlow may tell of a device that was stopped, and not why, where programs are functions of their own."""
+    monkeypatch.setattr(engine, "FEW", 0)
+    test_a_stage_that_fails("replicas", "raises", "does not like nines")
 
 
 @pytest.mark.parametrize("name", some_fast(MESHES, "pipeline", "replicas"))

@@ -25,8 +25,8 @@ __all__ = [
     "LogicalReplica", "MirroredExtended", "MirroredVariable", "OwnedMultiDeviceIterator", "PerReplica",
     "ResourceVariable", "awaited", "batch_reduce", "call_flat", "copied", "fingerprint", "following_inputs",
     "has_shared_rows", "in_xla", "independent", "made_again", "number_of", "outside_replica", "record_gradient",
-    "recorded", "replica_of", "saveable", "select_replica", "set_container", "tape_watches", "unrecorded",
-    "update_regroup", "without_device",
+    "recorded", "replica_of", "saveable", "select_replica", "set_container", "tape_watches", "unfolded",
+    "unrecorded", "update_regroup", "without_device",
 ]  # fmt: skip
 
 
@@ -134,6 +134,14 @@ def independent(tensors: Sequence[tf.Tensor]):
     for tensor in tensors:
         if not tf.executing_eagerly() and hasattr(tensor, "op") and tensor.op.op_def.is_stateful:
             tensor.graph.experimental_acd_manager.run_independently(tensor.op)
+
+
+def unfolded(number: tf.Tensor) -> tf.Tensor:
+    """A number that TensorFlow's optimiser does not know.
+
+    It copies each function into which it can write a constant, and optimises the copy: one for each micro-batch.
+    """
+    return number if tf.executing_eagerly() else tf.raw_ops.PlaceholderWithDefault(input=number, shape=number.shape)
 
 
 def awaited(tensor: tf.Tensor) -> tf.Tensor:

@@ -27,6 +27,8 @@ from tfpar.tensor_parallel.loss_parallel import CrossEntropy
 from tfpar.tensor_parallel.rank_graph import is_collective
 from tfpar.variables.logical import HOST, LogicalVariable, copy_on_device
 
+FEW = 8  # micro-batches, of which TensorFlow may optimise each for itself
+
 
 class MicroBatch(NamedTuple):
     """A micro-batch of a lane.
@@ -226,7 +228,7 @@ class Engine:
             self.programs[key] = Program(
                 route.graph, route.partition.ops(segment), route.partition.edges(segment), self.model, training,
                 self.jit_compile, self.eager, route.unused(segment), route.gangs[segment] if route.gangs else None,
-                self.fused_head,
+                self.fused_head, self.often,
             )  # fmt: skip
         return self.programs[key]
 
@@ -272,7 +274,12 @@ class Engine:
 
     def traced(self, function: Callable, compiled: bool = True) -> Callable:
         """A function of tensors as programs run: traced once, compiled where asked."""
-        return function if self.eager else Function(function, self.jit_compile and compiled)
+        return function if self.eager else Function(function, self.jit_compile and compiled, often=self.often)
+
+    @property
+    def often(self) -> bool:
+        """Whether a step calls the same program so often that what each call adds to the first step counts more."""
+        return self.plan.schedule.micro_batches > FEW
 
     @cached_property
     def sums(self) -> Callable:

@@ -11,6 +11,7 @@ import tensorflow as tf
 from keras import tree
 
 from tfpar.compat import _keras
+from tfpar.compat._tf import unfolded
 from tfpar.engine import micro_batch
 from tfpar.engine.engine import Engine, ExecutionGraph
 from tfpar.engine.executor import Execution
@@ -185,7 +186,8 @@ def totals(
             like[t] = Edge(zeros, edge and edge.mask)
         y_pred = structured(source, like)
         return [
-            _keras.evaluate_loss(call)[1] for call in Loss(engine.model, loss, True).calls(y_pred, y, sample_weight)
+            unfolded(_keras.evaluate_loss(call)[1])
+            for call in Loss(engine.model, loss, True).calls(y_pred, y, sample_weight)
         ]
 
 

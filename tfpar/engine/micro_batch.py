@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 from keras import tree
 
+from tfpar.compat._tf import unfolded
 from tfpar.errors import BatchError
 from tfpar.planning.sharding import bounds
 
@@ -100,7 +101,7 @@ def count(batch: Any) -> Any:
 def shares(counts: list[Any]) -> list[tf.Tensor]:
     """The share of each part in the rows of all, as float64 scalars."""
     found = [rows / sum(counts) for rows in counts]
-    return [share if isinstance(share, tf.Tensor) else tf.constant(share, tf.float64) for share in found]
+    return [share if isinstance(share, tf.Tensor) else unfolded(tf.constant(share, tf.float64)) for share in found]
 
 
 def sliced(x: Any, start: Any, stop: Any) -> Any:

@@ -48,10 +48,13 @@ class Function:
         function: of structures of tensors and variables; the variables that it uses are among them.
         jit_compile: whether to compile with XLA.
         differentiated: whether gradients of it are taken from outside.
+        often: whether a step calls it often: TensorFlow then does not copy it into each call and optimise every copy,
+            but what a call is given is not written over by what it computes, so that a step takes a little longer.
     """
 
-    def __init__(self, function: Callable, jit_compile: bool, differentiated: bool = False):
-        self.plain = tf.function(function, autograph=False)
+    def __init__(self, function: Callable, jit_compile: bool, differentiated: bool = False, often: bool = False):
+        attributes = {"_noinline": True} if often else None
+        self.plain = tf.function(function, autograph=False, experimental_attributes=attributes)
         self.compiled = tf.function(function, autograph=False, jit_compile=True) if jit_compile else None
         self.differentiated = differentiated
         self.traces: dict[str, Callable] = {}
@@ -147,6 +150,7 @@ class Program:
         unused: which of `gives` have no gradient.
         gang: who runs it at once and exchanges tensors in it, if it holds collectives.
         fused_head: the largest attention head that cuDNN is to compute; 0 for none.
+        often: whether a step calls it for many micro-batches.
 
     Attributes:
         attention: for each operation with attention, why cuDNN does not compute it; `None` if it does.
@@ -164,6 +168,7 @@ class Program:
         unused: Container[int] = (),
         gang: Gang | None = None,
         fused_head: int = 0,
+        often: bool = False,
     ):
         self.unused, self.gang, self.fused_head = unused, gang, fused_head
         self.attention: dict[str, str | None] = {}
@@ -179,7 +184,7 @@ class Program:
         self.added: set[int] = set()  # variables of which the backward pass adds up the gradients of micro-batches
         self.targets: Any = None  # of its results, those that lead to a loss, if some are known not to
         self.compiled = jit_compile and not eager
-        self.call = self.run if eager else Function(self.run, jit_compile, differentiated=True)
+        self.call = self.run if eager else Function(self.run, jit_compile, True, often)
 
     def __call__(self, variables: Sequence[tf.Tensor], edges: dict[int, Edge]) -> Result:
         return self.call(list(variables), edges)

@@ -37,34 +37,38 @@ def explained(
         data: what the step was given.
     """
     finite = NOT_FINITE in error.message
-    where = of_weights(steps) if finite else None
+    where, cause = of_weights(steps) if finite else None, error
     with steps.strategy.extended.as_one():
         try:
             step = TrainingStep(steps, data, parts)
             run = step.execution(training, training and step.is_scheduled(), alone=True)
-            where = where or located(run, steps.engine.schedule(steps.strategy, parts, run.route), finite)
+            if where is None:
+                where, found = located(run, steps.engine.schedule(steps.strategy, parts, run.route), finite)
+                if isinstance(error, tf.errors.CancelledError):  # that of a device which another's error stopped
+                    cause = found or error
         except Exception as again:  # it cannot be run again
             Caught.log.debug("a step that failed could not be repeated", exc_info=again)
             where = None
     if finite:
         return StageError(f"{NOT_FINITE}; it comes from {where or 'the loss itself: what the model makes is finite'}")
-    return StageError(f"{where or at_node(error, steps.engine, training)} failed: {reason(error)}")
+    return StageError(f"{where or at_node(error, steps.engine, training)} failed: {reason(cause)}")
 
 
-def located(run: Execution, schedule: Any, finite: bool) -> str | None:
-    """The first action that fails, or with `finite` makes something that is not finite, and the layer in it."""
+def located(run: Execution, schedule: Any, finite: bool) -> tuple[str | None, Exception | None]:
+    """The first action that fails, or with `finite` makes something that is not finite, the layer in it, and how."""
     for (s, kind, m), emit in run.actions(schedule, Kind.FORWARD):
         with tf.device(run.device(s, m.lane)):
+            again = None
             try:
                 emit()
                 made = [run.values[n][t] for n in run.together(s, m) for t in run.partition.edges(s)]
                 wrong = finite and not all(is_finite(edge) for edge in made)
             except Exception as error:
                 Caught.theirs(error, scope(run, s, kind, m))
-                wrong = True
+                wrong, again = True, error
             if wrong:
-                return described(run, s, m, layer(run, s, m, finite))
-    return None
+                return described(run, s, m, layer(run, s, m, finite)), again
+    return None, None
 
 
 def layer(run: Execution, s: int, m: MicroBatch, finite: bool) -> str:
@@ -113,9 +117,10 @@ def of_weights(steps: "KerasHooks") -> str | None:
     return None
 
 
-def reason(error: tf.errors.OpError) -> str:
+def reason(error: Exception) -> str:
     """What TensorFlow says, in one line."""
-    lines = [line.strip() for line in error.message.split("[[{{node")[0].splitlines() if line.strip()]
+    message = str(getattr(error, "message", error))
+    lines = [line.strip() for line in message.split("[[{{node")[0].splitlines() if line.strip()]
     return f"{type(error).__name__}: {re.sub(r'^.*?[A-Z_]+: +', '', lines[-1])}" if lines else type(error).__name__
 
 
