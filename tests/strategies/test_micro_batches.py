@@ -201,3 +201,7 @@ def test_more_micro_batches_are_more_calls_of_the_same_functions():
     for calls in many.values():
         for same in zip(*(op.inputs for op in calls), strict=True):
             assert len(set(map(constant, same))) == 1
+
+
+def test_many_micro_batches_are_the_same_numbers():
+    check(pipeline(16), history(MANY, LABELS, batch_size=32, epochs=2), optimizer="adam")
