@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from training import ROWS, WIDTH, check, compiled, data, history
+from training import ROWS, WIDTH, build, check, compiled, data, history
 
 import tfpar
 from tfpar.testing import assert_same, difference
@@ -174,9 +174,16 @@ def test_state_that_micro_batches_cannot_give():
 MANY, LABELS = data(32)
 
 
-def calls_of(micro_batches):
+def normalised_first():
+    """Statistics, which have no gradient, come out of the first stage."""
+    x = layers.Input((WIDTH,))
+    h = layers.Dense(5)(layers.BatchNormalization()(layers.Dense(5)(x)))
+    return keras.Model(x, layers.Dense(3, activation="softmax")(layers.Dense(5)(layers.Dense(5)(h))))
+
+
+def calls_of(build, micro_batches):
     """The calls of functions in a step, by function, and the functions that TensorFlow would copy into each call."""
-    steps = steps_of(compiled(pipeline(micro_batches)))
+    steps = steps_of(compiled(pipeline(micro_batches), build=build))
     graph = StepFunction(steps, steps.train_step).prepared(((MANY, LABELS),), None, None)[0].graph
     calls = {}
     for op in graph.get_operations():
@@ -193,9 +200,10 @@ def constant(tensor):
     return tensor.name if tensor.op.type == "Const" else None
 
 
-def test_more_micro_batches_are_more_calls_of_the_same_functions():
+@pytest.mark.parametrize("build", [build, normalised_first])
+def test_more_micro_batches_are_more_calls_of_the_same_functions(build):
     """None of which is copied: into its calls, or for a constant that one of its calls has for itself."""
-    few, (many, copied) = calls_of(2)[0], calls_of(16)
+    few, (many, copied) = calls_of(build, 2)[0], calls_of(build, 16)
     assert len(few) == len(many) and sum(map(len, many.values())) == 8 * sum(map(len, few.values()))
     assert not copied
     for calls in many.values():

@@ -81,6 +81,7 @@ class Execution:
         self.exchanged: set[tuple[int, str]] = set()  # gradients of variables and the axes over which that is done
         self.waiting: dict[int, dict[Coordinate, Any]] = {}  # by variable: gradients that lack those of other replicas
         self.known: dict[tuple[int, Coordinate, int], tf.Tensor] = {}  # by segment, lane and variable
+        self.zeros: dict[tuple, tf.Tensor] = {}  # by device, shape and dtype
         self.order = DeviceOrder(self.clock)
 
     def run(self, schedule: Schedule, *kinds: Kind) -> "Execution":

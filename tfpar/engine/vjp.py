@@ -5,7 +5,7 @@ What programs that hold collectives sum over devices, and shards of ZeRO 2 and 3
 
 # s: segment, m: micro-batch of a lane, v: variable, t: tensor of the graph, i: operation, k: its k-th added loss
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -112,10 +112,11 @@ def vjp(
         again: what gathers variables for the backward pass, so that it holds on to none.
     """
     inside, outside = watched(run, program, variables, edges)
+    at = run.device(s, m.lane)
     compiled = run.engine.jit_compile and run.route.loss and not tf.executing_eagerly()
     halves = halves_of(program, variables, edges, inside, outside) if compiled else None
     if halves is None:
-        return taped(run, program, variables, edges, again, inside, outside)
+        return taped(run, at, program, variables, edges, again, inside, outside)
     result, kept = halves.forward(list(variables), edges)
 
     def pullback(cotangents: dict[int, tf.Tensor], added: dict[tuple[int, int], tf.Tensor]):
@@ -129,7 +130,7 @@ def vjp(
         if given.keys() != set(halves.targets):  # not the same as before
             values = [make() if make else x for x, make in zip(variables, again, strict=True)]
             sources = watched(run, program, values, edges)
-            return taped(run, program, values, edges, [None] * len(again), *sources)[1](cotangents, added)
+            return taped(run, at, program, values, edges, [None] * len(again), *sources)[1](cotangents, added)
         values = [*zip(variables, again, strict=True), *((x, None) for x in tensors_of(edges))]
         taken = [make() if make else x for x, make in map(values.__getitem__, halves.needs)]
         ends = [tf.convert_to_tensor(given[t]) for t in halves.targets]
@@ -154,6 +155,7 @@ def halves_of(
 
 def taped(
     run: "Execution",
+    at: str,
     program: Program,
     variables: list[tf.Tensor],
     edges: dict[int, Edge],
@@ -173,7 +175,9 @@ def taped(
         if not targets:
             return {}, {}
         known = len(targets[0].op.outputs) if traced else 0
-        found = tape.gradient(targets, sources, [*cotangents.values(), *added.values()])
+        others = without_cotangents(result, targets) if traced else []
+        ends = [*cotangents.values(), *added.values(), *(zeros(run, at, x) for x in others)]
+        found = tape.gradient([*targets, *others], sources, ends)
         if traced and any(again):
             made_again(targets[0].op, traced, known, again)
         if traced and lacks_cotangents(run, result, cotangents, added):
@@ -183,6 +187,20 @@ def taped(
         return present(inside, found), present(outside, found[len(inside) :])
 
     return result, pullback
+
+
+def without_cotangents(result: Result, targets: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    """The other results of a traced program of which TensorFlow would take gradients, if their shapes are known."""
+    seen = {id(x) for x in targets}
+    return [x for x in tensors_of(result) if id(x) not in seen and x.dtype.is_floating and x.shape.is_fully_defined()]
+
+
+def zeros(run: "Execution", at: str, like: tf.Tensor) -> tf.Tensor:
+    """Zeros on a device, one constant for all micro-batches: of one for each, TensorFlow makes as many programs."""
+    key = at, tuple(like.shape), like.dtype
+    if key not in run.zeros:
+        run.zeros[key] = tf.zeros(like.shape, like.dtype)
+    return run.zeros[key]
 
 
 def lacks_cotangents(
