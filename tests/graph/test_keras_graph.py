@@ -217,5 +217,5 @@ def test_functions_of_logits_are_known_by_graph():
     for function, graph in found.items():
         (t,) = graph.graph.outputs
         assert graph.activations == {t: function}
-        edges = {t: Edge(tf.zeros((1, 3))), ~t: Edge(tf.zeros((1, 3)))}
+        edges = {t: Edge(tf.zeros((1, 3)), logits=tf.zeros((1, 3)))}
         assert np.allclose(restored(t, edges, graph), function(tf.zeros((1, 3))))

@@ -16,7 +16,7 @@ from tfpar.engine.combination import needs_whole, of_operation
 from tfpar.engine.engine import copy_of, device_of, layout_of, read
 from tfpar.engine.executor import Execution
 from tfpar.engine.global_batch import TakeMoments
-from tfpar.engine.program import Edge, tensor_of, with_logits
+from tfpar.engine.program import Component, Edge, selected
 from tfpar.graph.batch_probe import Combine
 from tfpar.planning.mesh import FIRST, Coordinate
 from tfpar.planning.sharding import REPLICATED
@@ -24,13 +24,13 @@ from tfpar.variables.logical import HOST
 
 
 def outputs(run: Execution) -> dict[int, Edge]:
-    """The model's outputs for the whole batch, and their logits, each on the device that made its first rows."""
+    """The model's outputs for the whole batch, each on the device that made its first rows."""
     found = {}
-    for t in with_logits(run.values[run.all[0]], tree.flatten(run.route.graph.outputs)):
-        source = run.graph.producer.get(tensor_of(t))
+    for t in selected(run.values[run.all[0]], tree.flatten(run.route.graph.outputs)):
+        source = run.graph.producer.get(t)
         with tf.device(HOST if source is None else run.device(run.partition.stage_of[source])):
             parts = [run.values[m][t] for m in run.firsts]
-            found[t] = micro_batch.joined(parts) if run.route.is_batched(t) else parts[0]
+            found[t] = micro_batch.joined(parts) if run.route.graph.is_batched(t) else parts[0]
     return found
 
 
@@ -68,7 +68,7 @@ def summed(run: Execution, v: int, lane: Coordinate, gradients: Sequence[Any]) -
 
 def input_gradient(run: Execution, t: int) -> tf.Tensor | None:
     """The gradient of an input of the model; `None` if nothing depends on it."""
-    parts = [c[t] for c in run.cotangents.values() if t in c]
+    parts = [c[Component(t)] for c in run.cotangents.values() if Component(t) in c]
     return micro_batch.concat([tf.add_n(p) for p in parts]) if parts else None
 
 

@@ -14,7 +14,7 @@ from tfpar.compat import _keras
 from tfpar.compat._tf import independent
 from tfpar.engine import micro_batch
 from tfpar.engine.description import Description
-from tfpar.engine.program import Edge, Function, Program, tensor_of
+from tfpar.engine.program import Edge, Function, Program
 from tfpar.graph.batch_probe import Combine, Probe
 from tfpar.graph.keras_graph import KerasGraph
 from tfpar.graph.recording import UnknownVariables
@@ -109,10 +109,6 @@ class ExecutionGraph:
     def stages(self) -> tuple[int, ...]:
         """The stage of each segment."""
         return tuple(self.graph.graph.ops[self.partition.ops(s)[0]].stage for s in range(self.partition.stages))
-
-    def is_batched(self, key: int) -> bool:
-        """Whether dimension 0 of a tensor, or of its logits, is the batch."""
-        return self.graph.is_batched(tensor_of(key))
 
     def leads_on(self, s: int, t: int) -> bool:
         """Whether a later segment uses a tensor of this one."""

@@ -16,7 +16,7 @@ from tfpar.engine.device_order import DeviceOrder
 from tfpar.engine.engine import Engine, ExecutionGraph, MicroBatch, tensors_of
 from tfpar.engine.forward_backward import forward_backward
 from tfpar.engine.group import COLLECTIVE
-from tfpar.engine.program import Edge, Program, Result, with_logits
+from tfpar.engine.program import Component, Edge, Program, Result, selected
 from tfpar.engine.reading import value_of
 from tfpar.engine.update_inside import UpdateInside
 from tfpar.engine.vjp import again_of, keep, vjp
@@ -73,8 +73,8 @@ class Execution:
         self.results: dict[tuple[int, MicroBatch], Result] = {}
         self.pullbacks: dict[tuple[int, MicroBatch], Callable] = {}
         ends = self.route.loss[:1] if self.differentiate else ()
-        self.cotangents: dict[MicroBatch, dict[int, list[tf.Tensor]]] = {
-            m: {t: [self.loss_cotangent] for t in ends} for m in self.all
+        self.cotangents: dict[MicroBatch, dict[Component, list[tf.Tensor]]] = {
+            m: {Component(t): [self.loss_cotangent] for t in ends} for m in self.all
         }
         self.gradients: dict[tuple[int, Coordinate, int], Any] = {}  # by segment, lane and variable
         self.added: dict[tuple[int, Coordinate], tuple] = {}  # what programs add up in place, and when that is done
@@ -162,7 +162,7 @@ class Execution:
         """Run a segment on a part."""
         if self.is_fused(s, m):
             return forward_backward(self, s, self.together(s, m))
-        program, edges = self.program(s), with_logits(self.values[m], self.partition.needs(s))
+        program, edges = self.program(s), selected(self.values[m], self.partition.needs(s))
         edges = self.order.started((s, Kind.FORWARD, m), self.at(s, m.lane), edges)
         variables = [value_of(self, s, m, v) for v in program.variables]
         if self.differentiate:
@@ -211,18 +211,19 @@ class Execution:
         _, added = self.added.get((s, m.lane), (None, None))
         self.order.stopped((s, kind, m), self.at(s, m.lane), (edges, of_weights, added))
 
-    def send(self, m: MicroBatch, cotangents: dict[int, tf.Tensor]):
+    def send(self, m: MicroBatch, cotangents: dict[Component, tf.Tensor]):
         """Pass cotangents on to the stages that made their tensors."""
-        for t, cotangent in cotangents.items():
-            self.cotangents[m].setdefault(t, []).append(cotangent)
+        for key, cotangent in cotangents.items():
+            self.cotangents[m].setdefault(key, []).append(cotangent)
 
-    def arrived(self, s: int, m: MicroBatch) -> dict[int, tf.Tensor]:
+    def arrived(self, s: int, m: MicroBatch) -> dict[Component, tf.Tensor]:
         """The cotangents of a segment's edges, summed over those that used them."""
-        return {t: self.cotangent(m, t) for t in with_logits(self.cotangents[m], self.partition.edges(s))}
+        edges = self.partition.edges(s)
+        return {key: self.cotangent(m, key) for key in sorted(self.cotangents[m]) if key.tensor in edges}
 
-    def cotangent(self, m: MicroBatch, t: int) -> tf.Tensor:
-        """The cotangent of a tensor, summed over the segments that used it."""
-        parts = self.cotangents[m][t]
+    def cotangent(self, m: MicroBatch, key: Component) -> tf.Tensor:
+        """The cotangent of what an edge has, summed over the segments that used it."""
+        parts = self.cotangents[m][key]
         return tf.add_n(parts) if len(parts) > 1 else parts[0]
 
 

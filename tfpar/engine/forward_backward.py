@@ -18,7 +18,7 @@ from tfpar.compat._tf import independent, operations_made
 from tfpar.engine import added_losses, in_place
 from tfpar.engine.combination import known_rows
 from tfpar.engine.engine import MicroBatch, tensors_of
-from tfpar.engine.program import Edge, Program, Result, tensor_of, with_logits
+from tfpar.engine.program import Component, Edge, Program, Result, components, selected
 from tfpar.engine.reading import is_gathered, own_value, value_of
 from tfpar.engine.remat import present
 from tfpar.engine.vjp import watched
@@ -42,7 +42,7 @@ class Part(NamedTuple):
 
     tape: tf.GradientTape
     inside: dict[int, tf.Tensor]
-    outside: dict[int, tf.Tensor]
+    outside: dict[Component, tf.Tensor]
     result: Result
     taken: list[tf.Tensor]
     made: Sequence[tf.Operation]
@@ -61,7 +61,7 @@ class Given(NamedTuple):
 
     variables: Sequence[Any]
     edges: dict[int, Edge]
-    cotangents: dict[int, tf.Tensor]
+    cotangents: dict[Component, tf.Tensor]
     share: Any
 
 
@@ -69,7 +69,7 @@ def forward_backward(run: "Execution", s: int, micro_batches: Sequence[MicroBatc
     """Run a segment on a part, or on several of a lane at once, forward and backward as one action."""
     program, first = run.program(s), micro_batches[0]
     action, at = (s, Kind.FORWARD, first), run.at(s, first.lane)
-    edges = [with_logits(run.values[m], run.partition.needs(s)) for m in micro_batches]
+    edges = [selected(run.values[m], run.partition.needs(s)) for m in micro_batches]
     edges = run.order.started(action, at, edges)
     inside, given = run.update.places if run.update else (), []
     for m, needed in zip(micro_batches, edges, strict=True):
@@ -89,7 +89,7 @@ def forward_backward(run: "Execution", s: int, micro_batches: Sequence[MicroBatc
 
 def fused(
     run: "Execution", s: int, first: MicroBatch, program: Program, given: Sequence[Given]
-) -> tuple[list[Result], dict[int, Any], list[dict[int, tf.Tensor]]]:
+) -> tuple[list[Result], dict[int, Any], list[dict[Component, tf.Tensor]]]:
     """As `passes`, in one function, which ends with the update if there is one in `run`.
 
     Args:
@@ -106,14 +106,14 @@ def fused(
             for x in given
         ]
         own = {v: x for v, x in zip(program.variables, weights, strict=True) if program.gang and is_gathered(run, v)}
-        results, of_weights, of_edges = passes(run, s, program, given, loss_cotangent, {**own, **read}, lane)
+        results, of_weights, cotangents = passes(run, s, program, given, loss_cotangent, {**own, **read}, lane)
         if update:
             written = [v for result in results for v in result.state]
             gradients = {v: plain(x) for v, x in of_weights.items()}
             update.apply(copies, gradients, written, loss_cotangent, program.gang, lane)
             of_weights = {}
         of_weights, done = in_place.added(program, of_weights, sums, replaces)
-        return (results, of_weights, of_edges), done
+        return (results, of_weights, cotangents), done
 
     lane = run.values[first][run.route.lane].value if program.gang else None
     kind = run.parts, update is not None
@@ -130,7 +130,7 @@ def fused(
 def passes(
     run: "Execution", s: int, program: Program, given: Sequence[Given], loss_cotangent: Any,
     own: dict[int, tf.Tensor], lane: tf.Tensor | None,
-) -> tuple[list[Result], dict[int, Any], list[dict[int, tf.Tensor]]]:  # fmt: skip
+) -> tuple[list[Result], dict[int, Any], list[dict[Component, tf.Tensor]]]:  # fmt: skip
     """For each micro-batch its result, the gradients of variables over all, and of each one's edges.
 
     Args:
@@ -155,21 +155,21 @@ def passes(
     for turn in turns[0]:
         for n, _ in enumerate(given):
             for c in turn:
-                needed = with_logits(values[n], route.partition.needs(c)) if cut else values[n]
+                needed = selected(values[n], route.partition.needs(c)) if cut else values[n]
                 needed = held(program.gang, needed) if several and c == turn[0] else needed
                 known = {**weights.forward(c), **variables[n]}
                 part = forward(run, programs[c], [known[v] for v in programs[c].variables], needed)
                 values[n].update(part.result.edges)
                 variables[n].update(part.result.state)
                 taken[c, n] = part
-    cotangents = [{t: [x] for t, x in micro.cotangents.items()} for micro in given]
+    cotangents = [{key: [x] for key, x in micro.cotangents.items()} for micro in given]
     terms: dict[int, dict[Any, Any]] = {}  # of rows that all parts of the batch have, one for each part of the way
     total: dict[int, Any] = {}
     for turn in turns[1]:
         for n, x in enumerate(given):
             for c in turn:
                 part, arrived = taken[c, n], cotangents[n]
-                ends = {t: tf.add_n(arrived[t]) for t in part.result.edges if t in arrived}
+                ends = of_edges(run, part.result.edges, arrived)
                 ends = held(program.gang, ends) if several and c == turn[0] else ends
                 weights.ahead(c, list(ends.values()))
                 with operations_made() as made:
@@ -181,16 +181,23 @@ def passes(
                         gradient = cast(known_rows(run, s, v, gradient), run.engine.graph.variables[v].dtype)
                     of, key = terms.setdefault(v, {}), c if isinstance(gradient, SharedRows) else None
                     of[key] = add(of[key], gradient) if key in of else gradient
-                for t, cotangent in edges.items():
-                    arrived.setdefault(t, []).append(cotangent)
+                for key, cotangent in edges.items():
+                    arrived.setdefault(key, []).append(cotangent)
                 if in_parts and x is given[-1]:  # what is complete is exchanged: the lane keeps its shards
                     left = {v for before in programs[:c] for v in before.variables}
                     total.update(exchanged(run, program, summed(terms, terms.keys() - left), own, lane))
     results = [merged(program, programs, [taken[c, n].result for c in range(len(programs))]) for n in range(len(given))]
     pairs = zip(given, cotangents, strict=True)
-    needed = [{t: tf.add_n(found[t]) for t in x.edges if t in found} for x, found in pairs]
+    needed = [of_edges(run, x.edges, found) for x, found in pairs]
     total.update(exchanged(run, program, summed(terms, terms.keys()), own, lane))
     return results, total, needed
+
+
+def of_edges(
+    run: "Execution", edges: dict[int, Edge], found: dict[Component, list[tf.Tensor]]
+) -> dict[Component, tf.Tensor]:
+    """The cotangents of these edges, each the sum of what was found."""
+    return {key: tf.add_n(found[key]) for key in components(edges, run.graph) if key in found}
 
 
 def summed(terms: dict[int, dict[Any, Any]], variables: Iterable[int]) -> dict[int, Any]:
@@ -199,16 +206,14 @@ def summed(terms: dict[int, dict[Any, Any]], variables: Iterable[int]) -> dict[i
     return {v: of.popitem()[1] if len(of) == 1 else sum_of(map(plain, of.values())) for v, of in found.items()}
 
 
-def held(gang: Gang, values: dict[int, Any]) -> dict[int, Any]:
-    """The same tensors, or edges, which wait for what the other micro-batch computes, not for what it exchanges."""
-    tensors = {t: x.value if isinstance(x, Edge) else x for t, x in values.items()}
+def held(gang: Gang, values: Any) -> Any:
+    """The same structure of tensors, which wait for what the other micro-batch computes, not for what it exchanges."""
+    flat = tf.nest.flatten(values)
     known = [
-        t for t, x in tensors.items() if isinstance(x, tf.Tensor) and x.dtype.is_floating and x.shape.is_fully_defined()
+        n for n, x in enumerate(flat) if isinstance(x, tf.Tensor) and x.dtype.is_floating and x.shape.is_fully_defined()
     ]
-    found = dict(zip(known, gang.held([tensors[t] for t in known]), strict=True))
-    return {
-        t: Edge(found.get(t, x.value), x.mask) if isinstance(x, Edge) else found.get(t, x) for t, x in values.items()
-    }
+    found = dict(zip(known, gang.held([flat[n] for n in known]), strict=True))
+    return tf.nest.pack_sequence_as(values, [found.get(n, x) for n, x in enumerate(flat)])
 
 
 def forward(run: "Execution", program: Program, variables: Sequence[Any], edges: dict[int, Edge]) -> Part:
@@ -222,11 +227,11 @@ def forward(run: "Execution", program: Program, variables: Sequence[Any], edges:
 
 
 def backward(
-    run: "Execution", part: Part, cotangents: dict[int, tf.Tensor], share: Any, loss_cotangent: Any
-) -> tuple[dict[int, Any], dict[int, tf.Tensor]]:
+    run: "Execution", part: Part, cotangents: dict[Component, tf.Tensor], share: Any, loss_cotangent: Any
+) -> tuple[dict[int, Any], dict[Component, tf.Tensor]]:
     """The same part on the way back: the gradients of its variables and edges."""
     added = added_losses.cotangents(run, part.result, share, loss_cotangent)
-    ends = [part.result.edges[t].value for t in cotangents] + [part.result.losses[i][k] for i, k in added]
+    ends = [key.of(part.result.edges) for key in cotangents] + [part.result.losses[i][k] for i, k in added]
     if not ends:
         return {}, {}
     sources = [*part.inside.values(), *part.outside.values()]
@@ -244,6 +249,6 @@ def merged(program: Program, parts: Sequence[Program], found: Sequence[Result]) 
         for number, of_layer in result.moments.items():
             place = next(n for n, x in enumerate(program.normalizations) if x is part.normalizations[number])
             moments.setdefault(place, []).extend(of_layer)
-    edges = {t: edge for result in found for t, edge in result.edges.items() if tensor_of(t) in program.gives}
+    edges = {t: edge for result in found for t, edge in result.edges.items() if t in program.gives}
     losses = {i: x for result in found for i, x in result.losses.items()}
     return Result(edges, losses, moments, {v: x for result in found for v, x in result.state.items()})

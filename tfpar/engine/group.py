@@ -3,13 +3,14 @@
 # s: segment, m: micro-batch of a lane, x, y: tensors of the graph, before and after
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from tfpar.comm.collectives import on_each
 from tfpar.engine import micro_batch
 from tfpar.engine.engine import MicroBatch
-from tfpar.engine.program import Edge, with_logits
+from tfpar.engine.program import Component, Edge
 from tfpar.planning.schedule import Kind
 
 if TYPE_CHECKING:
@@ -22,28 +23,27 @@ def forward_collective(run: "Execution", s: int, first: MicroBatch):
     """Exchange what lanes have of tensors."""
     collective, places, devices, exchanged = exchange(run, s, first)
     for x, y in exchanged:
-        for key in (x, ~x) if ~x in run.values[first] else (x,):
-            given = [run.values[m].get(key, NOTHING) for m in places]
-            edges = edges_of(run, s, places, given)
-            values = collective.there([e.value for e in given], devices, run.engine.cross_device_ops, edges)
-            masks = collective.of_mask([e.mask for e in given], devices, edges)
-            for m, value, mask in zip(places, values, masks, strict=True):
-                run.values[m][y if key == x else ~y] = Edge(value, mask)
+        values, masks, logits = zip(*(run.values[m].get(x, NOTHING) for m in places), strict=True)
+        edges = edges_of(run, s, places, values)
+        there = partial(collective.there, devices=devices, ops=run.engine.cross_device_ops, edges=edges)
+        logits = logits if logits[0] is None else there(logits)
+        found = zip(there(values), collective.of_mask(masks, devices, edges), logits, strict=True)
+        for m, edge in zip(places, found, strict=True):
+            run.values[m][y] = Edge(*edge)
 
 
 def backward_collective(run: "Execution", s: int, first: MicroBatch):
     """Exchange what lanes have of the tensors' gradients."""
     collective, places, devices, exchanged = exchange(run, s, first)
     for x, y in exchanged:
-        for key in with_logits(run.values[first], [y]):
-            source = x if key == y else ~x
+        for key in (Component(y), Component(y, "logits")):
             arrived = all(key in run.cotangents[m] for m in places)
             if arrived and (run.watch_inputs or y in run.graph.learned):
-                edges = edges_of(run, s, places, [run.values[m].get(source, NOTHING) for m in places])
+                edges = edges_of(run, s, places, [run.values[m].get(x, NOTHING).value for m in places])
                 summed = on_each(devices, lambda n: run.cotangent(places[n], key))  # noqa: B023
                 gradients = collective.back(summed, devices, run.engine.cross_device_ops, edges)
                 for m, gradient in zip(places, gradients, strict=True):
-                    run.send(m, {source: gradient})
+                    run.send(m, {key._replace(tensor=x): gradient})
 
 
 def exchange(run: "Execution", s: int, first: MicroBatch) -> tuple:
@@ -55,12 +55,12 @@ def exchange(run: "Execution", s: int, first: MicroBatch) -> tuple:
     return run.route.collectives[s], places, [run.device(s, m.lane) for m in places], exchanged
 
 
-def edges_of(run: "Execution", s: int, places: Sequence[MicroBatch], given: Sequence[Edge]) -> list[Any] | None:
+def edges_of(run: "Execution", s: int, places: Sequence[MicroBatch], values: Sequence[Any]) -> list[Any] | None:
     """Where the rows of each replica begin and end, if replicas exchange; `None` for nearly equal parts."""
     collective = run.route.collectives[s]
     if collective.axis != "samples":
         return None
-    rows = [micro_batch.count(e.value) for e in given]
+    rows = [micro_batch.count(value) for value in values]
     if collective.forward == "slice":
         rows = micro_batch.in_proportion(rows[0], [samples(run, m) for m in places])
     return [0, *accumulate(rows)]
@@ -68,7 +68,7 @@ def edges_of(run: "Execution", s: int, places: Sequence[MicroBatch], given: Sequ
 
 def samples(run: "Execution", m: MicroBatch) -> Any:
     """The samples of a part."""
-    return micro_batch.count([run.values[m][next(filter(run.route.is_batched, run.graph.inputs))].value])
+    return micro_batch.count([run.values[m][next(filter(run.route.graph.is_batched, run.graph.inputs))].value])
 
 
 COLLECTIVE = {Kind.FORWARD: forward_collective, Kind.BACKWARD: backward_collective}

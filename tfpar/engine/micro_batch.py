@@ -136,5 +136,5 @@ def concat(values: list[Any]) -> Any:
 
 
 def joined(edges: Sequence[Any]) -> Any:
-    """The values and masks of several parts as one."""
+    """The values, masks and logits of several parts as one."""
     return type(edges[0])(*(concat(list(parts)) for parts in zip(*edges, strict=True)))

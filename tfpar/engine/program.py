@@ -1,7 +1,7 @@
 """One segment of a stage as a pure function."""
 
 import weakref
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -17,17 +17,42 @@ from tfpar.planning.op_graph import OpGraph
 
 
 class Edge(NamedTuple):
-    """A tensor on its way between stages, with the Keras mask that belongs to it."""
+    """A tensor on its way between stages, with what Keras attaches to it.
+
+    Args:
+        value: the tensor.
+        mask: of its time steps.
+        logits: what it is the softmax or the sigmoid of; crossentropies compute from these.
+    """
 
     value: Any
     mask: Any = None
+    logits: Any = None
+
+
+class Component(NamedTuple):
+    """What gradients are taken of in the edge of a tensor: its value, or its logits."""
+
+    tensor: int
+    field: str = "value"
+
+    def of(self, edges: dict[int, Edge]) -> Any:
+        """The component of its edge."""
+        return getattr(edges[self.tensor], self.field)
+
+
+def components(edges: dict[int, Edge], graph: OpGraph) -> dict[Component, tf.Tensor]:
+    """What gradients can be taken of in these edges."""
+    keys = [Component(t) for t in edges if graph.tensors[t].differentiable]
+    keys += [Component(t, "logits") for t, edge in edges.items() if edge.logits is not None]
+    return {key: key.of(edges) for key in keys}
 
 
 class Result(NamedTuple):
     """What a program returns, each part keyed as said.
 
     Args:
-        edges: the tensors of the graph that others need; under `~t` the logits that tensor `t` is the softmax of.
+        edges: the tensors of the graph that others need.
         losses: what the layers added, by operation.
         moments: batch statistics, by BatchNormalization layer of the program.
         state: new values of variables, by variable of the graph.
@@ -201,10 +226,6 @@ class Program:
         found = {v: _keras.read_as(variables[v], [calls[i].operation for i in uses[v]]) for v in self.variables}
         return {v: dtype for v, dtype in found.items() if dtype is not None}
 
-    def has_gradient(self, key: int) -> bool:
-        """Whether there will be a cotangent of a tensor, or of its logits, that the program returns."""
-        return differentiable(self.graph.graph, key) and tensor_of(key) not in self.unused
-
     def run(self, variables: list[tf.Tensor], edges: dict[int, Edge]) -> Result:
         """Run the operations; `variables` are the values of `self.variables`."""
         if self.gang:
@@ -219,7 +240,7 @@ class Program:
         """The operations, without the context of errors."""
         places = {id(self.graph.variables[v]): v for v in self.variables}
         values = [(self.graph.variables[v], value) for v, value in zip(self.variables, variables, strict=True)]
-        tensors = {t: restored(t, edges, self.graph) for t in edges if t >= 0}
+        tensors = {t: restored(t, edges, self.graph) for t in edges}
         found: list[tuple[int, _moments.Moments]] = []
         losses, told, names = {}, self.attention, [op.name for op in self.graph.graph.ops]
         with (
@@ -242,11 +263,10 @@ class Program:
         moments: dict[int, list[_moments.Moments]] = {}
         for layer, value in found:
             moments.setdefault(layer, []).append(value)
-        given = {t: Edge(tensors[t], _keras.get_keras_mask(tensors[t])) for t in self.gives}
+        given = {}
         for t in self.gives:
             logits, activation = _keras.logits_of(tensors[t])
-            if logits is not None:
-                given[~t] = Edge(logits)
+            given[t] = Edge(tensors[t], _keras.get_keras_mask(tensors[t]), logits)
             if activation is not None:
                 self.graph.activations[t] = activation
         return Result(
@@ -259,26 +279,16 @@ class Program:
 
 def restored(t: int, edges: dict[int, Edge], graph: KerasGraph) -> Any:
     """A tensor with what Keras attaches to it: its mask, and the logits from which crossentropies compute."""
-    value, mask = edges[t]
-    if ~t in edges and t in graph.activations:
-        value = graph.activations[t](edges[~t].value)
-    elif ~t in edges:
-        _keras.set_logits(value, edges[~t].value)
+    value, mask, logits = edges[t]
+    if logits is not None and t in graph.activations:
+        value = graph.activations[t](logits)
+    elif logits is not None:
+        _keras.set_logits(value, logits)
     if mask is not None:
         _keras.set_keras_mask(value, mask)
     return value
 
 
-def tensor_of(key: int) -> int:
-    """The tensor `t` of a key `t`, or `~t` for its logits."""
-    return max(key, ~key)
-
-
-def differentiable(graph: OpGraph, key: int) -> bool:
-    """Whether there are gradients of a tensor; of its logits there always are."""
-    return key < 0 or graph.tensors[key].differentiable
-
-
-def with_logits(edges: dict[int, Any], tensors: Sequence[int]) -> dict[int, Any]:
-    """What there is of these tensors, and of their logits."""
-    return {key: edges[key] for t in tensors for key in (t, ~t) if key in edges}
+def selected(edges: dict[Any, Any], keys: Iterable[Any]) -> dict[Any, Any]:
+    """What there is of these."""
+    return {key: edges[key] for key in keys if key in edges}

@@ -13,7 +13,7 @@ import tensorflow as tf
 from tfpar.compat._tf import copied, without_device
 from tfpar.engine import in_place
 from tfpar.engine.engine import tensors_of
-from tfpar.engine.program import Function, Program, Result, kind_of, packed
+from tfpar.engine.program import Component, Function, Program, Result, components, kind_of, packed
 from tfpar.planning.min_cut import smallest_cut
 
 # What XLA can compute while it reads the operands of what uses it. No comparisons and no steps: in another program,
@@ -36,15 +36,20 @@ class SplitProgram:
     Args:
         program: whose.
         variables, edges: arguments of this kind.
-        inside, outside: the places of variables, and the edges, of which gradients are wanted.
+        inside, outside: the places of variables, and what of the edges, of which gradients are wanted.
 
     Attributes:
-        targets: what the backward pass takes cotangents of: edges `t`, and added losses `(i, k)`.
+        targets: what the backward pass takes cotangents of: components of edges, and added losses `(i, k)`.
         can: whether the program can be divided. It cannot if it has loops or state.
     """
 
     def __init__(
-        self, program: Program, variables: Sequence[Any], edges: dict[int, Any], inside: list[int], outside: list[int]
+        self,
+        program: Program,
+        variables: Sequence[Any],
+        edges: dict[int, Any],
+        inside: list[int],
+        outside: list[Component],
     ):
         self.program, self.inside, self.outside = program, inside, outside
         kinds = tf.nest.map_structure(kind_of, (list(variables), edges))
@@ -65,13 +70,14 @@ class SplitProgram:
     def joint(self, variables: list[tf.Tensor], edges: dict[int, Any]) -> Result:
         """The program, and in the same graph its backward pass."""
         result = self.program.run(variables, edges)
-        ends = {key: e.value for key, e in result.edges.items() if self.program.has_gradient(key)}
+        edges_of = components(result.edges, self.program.graph.graph)
+        ends: dict[Any, Any] = {key: x for key, x in edges_of.items() if key.tensor not in self.program.unused}
         ends.update({(i, k): x for i, losses in result.losses.items() for k, x in enumerate(losses)})
         known = self.program.targets
         ends = {key: x for key, x in ends.items() if known is None or key in known}
         self.targets = list(ends)
         self.cotangents = [tf.compat.v1.placeholder(x.dtype, x.shape) for x in ends.values()]
-        sources = [*(variables[n] for n in self.inside), *(edges[t].value for t in self.outside)]
+        sources = [*(variables[n] for n in self.inside), *(key.of(edges) for key in self.outside)]
         self.gradients = tf.gradients(list(ends.values()), sources, self.cotangents) if ends and sources else []
         return result
 
@@ -103,7 +109,7 @@ class SplitProgram:
 
     def run_backward(
         self, taken: list[tf.Tensor], cotangents: list[tf.Tensor], sums: dict[int, tf.Variable], first: tf.Tensor
-    ) -> tuple[dict[int, Any], dict[int, Any], tf.Tensor | None]:
+    ) -> tuple[dict[int, Any], dict[Component, Any], tf.Tensor | None]:
         """The gradients of variables that are not added up in place, those of edges, and what tells that sums are done.
 
         Args:
@@ -199,6 +205,6 @@ def row_bytes(x: tf.Tensor) -> int:
     return prod(n or 1 for n in x.shape.as_list()) * x.dtype.size if x.shape.rank is not None else x.dtype.size
 
 
-def present(keys: Iterable[int], values: Sequence[Any]) -> dict[int, Any]:
+def present(keys: Iterable[Any], values: Sequence[Any]) -> dict[Any, Any]:
     """The values that are not `None`, by their keys."""
     return {key: value for key, value in zip(keys, values, strict=False) if value is not None}

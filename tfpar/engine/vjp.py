@@ -17,7 +17,7 @@ from tfpar.compat._tf import made_again
 from tfpar.engine import in_place
 from tfpar.engine.combination import known_rows
 from tfpar.engine.engine import MicroBatch, device_of, tensors_of
-from tfpar.engine.program import Edge, Program, Result, differentiable, key_of, packed, tensor_of
+from tfpar.engine.program import Component, Edge, Program, Result, components, key_of, packed
 from tfpar.engine.reading import is_gathered, value_of
 from tfpar.engine.remat import SplitProgram, makers, present
 from tfpar.engine.weight_edge import edge_of, exchange
@@ -119,11 +119,12 @@ def vjp(
         return taped(run, at, program, variables, edges, again, inside, outside)
     result, kept = halves.forward(list(variables), edges)
 
-    def pullback(cotangents: dict[int, tf.Tensor], added: dict[tuple[int, int], tf.Tensor]):
+    def pullback(cotangents: dict[Component, tf.Tensor], added: dict[tuple[int, int], tf.Tensor]):
         given = {**cotangents, **added}
-        for t in cotangents:  # a tensor and its logits are made of the same: who has the gradient does not matter
-            if ~t in halves.targets and ~t not in given:
-                given[~t] = tf.zeros_like(result.edges[~t].value)
+        for key in cotangents:  # a tensor and its logits are made of the same: who has the gradient does not matter
+            logits = key._replace(field="logits")
+            if logits in halves.targets and logits not in given:
+                given[logits] = tf.zeros_like(logits.of(result.edges))
         if program.targets is None and given.keys() < set(halves.targets):
             program.targets = frozenset(given)
             raise UnusedResults(program.graph)
@@ -143,7 +144,11 @@ def vjp(
 
 
 def halves_of(
-    program: Program, variables: list[tf.Tensor], edges: dict[int, Edge], inside: Iterable[int], outside: Iterable[int]
+    program: Program,
+    variables: list[tf.Tensor],
+    edges: dict[int, Edge],
+    inside: Iterable[int],
+    outside: Iterable[Component],
 ) -> SplitProgram | None:
     """A program and its backward pass as two functions, made once for each kind of arguments; `None` if it has none."""
     kind = key_of((list(variables), edges)), tuple(inside), tuple(outside), program.targets
@@ -161,7 +166,7 @@ def taped(
     edges: dict[int, Edge],
     again: list[Callable | None],
     inside: dict[int, tf.Tensor],
-    outside: dict[int, tf.Tensor],
+    outside: dict[Component, tf.Tensor],
 ) -> tuple[Result, Callable]:
     """The same by a gradient tape: what the backward pass takes is what TensorFlow keeps for it."""
     sources = [*inside.values(), *outside.values()]
@@ -170,8 +175,8 @@ def taped(
         result = program(variables, edges)
     traced = None if tf.executing_eagerly() else program.traced(variables, edges)
 
-    def pullback(cotangents: dict[int, tf.Tensor], added: dict[tuple[int, int], tf.Tensor]):
-        targets = [result.edges[t].value for t in cotangents] + [result.losses[i][k] for i, k in added]
+    def pullback(cotangents: dict[Component, tf.Tensor], added: dict[tuple[int, int], tf.Tensor]):
+        targets = [key.of(result.edges) for key in cotangents] + [result.losses[i][k] for i, k in added]
         if not targets:
             return {}, {}
         known = len(targets[0].op.outputs) if traced else 0
@@ -182,7 +187,7 @@ def taped(
             made_again(targets[0].op, traced, known, again)
         if traced and lacks_cotangents(run, result, cotangents, added):
             some, others = reached(traced, result, [*cotangents, *added], variables, edges)
-            used = [program.variables.index(v) in some for v in inside] + [t in others for t in outside]
+            used = [program.variables.index(v) in some for v in inside] + [key in others for key in outside]
             found = [x if use else None for use, x in zip(used, found, strict=True)]
         return present(inside, found), present(outside, found[len(inside) :])
 
@@ -204,18 +209,18 @@ def zeros(run: "Execution", at: str, like: tf.Tensor) -> tf.Tensor:
 
 
 def lacks_cotangents(
-    run: "Execution", result: Result, cotangents: Iterable[int], added: Iterable[tuple[int, int]]
+    run: "Execution", result: Result, cotangents: Iterable[Component], added: Iterable[tuple[int, int]]
 ) -> bool:
     """Whether some of a program's results have no cotangent; a tensor and its logits are made of the same."""
-    ends = {tensor_of(t) for t in result.edges if differentiable(run.graph, t)}
+    ends = {key.tensor for key in components(result.edges, run.graph)}
     losses = {(i, k) for i, found in result.losses.items() for k in range(len(found))}
-    return not (ends <= {tensor_of(t) for t in cotangents} and losses <= {*added})
+    return not (ends <= {key.tensor for key in cotangents} and losses <= {*added})
 
 
 def reached(
     function: Any, result: Result, keys: Iterable[Any], variables: list[tf.Tensor], edges: dict[int, Edge]
-) -> tuple[set[int], set[int]]:
-    """The places of variables, and the edges, that lead to some results of a traced program.
+) -> tuple[set[int], set[Component]]:
+    """The places of variables, and what of the edges, that lead to some results of a traced program.
 
     The others have no gradient. TensorFlow's is zero where a result leads to that has no cotangent, and an optimizer
     may move a weight for a gradient of zero.
@@ -223,24 +228,23 @@ def reached(
     Args:
         function: the program, traced.
         result: of a call with these variables and edges.
-        keys: of the results: edges `t` and added losses `(i, k)`.
+        keys: of the results: components of edges, and added losses `(i, k)`.
     """
     ends = packed(result, function.outputs)
-    wanted = [ends.edges[key].value if isinstance(key, int) else ends.losses[key[0]][key[1]] for key in keys]
+    wanted = [key.of(ends.edges) if isinstance(key, Component) else ends.losses[key[0]][key[1]] for key in keys]
     made = [x for op in function.graph.get_operations() for x in op.outputs]
     stops = {x.name for x in made if x.op.type == "StopGradient" or x.dtype.is_integer or x.dtype.is_bool}
     found = {op.name for op in makers(wanted, stops)}
     inputs = iter([x.op.name in found for x in function.inputs])
     places = {n for n, x in enumerate(variables) if any([next(inputs) for _ in tensors_of(x)])}
-    return places, {t for t in sorted(edges) if any([next(inputs) for _ in tensors_of(edges[t])])}
+    keys = [Component(t, field) for t in sorted(edges) for field in Edge._fields]
+    return places, {key for key in keys if any([next(inputs) for _ in tensors_of(key.of(edges))])}
 
 
 def watched(
     run: "Execution", program: Program, variables: list[tf.Tensor], edges: dict[int, Edge]
-) -> tuple[dict[int, tf.Tensor], dict[int, tf.Tensor]]:
-    """The variables and the edges of a program of which gradients are wanted."""
+) -> tuple[dict[int, tf.Tensor], dict[Component, tf.Tensor]]:
+    """The variables of a program, and what of its edges, of which gradients are wanted."""
     return {v: x for v, x in zip(program.variables, variables, strict=True) if v in run.engine.trainable}, {
-        t: e.value
-        for t, e in edges.items()
-        if differentiable(run.graph, t) and (run.watch_inputs or tensor_of(t) in run.graph.learned)
+        key: x for key, x in components(edges, run.graph).items() if run.watch_inputs or key.tensor in run.graph.learned
     }

@@ -11,7 +11,7 @@ import tensorflow as tf
 from tfpar.engine import micro_batch
 from tfpar.engine.engine import MicroBatch
 from tfpar.engine.executor import Execution, scope, several
-from tfpar.engine.program import Edge, Program, with_logits
+from tfpar.engine.program import Edge, Program, selected
 from tfpar.engine.reading import value_of
 from tfpar.errors import Caught, StageError
 from tfpar.planning.mesh import AXES
@@ -80,7 +80,7 @@ def layer(run: Execution, s: int, m: MicroBatch, finite: bool) -> str:
         )  # fmt: skip
         try:
             variables = [value_of(run, s, m, v) for v in program.variables]
-            found = program(variables, with_logits(values, ops[i].inputs)).edges
+            found = program(variables, selected(values, ops[i].inputs)).edges
         except Exception as error:
             Caught.theirs(error, ops[i].name)
             return ops[i].name

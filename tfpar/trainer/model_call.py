@@ -18,7 +18,7 @@ from tfpar.engine.device_order import DeviceOrder
 from tfpar.engine.engine import copy_of, device_of, layout_of, read
 from tfpar.engine.executor import Execution
 from tfpar.engine.loss import structured
-from tfpar.engine.program import Edge
+from tfpar.engine.program import Edge, components
 from tfpar.errors import ModelError
 from tfpar.planning.mesh import FIRST, Coordinate
 from tfpar.planning.schedule import Kind
@@ -67,7 +67,7 @@ def call(
         losses[:] = _keras.added_losses(model, list(added.values()))
     if is_open and isinstance(rows, int):
         outputs = {
-            t: e._replace(value=of_open_size(e.value)) if finished.route.is_batched(t) else e
+            t: Edge(of_open_size(e.value), e.mask, of_open_size(e.logits)) if finished.route.graph.is_batched(t) else e
             for t, e in outputs.items()
         }
     return structured(finished.route.graph, outputs)
@@ -152,16 +152,17 @@ def forward_with_pullback(
     if not differentiate:
         return run, outputs, added
     sources += [x for t, x in zip(graph.inputs, flat, strict=True) if t in inside]
-    targets = [*(e.value for e in outputs.values()), *added.values()]
+    keys = components(outputs, run.graph)
+    targets = [*keys.values(), *added.values()]
 
     def backward(*cotangents: tf.Tensor | None) -> list[Any]:
         back = copy.copy(run)  # the same forward passes, for another backward pass
         back.cotangents, back.gradients, back.order = {m: {} for m in run.all}, {}, DeviceOrder()
         back.pullbacks = dict(run.pullbacks)
-        for t, cotangent in zip(outputs, cotangents[: len(outputs)], strict=True):
+        for key, cotangent in zip(keys, cotangents[: len(keys)], strict=True):
             for m, (piece,) in zip(back.firsts, micro_batch.split([cotangent], parts.count), strict=True):
-                back.cotangents[m][t] = [piece]
-        back.loss_cotangent = dict(zip(added, cotangents[len(outputs) :], strict=True))
+                back.cotangents[m][key] = [piece]
+        back.loss_cotangent = dict(zip(added, cotangents[len(keys) :], strict=True))
         back.run(schedule, Kind.BACKWARD)
         of = batch_results.gradients(back)
         found = [
@@ -181,5 +182,6 @@ def forward_with_pullback(
         )
 
     copies = record_gradient(targets, sources, backward)
-    outputs = {t: Edge(y, e.mask) for (t, e), y in zip(outputs.items(), copies, strict=False)}
-    return run, outputs, dict(zip(added, copies[len(outputs) :], strict=True))
+    for (t, field), y in zip(keys, copies, strict=False):
+        outputs[t] = outputs[t]._replace(**{field: y})
+    return run, outputs, dict(zip(added, copies[len(keys) :], strict=True))
