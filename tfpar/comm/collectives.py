@@ -167,6 +167,7 @@ EXCHANGES: dict[str, Callable] = {
     "reduce-scatter": reduce_scatter, "maximum": maximum, "rank": numbers,
 }  # fmt: skip
 LOCAL = ("identity", "slice", "pad", "rank")  # nothing crosses between devices
+SUMS = ("all-reduce", "reduce-scatter")
 
 
 @dataclass(frozen=True)

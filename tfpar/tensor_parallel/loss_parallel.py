@@ -72,7 +72,7 @@ def add_loss(local: RankGraphBuilder, logits: int, loss: CrossEntropy, y: int) -
     Returns:
         The logits of two classes.
     """
-    local.name, local.split, local.flops = "loss", True, 0.0
+    local.name, local.flops = "loss", 0.0
     lead, classes = local.full[logits][:-1], local.full[logits][-1]
     part = Layout(len(lead))
     found = local.make(largest(loss.dtype), Ref(logits), shape=(*lead, local.ranks), dtype=loss.dtype, layout=part)
@@ -83,7 +83,6 @@ def add_loss(local: RankGraphBuilder, logits: int, loss: CrossEntropy, y: int) -
         shape=(*lead, 2), dtype=loss.dtype,
     )  # fmt: skip
     terms = local.reduced(terms)
-    local.split = False
     return local.make(TwoClasses(loss), Ref(terms), Ref(maximum), shape=(*lead, 2), dtype=loss.dtype)
 
 

@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 from keras import tree
 
-from tfpar.comm.collectives import LOCAL, Collective
+from tfpar.comm.collectives import LOCAL, SUMS, Collective
 from tfpar.compat import _keras, _keras_parts
 from tfpar.compat._keras_layers import ToldTraining
 from tfpar.graph.keras_graph import UNKNOWN, Call, KerasGraph, Ref
@@ -59,9 +59,8 @@ class RankGraphBuilder:
         self.full: list[tuple] = []  # shapes of the whole tensors
         self.converted: dict[Any, int] = {}
         self.known: dict[int, int] = {}  # of each tensor of the source, that of a rank
-        self.name, self.split, self.flops, self.stage = "", False, 0.0, 0
+        self.name, self.flops, self.stage = "", 0.0, 0
         self.logits: dict[int, int] = {}  # of each tensor that is a softmax, what a rank has of its logits
-        self.users: dict[int, set[bool]] = {}  # of each variable, whether parts or all of something is computed with it
         self.learned: set[int] = set()  # tensors that depend on weights to train: their gradients are wanted
         self.inputs = [self.tensor(source.symbols[t].shape, source.symbols[t].dtype) for t in source.graph.inputs]
         self.known.update(zip(source.graph.inputs, self.inputs, strict=True))
@@ -88,8 +87,6 @@ class RankGraphBuilder:
         inputs = call.inputs
         self.ops.append(Op(name, inputs, call.outputs, tuple(variables), flops, self.stage))
         self.calls.append(call)
-        for v in variables:
-            self.users.setdefault(v, set()).add(self.split)
         if self.learned.intersection(inputs) or any(self.source.graph.variables[v].trainable for v in variables):
             self.learned.update(t for t in call.outputs if self.tensors[t].differentiable)
         return call.outputs
@@ -161,7 +158,7 @@ class RankGraphBuilder:
     def follow(self, i: int, option: Option):
         """Add an operation of the source in the way that was chosen for it."""
         op, call = self.source.graph.ops[i], self.source.calls[i]
-        self.name, self.split, self.stage = op.name, option.split, op.stage
+        self.name, self.stage = op.name, op.stage
         self.flops = op.flops / (self.ranks if option.split else 1)
         inputs = [self.wanted(t, y, option.split) for t, y in zip(op.inputs, option.inputs, strict=True)]
         if option.build is not None:
@@ -180,6 +177,14 @@ class RankGraphBuilder:
         self.inputs.append(self.tensor(shape, dtype))
         return self.inputs[-1]
 
+    def alone(self) -> set[int]:
+        """The variables with which each rank computes something of its own only: a part of a tensor, or of a sum."""
+        collectives = [call for call in self.calls if is_collective(call)]
+        terms = {t for call in collectives if call.operation.forward in SUMS for t in call.inputs}
+        parts = [any(self.layouts[t] != REPLICATED or t in terms for t in op.outputs) for op in self.ops]
+        every = {v for op, part in zip(self.ops, parts, strict=True) if not part for v in op.variables}
+        return {v for op in self.ops for v in op.variables} - every
+
     def finish(self, layouts: dict[int, Layout], *ends: int) -> RankGraph:
         """What was collected until now; every rank has all of the model's outputs.
 
@@ -187,7 +192,7 @@ class RankGraphBuilder:
             layouts: of the variables that are divided.
             ends: more outputs.
         """
-        self.name, self.split, self.flops = "outputs", False, 0.0
+        self.name, self.flops = "outputs", 0.0
         source = self.source
         final = {t: self.wanted(t, REPLICATED, False) for t in dict.fromkeys(source.graph.outputs)}
         graph = OpGraph(
@@ -197,9 +202,9 @@ class RankGraphBuilder:
         structure = tree.map_structure(lambda t: final[t], source.outputs)
         local = KerasGraph(graph, tuple(self.calls), source.variables, tuple(self.symbols), structure)
         variables = source.graph.variables
-        in_parts = {v for v, users in self.users.items() if users == {True}}
-        partial = frozenset(v for v in in_parts if v not in layouts and variables[v].trainable)
-        drawn = frozenset(v for v in in_parts if _keras.is_seed(source.variables[v]))
+        alone = self.alone()
+        partial = frozenset(v for v in alone if v not in layouts and variables[v].trainable)
+        drawn = frozenset(v for v in alone if _keras.is_seed(source.variables[v]))
         crossing = [*exchanges(local, self.full)]
         if partial:
             crossing.append(

@@ -64,7 +64,6 @@ def by_heads(site: Site, weights: list, kind: type = OfHeads) -> Iterator[Option
             run = kind(call, site.ranks)
             x = local.run(run, *rank, *args, like=site.op.outputs, layouts=[REPLICATED], **kwargs)
             x = local.reduced(x, layout)
-            local.split = layout != REPLICATED
             return x if output.bias is None else local.run(End(output), Ref(x), like=site.op.outputs, layouts=[layout])
 
         return of_heads

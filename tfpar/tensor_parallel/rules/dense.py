@@ -64,7 +64,6 @@ def summed_up(site: Site, layout: Layout, channels: int, also: dict):
     def build(local: RankGraphBuilder, inputs: list[int]) -> int:
         x = local.run(WithoutEnd(call, also), Ref(inputs[0]), like=site.op.outputs, layouts=[REPLICATED])
         x = local.reduced(x, layout)
-        local.split = layout != REPLICATED
         if site.layer.bias is None and site.layer.activation is None:
             return x
         return local.run(End(site.layer, channels), Ref(x), like=site.op.outputs, layouts=[layout])
@@ -82,7 +81,6 @@ def activated_after(site: Site, channels: int = -1):
         if site.layer.activation is keras.activations.softmax:
             local.logits[site.op.outputs[0]] = x
         x = local.all_gather(x)
-        local.split = False
         return local.run(End(site.layer, bias=False), Ref(x), like=site.op.outputs, layouts=[REPLICATED])
 
     return build
