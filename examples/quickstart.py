@@ -4,6 +4,7 @@ Images are scikit-learn's handwritten digits, text is the source of Python's sta
 four logical devices share the CPU: that shows that the numbers stay, not how fast it can be.
 """
 
+import argparse
 import contextlib
 import os
 import pathlib
@@ -87,9 +88,10 @@ class Bar(keras.callbacks.Callback):
         self.progress.update(self.line, advance=1, loss=f"loss {logs['loss']:.3f}")
 
 
-def train(task, label, progress):
+def train(task, label, epochs, progress):
     """Train one model under one strategy: the model, the last epoch's numbers, and the plan."""
-    (make_data, build, epochs), make_strategy = TASKS[task], STRATEGIES[label]
+    (make_data, build, usual), make_strategy = TASKS[task], STRATEGIES[label]
+    epochs = epochs or usual
     strategy = make_strategy() if make_strategy else None
     keras.utils.set_random_seed(0)
     with strategy.scope() if strategy else contextlib.nullcontext():
@@ -120,6 +122,9 @@ def largest_difference(one, other):
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--epochs", type=int, help="of each training; 8 and 4 if not given")
+    options = parser.parse_args()
     if not tf.config.list_physical_devices("GPU"):
         logical_cpus(4)
     console = Console()
@@ -130,7 +135,7 @@ def main():
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         for task in TASKS:
             for label in STRATEGIES:
-                model, last, plan = train(task, label, progress)
+                model, last, plan = train(task, label, options.epochs, progress)
                 weights = model.get_weights()
                 if plan is None:
                     reference = weights

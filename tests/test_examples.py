@@ -13,6 +13,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+SHORTER = {"quickstart.py": ["--epochs", "1"]}
 FILES = [f.relative_to(ROOT) for f in sorted((ROOT / "tfpar").rglob("*.py")) if f.stem != "__init__"]
 MODULES = [".".join(f.with_suffix("").parts) for f in FILES]
 
@@ -57,7 +58,7 @@ def test_commands_are_those_of_the_ci():
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda p: p.name)
 def test_example(example):
-    output = run(str(example))
+    output = run(str(example), *SHORTER.get(example.name, ()))
     if example.name == "quickstart.py":
         assert "predicted bubble" in output
         rows = [line.split() for line in output.splitlines() if line.lstrip().startswith(("digits  ", "text  "))]

@@ -289,11 +289,9 @@ def test_strings_ragged_and_booleans():
     check(replicas(2), use, build=Lengths, optimizer=sgd())
 
 
-@pytest.mark.parametrize(
-    "options", [{"gradient_accumulation_steps": 3}, {"use_ema": True, "ema_overwrite_frequency": 2}]
-)
 @pytest.mark.parametrize("jit", [False, True])
-def test_conditional_updates(options, jit):
+def test_conditional_updates(jit):
+    options = {"gradient_accumulation_steps": 3, "use_ema": True, "ema_overwrite_frequency": 2}
     check(replicas(2), history(X, Y, batch_size=8, epochs=2), optimizer=sgd(**options), jit_compile=jit)
 
 
