@@ -20,7 +20,7 @@ FILES = sorted(f for d in ("tfpar", "strategies") for f in (ROOT / d).rglob("*.p
 EACH = pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
 TESTED_THROUGH = {  # for modules without a test file of their own, the test that runs them
     "compat/test_keras": "_keras_calls _keras_run _moments _replaced recording",
-    "compat/test_keras_attention": "_cudnn_attention",
+    "compat/test_keras_attention": "_cudnn_attention _keras_hub",
     "engine/test_engine": "added_losses batch_results combination device_order executor layer_placement loss pipeline "
     "program reading",
     "engine/test_remat": "vjp",

@@ -1,6 +1,7 @@
 """Attention by cuDNN: what it is asked for, with a formula in its place; `tests/on_gpus.py` runs cuDNN itself."""
 
 import keras
+import keras_hub
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -198,3 +199,43 @@ def test_stablehlo_is_what_it_says(monkeypatch):
     assert [x.shape.as_list() for x in back.outputs] == [[2, 6, 4, 16], [2, 8, 2, 16], [2, 8, 2, 16], [1, 4, 6, 8]]
     text = there.get_attr("module").decode()
     assert "@__cudnn$fmhaScaleBiasSoftmax(" in text and "CAUSAL" in text and "tensor<2x4x6x16xbf16>" in text
+
+
+GROUPS = {"num_query_heads": 4, "num_key_value_heads": 2, "hidden_dim": 32, "intermediate_dim": 32}
+QWEN_MOE = {"moe_intermediate_dim": 32, "head_dim": 8, "num_experts": 2, "top_k": 1, "norm_top_k_prob": True}
+MODELS = {  # of KerasHub: the class, what it is made with, and whether its formula alone keeps to its window
+    "llama": ("Llama", GROUPS, False),
+    "mistral": ("Mistral", GROUPS, False),
+    "mixtral": ("Mixtral", {**GROUPS, "num_experts": 2, "top_k": 1}, False),
+    "phi3": ("Phi3", GROUPS, False),
+    "gpt neo x": ("GPTNeoX", {"num_heads": 4, "hidden_dim": 32, "intermediate_dim": 32}, False),
+    "qwen": ("Qwen", GROUPS, False),
+    "qwen, window": ("Qwen", {**GROUPS, "use_sliding_window_attention": True, "sliding_window_size": 2}, True),
+    "qwen3": ("Qwen3", {**GROUPS, "head_dim": 8}, False),
+    "qwen3, window": ("Qwen3", {**GROUPS, "head_dim": 8, "sliding_window_size": 2}, True),
+    "gemma": ("Gemma", {**GROUPS, "head_dim": 8}, False),
+    "gemma2, window": (
+        "Gemma", {**GROUPS, "head_dim": 8, "use_sliding_window_attention": True, "sliding_window_size": 2}, False,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, made_with, forgets", MODELS.values(), ids=MODELS)
+def test_models_of_keras_hub(name, made_with, forgets, in_place_of_cudnn, monkeypatch):
+    """In float32: what they compute in bfloat16 differs by its rounding."""
+    monkeypatch.setattr(_keras_attention, "LARGE", {tf.float32: -1e9})
+    for of in ("gemma", "mixtral"):
+        monkeypatch.setattr(f"keras_hub.src.models.{of}.{of}_attention.running_on_gpu", lambda: True)
+    model = getattr(keras_hub.models, f"{name}Backbone")(vocabulary_size=50, num_layers=2, **made_with)
+    x = {"token_ids": np.arange(24).reshape(2, 12), "padding_mask": np.arange(12) < np.array([[12], [9]])}
+    found, told = [], []
+    for head in (0, 256):
+        with fused(head, told.append), tf.GradientTape() as tape:
+            y = model(x)
+            loss = tf.reduce_sum(y * tf.cast(random(*y.shape, seed=9), tf.float32))
+        gradients = tape.gradient(loss, model.trainable_variables)  # the head has none
+        found.append([y, *(tf.convert_to_tensor(g) for g in gradients if g is not None)])
+    for a, b in zip(*found, strict=True):
+        assert np.abs(a - b).max() < 1e-4 * max(1.0, np.abs(a).max())
+    assert len(told) == (0 if forgets else 2) and not any(told)
+    assert len(in_place_of_cudnn) == len(told)

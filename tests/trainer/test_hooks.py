@@ -44,7 +44,7 @@ INPUTS = {
 }
 
 
-@pytest.mark.parametrize("kind", some_fast(INPUTS, "dataset", "generator"))
+@pytest.mark.parametrize("kind", some_fast(INPUTS, "dataset"))
 def test_input(strategy, kind):
     steps = {"steps_per_epoch": 3} if kind == "generator" else {}
     check(strategy, lambda m: m.fit(INPUTS[kind](), epochs=2, verbose=0, shuffle=False, **steps).history)

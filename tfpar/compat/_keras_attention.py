@@ -14,7 +14,7 @@ import keras
 import tensorflow as tf
 from keras.src.backend.tensorflow import nn
 
-from tfpar.compat import _cudnn_attention
+from tfpar.compat import _cudnn_attention, _keras_hub
 from tfpar.compat._replaced import Replacement
 
 LARGE = {tf.bfloat16: -(2.0**41), tf.float16: -(2.0**15)}  # cuDNN subtracts two of them without an overflow
@@ -35,7 +35,7 @@ def fused(head: int, tell: Callable[[str | None], None]) -> Iterator[None]:
         return
     token = FUSED.set((head, tell))
     try:
-        with FORMULA.inside():
+        with FORMULA.inside(), _keras_hub.fused():
             yield
     finally:
         FUSED.reset(token)
@@ -55,9 +55,11 @@ def attention(
     why = why_not(largest, query, key, value, bias, mask, scale, flash_attention, attn_logits_soft_cap)
     tell(why)
     if why:
-        return formula(query, key, value, bias, mask, scale, is_causal, None, attn_logits_soft_cap)
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
-    return by_cudnn(query, key, value, bias, mask, scale, is_causal)
+        output = formula(query, key, value, bias, mask, scale, is_causal, None, attn_logits_soft_cap)
+    else:
+        scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+        output = by_cudnn(query, key, value, bias, mask, scale, is_causal)
+    return _keras_hub.as_in_formula(output, mask)
 
 
 FORMULA = Replacement((nn, "dot_product_attention", attention))

@@ -1,0 +1,78 @@
+"""Private names of KerasHub that fused attention needs. Checked against KerasHub 0.32.
+
+Its attention layers write the formula themselves on TensorFlow, and call `keras.ops.dot_product_attention` elsewhere.
+"""
+
+import contextlib
+import contextvars
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import tensorflow as tf
+
+from tfpar.compat._replaced import Replacement
+
+MODELS, SWITCH, METHOD = "keras_hub.src.models.", "fused_attention_op_available", "_compute_attention"
+FUSED = contextvars.ContextVar("fused", default=False)
+CALL: contextvars.ContextVar[tuple[Any, Any] | None] = contextvars.ContextVar("call", default=None)
+
+
+@contextlib.contextmanager
+def fused() -> Iterator[None]:
+    """Inside, in this thread, KerasHub's attention layers call `keras.ops.dot_product_attention`."""
+    token = FUSED.set(True)
+    try:
+        with contextlib.ExitStack() as stack:
+            for name, module in list(sys.modules.items()):
+                if name.startswith(MODELS) and hasattr(module, SWITCH):
+                    stack.enter_context(replacement(module).inside())
+            yield
+    finally:
+        FUSED.reset(token)
+
+
+@cache
+def replacement(module: ModuleType) -> Replacement:
+    """What takes the place of the switch, and of methods that ask it, in a module."""
+    owners = [x for x in vars(module).values() if isinstance(x, type) and METHOD in vars(x)]
+    owners = [x for x in owners if x.__module__ == module.__name__]
+    return Replacement((module, SWITCH, available), *((owner, METHOD, within) for owner in owners))
+
+
+def within(function: Callable, layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """A layer's method, by which the switch knows who asks, and of how many keys."""
+    token = CALL.set((layer, args[1].shape[1] if len(args) > 1 else None))
+    try:
+        return function(layer, *args, **kwargs)
+    finally:
+        CALL.reset(token)
+
+
+def available(function: Callable) -> bool:
+    """Whether a layer is to call `keras.ops.dot_product_attention`."""
+    call = CALL.get()
+    return function() if call is None or not FUSED.get() else not forgets_window(*call)
+
+
+def forgets_window(layer: Any, keys: int | None) -> bool:
+    """Whether only a layer's own formula keeps to its sliding window, as Qwen's, and there are more keys than that."""
+    if not hasattr(layer, "_mask_sliding_window") or hasattr(layer, "_use_fused_attention_op"):
+        return False
+    window = getattr(layer, "use_sliding_window_attention", True) and layer.sliding_window_size
+    return bool(window) and (keys is None or keys > window)
+
+
+def as_in_formula(output: tf.Tensor, mask: Any) -> tf.Tensor:
+    """What `keras.ops.dot_product_attention` gives such a layer, with zeros for queries that see no key.
+
+    Args:
+        output: `(batch, queries, heads, features)`.
+        mask: `(batch, 1, queries, keys)`.
+    """
+    if CALL.get() is None or mask is None:
+        return output
+    sees = tf.transpose(tf.reduce_any(tf.cast(mask, tf.bool), -1, keepdims=True), [0, 2, 1, 3])
+    return tf.where(sees, output, tf.zeros((), output.dtype))
