@@ -24,7 +24,8 @@ def test_settings(tmp_path):
 def test_what_the_user_has_set_stays(tmp_path):
     own = {
         "XLA_FLAGS": "--xla_gpu_enable_command_buffer=FUSION --xla_gpu_enable_latency_hiding_scheduler=false "
-        "--xla_gpu_enable_analytical_sol_latency_estimator=true --xla_gpu_nccl_termination_timeout_seconds=60",
+        "--xla_gpu_enable_analytical_sol_latency_estimator=true --xla_gpu_enable_triton_gemm=true "
+        "--xla_gpu_nccl_termination_timeout_seconds=60",
         "TF_NUM_INTEROP_THREADS": "3",
         "TF_XLA_FLAGS": "--tf_xla_persistent_cache_directory=mine",
     }  # fmt: skip

@@ -12,6 +12,7 @@ FLAGS = (  # of XLA
     "--xla_gpu_enable_command_buffer=",
     "--xla_gpu_enable_latency_hiding_scheduler=true",
     "--xla_gpu_enable_analytical_sol_latency_estimator=false",
+    "--xla_gpu_enable_triton_gemm=false",
     "--xla_gpu_nccl_termination_timeout_seconds=600",
 )
 CACHE = "--tf_xla_persistent_cache_directory={} --tf_xla_persistent_cache_device_types=GPU"
@@ -47,6 +48,7 @@ def settings(gpus: Sequence[str], environment: Mapping[str, str], cores: int, ca
     - Compiled programs are kept in a folder for this TensorFlow, these GPUs, their driver and these flags.
     - No command buffers of XLA: programs whose arguments move, as with micro-batches, would write them anew.
     - XLA's scheduler that looks for work to do while tensors are exchanged, by its estimates that begin those early.
+    - Products of matrices by cuBLAS: XLA would compile and try many kernels of Triton for each of them.
     - The process ends, and says so, when programs have waited for ten minutes for one that failed on its GPU.
     - A thread for each program that waits for others, if there are fewer cores.
 
