@@ -108,3 +108,20 @@ def test_one_that_cannot_be_tried():
         UserWarning, match="could not check that pick treats the samples .* one by one \\(.*only in a graph"
     ):
         checked(Pick(name="pick")(x), inputs=x)
+
+
+def test_look_ups_of_alike_layers_are_traced_once(monkeypatch):
+    x, traced, original = layers.Input((4,), dtype="int32"), [], Probe.traced_rows
+    tables = [layers.Embedding(5, 3), layers.Embedding(5, 3), layers.Embedding(5, 3)]
+    tables[2].trainable = False
+    other = layers.Embedding(5, 3, name="other")
+    h = layers.Concatenate()([table(x) for table in (*tables, other)])
+    y = layers.Dense(12)(layers.Dense(12)(h))
+    graph = graph_from(keras.Model(x, y))
+    counted = lambda self, index, *args: traced.append(index) or original(self, index, *args)  # noqa: E731
+    monkeypatch.setattr(Probe, "traced_rows", counted)
+    probe = Probe(graph)
+    found = {op.name: [probe.rows(i, graph.variables[v]) for v in op.variables] for i, op in enumerate(graph.graph.ops)}
+    assert [found[table.name] for table in (*tables, other)] == [[Combine.ROWS], [Combine.ROWS], [None], [Combine.ROWS]]
+    assert all(kinds == [None, None] for name, kinds in found.items() if name.startswith("dense"))
+    assert set(traced) == {0, 2, 5}  # a table, one that is not trained, and a layer

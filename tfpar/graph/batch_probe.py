@@ -16,7 +16,7 @@ from keras import tree
 
 from tfpar.compat import _keras
 from tfpar.errors import Caught
-from tfpar.graph.keras_graph import KerasGraph
+from tfpar.graph.keras_graph import KerasGraph, config_of
 from tfpar.graph.recording import RecordingScope
 from tfpar.graph.samples import DRAWS, PARTS, SIZES, candidates, first_that_works, sample, sized
 
@@ -78,6 +78,7 @@ class Probe:
     graph: KerasGraph
     known: dict[Any, Findings] = field(default_factory=dict)
     counts: dict[int, list[dict[int, int | None]]] = field(default_factory=dict)  # of rows, by call
+    alike: dict[Any, list[dict[int, int | None]]] = field(default_factory=dict)  # the same, by kind of call
     written: dict[Any, list[keras.Variable]] = field(default_factory=dict)  # what a call changed, as `known`
     random: dict[Any, bool] = field(default_factory=dict)  # whether a call is, as `known`
     tried: dict[int, dict[int, tuple]] = field(default_factory=dict)  # what `shapes` found
@@ -159,7 +160,7 @@ class Probe:
     def rows(self, index: int | None, variable: keras.Variable) -> Combine | None:
         """How the rows of a variable's sparse gradient by a call follow from those of parts of a batch.
 
-        It is asked of shapes: the call is traced for batches of two sizes.
+        It is asked of shapes: the call is traced for batches of two sizes; of calls that are alike, the first.
 
         Returns:
             `ROWS` for look-ups of samples, `SAME` for those that do not come from samples, or `MIXED`; `None` where the
@@ -167,44 +168,52 @@ class Probe:
         """
         if index is None:
             return None
+        variables = [self.graph.variables[v] for v in self.graph.graph.ops[index].variables]
         if index not in self.counts:
-            self.counts[index] = self.count_rows(index)
-        one, other = (found.get(id(variable)) for found in self.counts[index])
+            shapes = str([(v.shape, v.trainable) for v in variables])
+            kind = type(self.graph.calls[index].operation), key_of(self.graph, index), shapes
+            if kind not in self.alike:
+                self.alike[kind] = self.count_rows(index, variables)
+            self.counts[index] = self.alike[kind]
+        place = next((n for n, v in enumerate(variables) if v is variable), None)
+        one, other = (found.get(place) for found in self.counts[index])
         if one is None or other is None:
             return None
         if one * SIZES[1] == other * SIZES[0] or has_seed(self.graph, index):
             return Combine.ROWS
         return Combine.SAME if one == other else Combine.MIXED
 
-    def count_rows(self, index: int) -> list[dict[int, int | None]]:
-        """For batches of each of two sizes, how many rows each variable's sparse gradient by a call has, by `id`."""
+    def count_rows(self, index: int, variables: Sequence[keras.Variable]) -> list[dict[int, int | None]]:
+        """For batches of each of two sizes, how many rows the sparse gradients by a call of some of these have."""
         symbols = {t: self.graph.symbols[t] for t in self.graph.graph.ops[index].inputs}
         batched = [self.graph.is_batched(t) for t in symbols]
 
         def of(shapes: list[tuple]) -> list[dict[int, int | None]]:
             kinds = zip(symbols.values(), shapes, batched, strict=True)
             specs = [partial(spec_of, s, shape, is_batched) for s, shape, is_batched in kinds]
-            return [self.traced_rows(index, [spec(rows) for spec in specs]) for rows in SIZES]
+            return [self.traced_rows(index, variables, [spec(rows) for spec in specs]) for rows in SIZES]
 
         with tf.init_scope():
             return first_that_works(candidates([s.shape for s in symbols.values()], batched), of)
 
-    def traced_rows(self, index: int, inputs: list[tf.TensorSpec]) -> dict[int, int | None]:
-        """How many rows each variable's sparse gradient by a call of these inputs has, by `id`."""
+    def traced_rows(
+        self, index: int, variables: Sequence[keras.Variable], inputs: list[tf.TensorSpec]
+    ) -> dict[int, int | None]:
+        """How many rows the sparse gradients by a call of these inputs have, by the place of their variables."""
         call, op, found = self.graph.calls[index], self.graph.graph.ops[index], {}
-        variables = [v for v in (self.graph.variables[v] for v in op.variables) if v.trainable]
+        learned = {n: v for n, v in enumerate(variables) if v.trainable}
 
         def gradients(values, inputs):
             tensors = dict(zip(dict.fromkeys(op.inputs), inputs, strict=True))
-            with RecordingScope(list(zip(variables, values, strict=True))):
+            with RecordingScope(list(zip(learned.values(), values, strict=True))):
                 call(tensors, True)
             made = [tensors[t] for t in call.outputs if tensors[t].dtype.is_floating]
-            for variable, gradient in zip(variables, tf.gradients(made, values), strict=True):
+            for n, gradient in zip(learned, tf.gradients(made, values), strict=True):
                 if isinstance(gradient, tf.IndexedSlices):
-                    found[id(variable)] = gradient.indices.shape[0]
+                    found[n] = gradient.indices.shape[0]
             return ()
 
-        weights = [tf.TensorSpec(v.shape, v.dtype) for v in variables]
+        weights = [tf.TensorSpec(v.shape, v.dtype) for v in learned.values()]
         tf.function(gradients, autograph=False).get_concrete_function(weights, inputs)
         _keras.clear_losses(call.operation)
         return found
@@ -254,6 +263,17 @@ class Probe:
             results.append((outputs, dict(enumerate(scope.losses)), scope.values))
             results[0].update({i: _keras.stored(v) for i, v in scope.written.items()})
         return results
+
+
+def key_of(graph: KerasGraph, index: int) -> Any:
+    """What tells apart operations that may treat samples differently; a text, of a class of layers, if for good."""
+    call, op = graph.calls[index], graph.graph.ops[index]
+    shapes = [(graph.symbols[t].shape, graph.is_batched(t)) for t in op.inputs]
+    arguments = str((shapes, call.arguments(lambda ref: "tensor")))
+    if not isinstance(call.operation, keras.layers.Layer):
+        return type(call.operation), getattr(call.operation, "function", call.operation), arguments
+    config = None if isinstance(call.operation, keras.layers.Lambda) else config_of(call.operation)
+    return f"{config} {arguments}" if isinstance(config, dict) else (id(call.operation), arguments)
 
 
 def spec_of(symbol: keras.KerasTensor, shape: tuple, batched: bool, rows: int) -> tf.TensorSpec:

@@ -10,8 +10,8 @@ import numpy as np
 
 from tfpar.compat import _keras, _keras_calls, _moments
 from tfpar.errors import Caught, ModelError, brief, user_level
-from tfpar.graph.batch_probe import Combine, Probe
-from tfpar.graph.keras_graph import KerasGraph, config_of, graph_from
+from tfpar.graph.batch_probe import Combine, Probe, key_of
+from tfpar.graph.keras_graph import KerasGraph, graph_from
 from tfpar.graph.recording import RecordingScope
 from tfpar.graph.rowwise import is_rowwise
 
@@ -57,17 +57,6 @@ def mixing(graph: KerasGraph, probe: Probe) -> Iterator[int]:
             verdicts[key] = mixes(graph, probe, index)
         if verdicts[key]:
             yield index
-
-
-def key_of(graph: KerasGraph, index: int) -> Any:
-    """What tells apart operations that may treat samples in different ways; a text, if it does so for good."""
-    call, op = graph.calls[index], graph.graph.ops[index]
-    shapes = [(graph.symbols[t].shape, graph.is_batched(t)) for t in op.inputs]
-    arguments = str((shapes, call.arguments(lambda ref: "tensor")))
-    if not isinstance(call.operation, keras.layers.Layer):
-        return type(call.operation), getattr(call.operation, "function", call.operation), arguments
-    config = None if isinstance(call.operation, keras.layers.Lambda) else config_of(call.operation)
-    return f"{config} {arguments}" if isinstance(config, dict) else (id(call.operation), arguments)
 
 
 def mixes(graph: KerasGraph, probe: Probe, index: int) -> bool:
