@@ -20,7 +20,7 @@ from tfpar.planning.plan import Plan
 from tfpar.planning.schedule import SCHEDULES, Schedule
 from tfpar.trainer.convert import convert
 from tfpar.trainer.explain import explained
-from tfpar.trainer.hooks import KerasHooks, steps_of
+from tfpar.trainer.hooks import KerasHooks, hooks_of
 from tfpar.trainer.input_feed import Feed, can_be_fed
 from tfpar.variables.distribute import Extended
 
@@ -208,13 +208,13 @@ class Strategy(MirroredStrategy):
         return model
 
     def _steps(self, model: Any) -> KerasHooks:
-        steps = steps_of(model)
-        if steps is None or steps.strategy is not self:
+        hooks = hooks_of(model)
+        if hooks is None or hooks.strategy is not self:
             raise ScopeError(
                 f"{model.name} was not constructed in this strategy's scope:\n"
                 "    with strategy.scope():\n        model = ..."
             )
-        return steps
+        return hooks
 
 
 class ForKeras(Strategy):

@@ -44,7 +44,8 @@ class MeshStrategy(Strategy):
             same. `explain` says why programs end where they could go on.
         reduce_dtype: in which gradients of weights are sent and added up, `"bfloat16"` for instance, in place of their
             own. That halves what replicas exchange of float32 gradients and changes them: a sum over replicas then has
-            8 bits, a relative error of up to 0.4 % in each; weights, slots and the update keep theirs.
+            8 bits, a relative error of up to 0.4 % in each; weights, slots and the update keep theirs. Loops and
+            training steps of your own exchange gradients as they are.
 
     Raises:
         DeviceError: `mesh` is no `Mesh`, has a device that does not exist, is of another host or repeats, or is larger

@@ -481,7 +481,7 @@ def under_strategy(case, first):
 
 
 def strategy_of_model(model):
-    return vars(model)["_tfpar_steps"].strategy
+    return vars(model)["_tfpar_hooks"].strategy
 
 
 def train_only(case, model, epochs):

@@ -11,7 +11,7 @@ from keras import layers
 
 import tfpar
 from tfpar.testing import logical_cpus
-from tfpar.trainer.hooks import steps_of
+from tfpar.trainer.hooks import hooks_of
 
 WIDTH, LAYERS = 2048, 24  # 400 MB
 MESHES = {
@@ -44,7 +44,7 @@ def main(mesh, folder):
     for weight in model.weights:  # zeros need no memory before they are written
         weight.assign(np.full(weight.shape, 0.01, "float32"))
     created = peak() - start
-    steps_of(model).prepared((np.zeros((8, WIDTH), "float32"), None, None), 8)
+    hooks_of(model).prepared((np.zeros((8, WIDTH), "float32"), None, None), 8)
     placed = peak() - start
     model.save_weights(f"{folder}/model.weights.h5")
     saved = peak() - start

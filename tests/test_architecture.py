@@ -4,6 +4,7 @@ import ast
 import configparser
 import functools
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -29,7 +30,7 @@ TESTED_THROUGH = {  # for modules without a test file of their own, the test tha
     "graph/test_mixing": "progress samples",
     "planning/test_partition": "cost op_graph",
     "planning/test_plan": "explain flops plan_report planner",
-    "strategies/test_data_parallel": "distribute global_batch group",
+    "strategies/test_data_parallel": "collectives_between distribute global_batch",
     "strategies/test_mesh_strategy": "collectives mesh optimizer_step stage_update",
     "planning/test_sharding": "layout_search",
     "strategies/test_zero": "gradient_reduction shard_view weight_edge",
@@ -107,17 +108,25 @@ def test_private_names_stay_in_compat(file):
 @EACH
 def test_private_attributes_stay_in_compat(file):
     """Those of TensorFlow and Keras: what tfpar's own classes define is its own, and so is what they override."""
-    if package_of(file) != "compat":
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
-                ours = node.attr in own_names() or is_self(node.value)
-                assert ours, f"{file}:{node.lineno}: {node.attr} belongs in compat"
+    nodes = list(ast.walk(ast.parse(file.read_text()))) if package_of(file) != "compat" else []
+    fragments = {id(value) for node in nodes if isinstance(node, ast.JoinedStr) for value in node.values}
+    for node in nodes:
+        name = private_name(node) if id(node) not in fragments else None
+        ours = name is None or name in own_names() or is_self(getattr(node, "value", None))
+        assert ours, f"{file}:{getattr(node, 'lineno', '?')}: {name} belongs in compat"
+
+
+def private_name(node):
+    """The private name that an attribute, a keyword or a text is; `None` if it is none."""
+    name = getattr(node, "attr", None) or getattr(node, "arg", None) or getattr(node, "value", None)
+    kinds = isinstance(node, ast.Attribute | ast.keyword | ast.Constant)
+    return name if kinds and isinstance(name, str) and re.fullmatch(r"_[a-z]\w*", name) else None
 
 
 @functools.cache
 def own_names():
     """What tfpar's classes define, and what is documented of Python's."""
-    own = {"_fields", "_getframe", "_replace"}
+    own = {"_fields", "_getframe", "_replace", "_tfpar_hooks"}
     for each in FILES:
         for node in ast.walk(ast.parse(each.read_text())):
             if isinstance(node, ast.FunctionDef):

@@ -2,7 +2,7 @@
 
 import keras
 
-from tfpar.trainer.hooks import steps_of
+from tfpar.trainer.hooks import hooks_of
 
 
 class CheckNumerics(keras.callbacks.Callback):
@@ -19,6 +19,6 @@ class CheckNumerics(keras.callbacks.Callback):
     """
 
     def on_train_begin(self, logs=None):
-        steps = steps_of(self.model)
-        if steps is not None:
-            steps.check(True)
+        hooks = hooks_of(self.model)
+        if hooks is not None:
+            hooks.check(True)

@@ -10,9 +10,11 @@ from tfpar.engine.micro_batch import Batch, Parts
 from tfpar.errors import ModelError
 from tfpar.planning.schedule import Action
 from tfpar.planning.timeline import Span, Timeline
-from tfpar.trainer.hooks import KerasHooks, steps_of
+from tfpar.trainer.hooks import KerasHooks, hooks_of
 from tfpar.trainer.step_function import StepFunction
 from tfpar.trainer.training_step import TrainingStep
+
+__all__ = ["measured"]
 
 
 def measured(model: keras.Model, *batch: Any, repeat: int = 1) -> Timeline:
@@ -43,17 +45,17 @@ def measured(model: keras.Model, *batch: Any, repeat: int = 1) -> Timeline:
         >>> timeline = measured(model, x, y)  # doctest: +SKIP
         >>> print(timeline.draw())  # doctest: +SKIP
     """
-    steps = steps_of(model)
-    if steps is None or not model.compiled:
+    hooks = hooks_of(model)
+    if hooks is None or not model.compiled:
         raise ModelError(f"{model.name} is not scheduled: construct and compile it in the scope of a strategy")
     places: dict[str, tuple[int, Action]] = {}
-    clocked = StepFunction(steps, partial(clocked_step, steps, places))
+    clocked = StepFunction(hooks, partial(clocked_step, hooks, places))
     runs = [clocked(batch) for _ in range(repeat + 1)][1:]
     return min((timeline(places, run) for run in runs), key=lambda t: t.makespan)
 
 
 def clocked_step(
-    steps: KerasHooks, places: dict[str, tuple[int, Action]], data: Batch, parts: Parts
+    hooks: KerasHooks, places: dict[str, tuple[int, Action]], data: Batch, parts: Parts
 ) -> dict[str, tuple[tf.Tensor, tf.Tensor]]:
     """A scheduled step that returns when each action starts and stops, by its name.
 
@@ -61,15 +63,15 @@ def clocked_step(
         places: is given, by name, the number of each action's device, and the action with its micro-batch counted over
             all replicas.
     """
-    step = TrainingStep(steps, data, parts)
+    step = TrainingStep(hooks, data, parts)
     if not step.is_scheduled():
         raise ModelError(
-            f"{steps.model.name} is not scheduled: its train_step, compute_loss or loss needs the whole batch at once"
+            f"{hooks.model.name} is not scheduled: its train_step, compute_loss or loss needs the whole batch at once"
         )
     _, run = step.run(clock=True)
-    devices = steps.strategy.mesh.devices
+    devices = hooks.strategy.mesh.devices
     for s, kind, m in run.order.stops:
-        places[str((s, kind, m))] = devices.index(run.device(s, m.lane)), Action(s, kind, run.part(m))
+        places[str((s, kind, m))] = devices.index(run.device(s, m.lane)), Action(s, kind, run.part_number(m))
     return {str(action): (run.order.starts[action], stop) for action, stop in run.order.stops.items()}
 
 

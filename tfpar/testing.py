@@ -9,8 +9,13 @@ import tensorflow as tf
 
 from tfpar.comm.collectives import EXCHANGES, LOCAL
 from tfpar.errors import DeviceError
-from tfpar.trainer.hooks import steps_of
+from tfpar.planning.plan import Plan
+from tfpar.trainer.hooks import hooks_of
 from tfpar.trainer.step_function import StepFunction
+
+__all__ = [
+    "assert_same", "difference", "distance", "logical_cpus", "named_values", "planned_exchanges", "traced_exchanges",
+]  # fmt: skip
 
 
 def logical_cpus(count: int, threads: int | None = None):
@@ -126,18 +131,18 @@ def traced_exchanges(model: Any, *batch: Any) -> list[tuple[str, str]]:
     Example:
         >>> assert traced_exchanges(model, x, y) == planned_exchanges(strategy.explain(model))  # doctest: +SKIP
     """
-    steps = steps_of(model)
-    function, _ = StepFunction(steps, steps.train_step).prepared((batch,), None, None)
+    hooks = hooks_of(model)
+    function, _ = StepFunction(hooks, hooks.train_step).prepared((batch,), None, None)
     devices: dict[tuple[str, str], set[str]] = {}
     for op in function.graph.get_operations():
         found = re.match(rf"(?:[a-z]+\d+/)*({KINDS})/(weights|.+?/(?:{KINDS})(?:-of-gradient)?)/", op.name)
         if found:
             devices.setdefault((found[1], found[2]), set()).add(op.device)
-    ranks = set(map(str, steps.strategy.mesh.devices))
+    ranks = set(map(str, hooks.strategy.mesh.devices))
     return sorted(key for key, on in devices.items() if len(on) >= len(ranks))
 
 
-def planned_exchanges(plan: Any) -> list[tuple[str, str]]:
+def planned_exchanges(plan: Plan) -> list[tuple[str, str]]:
     """The collectives that a plan announces, in the form of `traced_exchanges`.
 
     Those of the loss are in it once the model has been traced or trained with targets.

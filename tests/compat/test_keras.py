@@ -14,7 +14,7 @@ import tfpar
 from tfpar.compat import _keras, _keras_calls, _keras_run, _moments
 from tfpar.graph.recording import RecordingScope
 from tfpar.testing import difference
-from tfpar.trainer.hooks import steps_of
+from tfpar.trainer.hooks import hooks_of
 
 pytestmark = pytest.mark.fast
 
@@ -43,11 +43,11 @@ def test_adoption_touches_keras_only_inside_scopes():
     assert len(before) == 3 and not is_touched()
     one, other = (make() for make in STRATEGIES.values())
     with one.scope():
-        assert is_touched() and hasattr(build(), "_tfpar_steps")
+        assert is_touched() and hasattr(build(), "_tfpar_hooks")
     assert not is_touched()
     with pytest.raises(KeyError), other.scope():
         raise KeyError
-    assert not is_touched() and not hasattr(build(), "_tfpar_steps")
+    assert not is_touched() and not hasattr(build(), "_tfpar_hooks")
 
 
 def test_overrides():
@@ -286,6 +286,16 @@ def test_set_value_and_strategy():
     assert model.distribute_strategy is strategy
 
 
+def test_set_functions():
+    asked = []
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    auto_jit, build = (lambda: asked.append("jit")), (lambda *a, **k: asked.append("build"))
+    _keras.set_functions(model, auto_jit, build)
+    model.compile("sgd", "mse", jit_compile="auto")
+    model.fit(np.ones((2, 2)), np.ones((2, 1)), verbose=0)
+    assert {"jit", "build"} == {*asked} and set(vars(model)) >= {"_resolve_auto_jit_compile", "_maybe_symbolic_build"}
+
+
 def test_replicas_touch_keras_only_while_they_run():
     """`running_replicas`."""
     names = list(_keras_run.REPLICAS.methods)
@@ -458,7 +468,7 @@ def test_telling():
 def test_own_calls():
     with tfpar.DataParallelStrategy(2).scope():
         model = build()
-    called = steps_of(model).divides_calls
+    called = hooks_of(model).divides_calls
     assert called(tf.constant(X)) and not called(keras.KerasTensor((None, 6)))
     with _keras_calls.own_calls():
         assert not called(tf.constant(X))

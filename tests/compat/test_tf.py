@@ -339,7 +339,7 @@ def test_saveable():
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_made_again(compiled):
+def test_recompute_inputs(compiled):
     """The backward pass uses what it gets again, also where the function kept something made of that alone."""
 
     @tf.function(jit_compile=compiled)
@@ -359,7 +359,7 @@ def test_made_again(compiled):
             found = tape.gradient(y, [w, x])
             kept = [z for z in y.op.outputs[known:] if z.consumers()]
             if again:
-                _tf.made_again(y.op, traced, known, [lambda: 2.0 * w])
+                _tf.recompute_inputs(y.op, traced, known, [lambda: 2.0 * w])
                 assert len([z for z in y.op.outputs[known:] if z.consumers()]) < len(kept)
             return found
 
@@ -381,7 +381,7 @@ def test_takes_again():
             y = tf.matmul(x, tf.transpose(first * tf.constant(2.0)))
         with _tf.operations_made() as back:
             gradient = tape.gradient(y, x)
-        _tf.takes_again(back, forward, [(first, again)])
+        _tf.recompute_values(back, forward, [(first, again)])
         return y, gradient
 
     w, x = tf.constant([[1.0, 2.0], [3.0, 4.0]]), tf.constant([[0.1, 0.2]])

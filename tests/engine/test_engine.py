@@ -13,13 +13,13 @@ from training import Spy, check, compiled, data, history
 
 import tfpar
 from tfpar.engine import executor
+from tfpar.engine.collectives_between import COLLECTIVE
 from tfpar.engine.device_order import DeviceOrder
 from tfpar.engine.executor import RUN, Execution
-from tfpar.engine.group import COLLECTIVE
 from tfpar.engine.loss import Loss
 from tfpar.graph.recording import UnknownVariables
 from tfpar.planning.schedule import Action, Kind, gpipe, one_f_one_b
-from tfpar.trainer.hooks import steps_of
+from tfpar.trainer.hooks import hooks_of
 from tfpar.trainer.step_function import StepFunction
 
 pytestmark = pytest.mark.fast
@@ -295,7 +295,7 @@ def test_schedules_differ_in_memory():
 
 def test_steps_know_their_model():
     model = compiled(STRATEGIES["1f1b"]())
-    assert steps_of(model).model is model and steps_of(build()) is None
+    assert hooks_of(model).model is model and hooks_of(build()) is None
 
 
 @pytest.mark.fast

@@ -9,7 +9,7 @@ from training import check, history
 import tfpar
 from tfpar import Mesh
 from tfpar.engine import in_place
-from tfpar.trainer.hooks import steps_of
+from tfpar.trainer.hooks import hooks_of
 
 FAST, EVERY = pytest.mark.fast, pytest.mark.every
 
@@ -33,7 +33,7 @@ def fit(rows=20):
 def trained(strategy):
     adam = lambda: keras.optimizers.Adam(0.01, epsilon=1e-4)  # noqa: E731
     _, model = check(strategy, fit(), build=build, optimizer=adam, jit_compile=True, rtol=1e-4, atol=1e-5)
-    return steps_of(model).engine
+    return hooks_of(model).engine
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ CASES = [*((m, "gpipe") for m in MODELS), ("encoder", "eager-1f1b"), ("images", 
 def test_same_numbers(name, schedule, monkeypatch):
     found = made(monkeypatch)
     trained(name, schedule)
-    assert found and all(h.can for h in found) == (name != "loops")
+    assert found and all(h.splittable for h in found) == (name != "loops")
 
 
 class Take(layers.Layer):
@@ -155,7 +155,7 @@ def test_a_sparse_gradient_over_a_cut(monkeypatch):
 
     strategy = tfpar.LayerPlacementStrategy(["CPU:0", "CPU:1"], placement=["taken"])
     check(strategy, history(X, Y, batch_size=12, epochs=2), build=build, metrics=lambda: None, jit_compile=True)
-    assert any(h.can for h in found)
+    assert any(h.splittable for h in found)
 
 
 @pytest.mark.parametrize("name", ["encoder", "mean squares", "several ends"])
@@ -171,7 +171,7 @@ def test_ranks_and_shards(monkeypatch):
         strategy = tfpar.MeshStrategy(mesh, **options)
         use = history(WORDS, Y, batch_size=12, epochs=2)
         check(strategy, use, build=encoder, loss=ONE, metrics=lambda: None, jit_compile=True)
-    assert found and all(h.can for h in found)
+    assert found and all(h.splittable for h in found)
 
 
 def test_the_same_random_numbers(monkeypatch):
@@ -190,10 +190,10 @@ def test_the_same_random_numbers(monkeypatch):
 
     found = made(monkeypatch)
     one = train()
-    assert found and all(h.can for h in found)
-    monkeypatch.setattr(vjp, "halves_of", lambda *args: None)
+    assert found and all(h.splittable for h in found)
+    monkeypatch.setattr(vjp, "split_program", lambda *args: None)
     other = train()
-    monkeypatch.setattr(executor, "again_of", lambda run, s, m, program, variables: [None] * len(variables))
+    monkeypatch.setattr(executor, "recompute_of", lambda run, s, m, program, variables: [None] * len(variables))
     for a, b, c in zip(one, other, train(), strict=True):  # what TensorFlow keeps is what went forward
         np.testing.assert_allclose(a, c, rtol=1e-5, atol=1e-7)
         np.testing.assert_allclose(b, c, rtol=1e-5, atol=1e-7)
@@ -278,14 +278,14 @@ def lost_gradient(patch):
 
 
 def stale_weights(patch):
-    again = remat.SplitProgram.again
+    again = remat.SplitProgram.for_backward
     patch.setattr(
-        remat.SplitProgram, "again", lambda self, needed, *rest: again(self, [x * 1.01 for x in needed], *rest)
+        remat.SplitProgram, "for_backward", lambda self, needed, *rest: again(self, [x * 1.01 for x in needed], *rest)
     )
 
 
 def wrong_order(patch):
-    again = remat.SplitProgram.again
+    again = remat.SplitProgram.for_backward
 
     def mixed(self, values, result, kept):
         same = {}
@@ -294,7 +294,7 @@ def wrong_order(patch):
         order = {n: m for group in same.values() for n, m in zip(group, group[::-1], strict=True)}
         return again(self, values, result, [kept[order[n]] for n in range(len(kept))])
 
-    patch.setattr(remat.SplitProgram, "again", mixed)
+    patch.setattr(remat.SplitProgram, "for_backward", mixed)
 
 
 @pytest.mark.parametrize("bug", [lost_gradient, stale_weights, wrong_order])

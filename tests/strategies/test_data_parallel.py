@@ -18,7 +18,7 @@ from tfpar.engine import batch_results
 from tfpar.engine.loss import Loss
 from tfpar.errors import ModelError, ScopeError
 from tfpar.testing import assert_same, difference
-from tfpar.trainer.hooks import steps_of
+from tfpar.trainer.hooks import hooks_of
 from tfpar.trainer.step_function import StepFunction
 
 X, Y = data(19)
@@ -174,7 +174,7 @@ def drops(seed=1):
 def test_dropout_is_independent_and_reproducible():
     def masks(count):
         model = compiled(replicas(count), build=drops, loss="mse")
-        steps = steps_of(model)
+        steps = hooks_of(model)
         x = np.ones((8, WIDTH), "float32")
         seen = []
         with pytest.MonkeyPatch.context() as patch:
@@ -628,7 +628,7 @@ def test_replicas_share_the_work(make):
 def test_buckets():
     """The gradients of the last layers do not wait for the first."""
     strategy = replicas(2, buckets=2)
-    assert steps_of(graph(strategy)[1]).engine.training.partition.stages == 2
+    assert hooks_of(graph(strategy)[1]).engine.training.partition.stages == 2
     check(replicas(2, buckets=3), history(X, Y, batch_size=8, epochs=2), optimizer=sgd(clipnorm=0.1))
 
 

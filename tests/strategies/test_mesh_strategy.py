@@ -16,7 +16,7 @@ from tfpar.engine.executor import Execution
 from tfpar.engine.optimizer_step import Update
 from tfpar.planning.mesh import Coordinate
 from tfpar.testing import assert_same, planned_exchanges, traced_exchanges
-from tfpar.trainer.hooks import steps_of
+from tfpar.trainer.hooks import hooks_of
 from tfpar.trainer.step_function import StepFunction
 
 X, Y = data(16)
@@ -24,7 +24,7 @@ CUBE = Mesh(data=2, stage=2, tensor=2)
 
 
 def graph(model):
-    steps = steps_of(model)
+    steps = hooks_of(model)
     return StepFunction(steps, steps.train_step).prepared(((X, Y),), None, None)[0].graph
 
 
@@ -92,7 +92,7 @@ def test_explain():
     mine = sum(np.asarray(c).nbytes for c in slots if c.device.endswith("CPU:5"))
     last = Coordinate(data=1, tensor=1)
     norms = sum(
-        plan.part(v, last, plan.slot_bytes[v], 1)
+        plan.bytes_of(v, last, plan.slot_bytes[v], 1)
         for v in plan.variables(0)
         if "norm" in plan.partition.graph.variables[v].path
     )

@@ -9,7 +9,7 @@ from training import ROWS, WIDTH, build, check, compiled, data, history
 
 import tfpar
 from tfpar.testing import assert_same, difference
-from tfpar.trainer.hooks import steps_of
+from tfpar.trainer.hooks import hooks_of
 from tfpar.trainer.step_function import StepFunction
 
 pytestmark = pytest.mark.fast
@@ -183,7 +183,7 @@ def normalised_first():
 
 def calls_of(build, micro_batches):
     """The calls of functions in a step, by function, and the functions that TensorFlow would copy into each call."""
-    steps = steps_of(compiled(pipeline(micro_batches), build=build))
+    steps = hooks_of(compiled(pipeline(micro_batches), build=build))
     graph = StepFunction(steps, steps.train_step).prepared(((MANY, LABELS),), None, None)[0].graph
     calls = {}
     for op in graph.get_operations():

@@ -13,7 +13,7 @@ from tfpar.compat import _keras
 from tfpar.graph.keras_graph import graph_from
 from tfpar.tensor_parallel import rules
 from tfpar.testing import assert_same
-from tfpar.trainer.hooks import steps_of
+from tfpar.trainer.hooks import hooks_of
 
 C, T = 6, 4  # divided by 2 and 3
 
@@ -209,7 +209,7 @@ def test_own_rule():
         assert_same(*found, 1e-5, 1e-7)
         kernel = found[1].layers[1].kernel.value
         assert [c.shape.as_list() for c in kernel.copies] == [[5, 6]] * 2
-        assert not steps_of(found[1]).engine.partial
+        assert not hooks_of(found[1]).engine.partial
     finally:
         del rules.RULES[Own]
 

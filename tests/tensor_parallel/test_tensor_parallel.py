@@ -16,7 +16,7 @@ from tfpar.comm import collectives
 from tfpar.engine.program import KNOWN
 from tfpar.planning.sharding import REPLICATED
 from tfpar.testing import assert_same, difference, planned_exchanges, traced_exchanges
-from tfpar.trainer.hooks import steps_of
+from tfpar.trainer.hooks import hooks_of
 from tfpar.variables import logical
 
 T, V, D = 6, 13, 12
@@ -115,7 +115,7 @@ def test_exchanges_are_megatrons(sequence):
     if not sequence:
         # two all-reduces forward and two backward in each block; no gradient goes back to the model's input
         assert kinds == [("all-reduce", False)] * 2 * blocks + [("all-reduce", True)] * (2 * blocks - 1)
-        assert not steps_of(model).engine.partial
+        assert not hooks_of(model).engine.partial
     else:
         assert kinds.count(("reduce-scatter", False)) == 2 * blocks  # f and g of Korthikanti et al., figure 5
         assert kinds.count(("all-gather", False)) == 2 * blocks - 1  # the model's input is there already
@@ -146,7 +146,7 @@ def test_products_run_on_every_device():
     model = trained(ranks(3), encoder, x=x, y=y)
     from tfpar.trainer.step_function import StepFunction
 
-    steps = steps_of(model)
+    steps = hooks_of(model)
     function, _ = StepFunction(steps, steps.train_step).prepared(((x, y),), None, None)
     called = [op.device for op in function.graph.get_operations() if op.type == "PartitionedCall"]
     assert {d[-5:] for d in called} == {"CPU:0", "CPU:1", "CPU:2"}
@@ -157,7 +157,7 @@ def test_alike_blocks_are_compiled_once():
     before = len(KNOWN)
     strategy = ranks(2)
     model = trained(strategy, lambda: encoder(6), x=x, y=y)
-    engine = steps_of(model).engine
+    engine = hooks_of(model).engine
     functions = [t.function for p in engine.programs.values() for t in p.call.traces.values()]
     assert len(functions) >= 20
     assert len({id(f) for f in functions}) <= 5
@@ -297,7 +297,7 @@ def test_loss_of_divided_logits(loss):
     assert_same(one, other, 1e-5, 1e-7)
     for name, values in expected.items():
         assert difference(values, found[name]) < 1e-5
-    assert steps_of(other).engine.loss_parallel
+    assert hooks_of(other).engine.loss_parallel
     kinds = [e.kind for e in strategy.explain(other).exchanges if e.where == "loss"]
     assert kinds == ["maximum", "all-reduce"]
 
@@ -353,7 +353,7 @@ def model_in_training(model, x):
     class Watch(keras.callbacks.Callback):
         pass
 
-    steps = steps_of(model)
+    steps = hooks_of(model)
     if steps is None:
         return model(x, training=True)
 
@@ -476,7 +476,7 @@ def test_own_train_step():
     x = data()[0]
     y = np.random.default_rng(2).normal(size=(len(x), 3)).astype("float32")
     _, other = check(ranks(2), history(x, y, batch_size=8, epochs=2), build=build, loss=None, metrics=lambda: None)
-    assert any(weight.layout != REPLICATED for weight in steps_of(other).engine.plan.weights)
+    assert any(weight.layout != REPLICATED for weight in hooks_of(other).engine.plan.weights)
 
 
 def test_mixed_precision():
@@ -485,7 +485,7 @@ def test_mixed_precision():
     one, other = (trained(s, encoder, x=x, y=y) for s in (None, ranks(2)))
     for a, b in zip(one.weights, other.weights, strict=True):
         assert np.abs(np.asarray(a) - np.asarray(b)).max() < 2e-2
-    exchanged = [e for e in steps_of(other).engine.plan.exchanges if e.kind == "all-reduce"]
+    exchanged = [e for e in hooks_of(other).engine.plan.exchanges if e.kind == "all-reduce"]
     assert {e.bytes for e in exchanged} == {T * D * 2}  # bfloat16
 
 
@@ -750,7 +750,7 @@ def test_prediction_before_training_keeps_the_loss_divided():
         model.compile("sgd", from_logits())
     model.predict(x, verbose=0)
     model.fit(x, y, verbose=0)
-    assert steps_of(model).engine.loss_parallel
+    assert hooks_of(model).engine.loss_parallel
 
 
 def test_saved_model_by_hand_says_what_to_do(tmp_path):

@@ -18,7 +18,7 @@ from tfpar import Mesh
 from tfpar.engine import engine
 from tfpar.testing import named_values
 from tfpar.trainer.diagnose import at_node
-from tfpar.trainer.hooks import steps_of
+from tfpar.trainer.hooks import hooks_of
 
 X, Y = data(16)
 MESHES = {
@@ -180,7 +180,7 @@ def test_an_error_that_does_not_come_again(node, where):
     history(X, Y, batch_size=16)(model)
     message = f"OOM when allocating tensor on /job:localhost/device:GPU:3 by allocator\n\t [[{{{{node {node}}}}}]]"
     error = tf.errors.ResourceExhaustedError(None, None, message)
-    assert re.match(where, at_node(error, steps_of(model).engine, True))
+    assert re.match(where, at_node(error, hooks_of(model).engine, True))
 
 
 @pytest.mark.fast

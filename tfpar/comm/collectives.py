@@ -52,8 +52,8 @@ def reduce_scatter_gradient(parts: Sequence[Any], devices: Sequence[str], dim: i
         return [None] * len(devices)
     sparse = all(map(is_sparse, found))
     shards = []
-    for device, edges in zip(devices, pairwise(bounds(shape[dim], len(devices))), strict=True):
-        parts = [sparse_part(x, dim, shape, *edges) if sparse else dense_part(plain(x), dim, *edges) for x in found]
+    for device, ends in zip(devices, pairwise(bounds(shape[dim], len(devices))), strict=True):
+        parts = [sparse_part(x, dim, shape, *ends) if sparse else dense_part(plain(x), dim, *ends) for x in found]
         shards.append(summed(parts, device))
     return shards
 
@@ -89,15 +89,17 @@ NCCL = (tf.float16, tf.float32, tf.float64)  # which dtypes TensorFlow's NCCL ke
 # ---- of activations: a value for each device along an axis, on that device
 
 Values = Sequence[tf.Tensor]
-Edges = Sequence[Any] | None  # where the part of each begins along `dim`, and where the last ends; nearly equal parts
+Offsets = Sequence[Any] | None  # where the part of each begins along `dim`, and where the last ends; nearly equal parts
 
 
-def identity(values: Values, devices: Sequence[str], dim: int = 0, edges: Edges = None, ops: Any = None) -> Values:
+def identity(values: Values, devices: Sequence[str], dim: int = 0, offsets: Offsets = None, ops: Any = None) -> Values:
     """The same values."""
     return list(values)
 
 
-def all_reduce(values: Values, devices: Sequence[str], dim: int = 0, edges: Edges = None, ops: Any = None) -> Values:
+def all_reduce(
+    values: Values, devices: Sequence[str], dim: int = 0, offsets: Offsets = None, ops: Any = None
+) -> Values:
     """The sum, everywhere, to the last bit the same."""
     if len(devices) == 1:  # a short batch keeps one replica busy
         return list(values)
@@ -108,56 +110,60 @@ def all_reduce(values: Values, devices: Sequence[str], dim: int = 0, edges: Edge
     return all_gather(reduce_scatter(values, devices), devices)  # each adds up a part
 
 
-def all_gather(values: Values, devices: Sequence[str], dim: int = 0, edges: Edges = None, ops: Any = None) -> Values:
+def all_gather(
+    values: Values, devices: Sequence[str], dim: int = 0, offsets: Offsets = None, ops: Any = None
+) -> Values:
     """All parts along `dim`, everywhere."""
     return on_each(devices, lambda _: tf.concat(list(values), dim))
 
 
-def own_part(values: Values, devices: Sequence[str], dim: int = 0, edges: Edges = None, ops: Any = None) -> Values:
+def own_part(values: Values, devices: Sequence[str], dim: int = 0, offsets: Offsets = None, ops: Any = None) -> Values:
     """Of what all have, each its part."""
-    return on_each(devices, lambda r: part_of_device(values[r], dim, r, edges or equal(values[r], dim, len(devices))))
+    return on_each(devices, lambda r: part_of_device(values[r], dim, r, offsets or equal(values[r], dim, len(devices))))
 
 
 def reduce_scatter(
-    values: Values, devices: Sequence[str], dim: int = 0, edges: Edges = None, ops: Any = None
+    values: Values, devices: Sequence[str], dim: int = 0, offsets: Offsets = None, ops: Any = None
 ) -> Values:
     """Of the sum, each its part."""
     if ops is not None and values[0].dtype in NCCL:
-        return own_part(all_reduce(values, devices, ops=ops), devices, dim, edges)
+        return own_part(all_reduce(values, devices, ops=ops), devices, dim, offsets)
 
     def parts(r: int) -> list[tf.Tensor]:
-        return [part_of_device(value, dim, r, edges or equal(value, dim, len(devices))) for value in values]
+        return [part_of_device(value, dim, r, offsets or equal(value, dim, len(devices))) for value in values]
 
     return [summed(parts(r), device) for r, device in enumerate(devices)]
 
 
 def equal(value: tf.Tensor, dim: int, parts: int) -> list[Any]:
-    """The edges of nearly equal parts along `dim`, where the value is."""
+    """The offsets of nearly equal parts along `dim`, where the value is."""
     with tf.device(value.device or None):
         return bounds(tf.shape(value)[dim] if value.shape[dim] is None else value.shape[dim], parts)
 
 
-def part_of_device(value: tf.Tensor, dim: int, r: int, edges: Sequence[Any]) -> tf.Tensor:
+def part_of_device(value: tf.Tensor, dim: int, r: int, offsets: Sequence[Any]) -> tf.Tensor:
     """The part of the `r`-th device along `dim`; placed where the value is."""
-    return dense_part(value, dim, edges[r], edges[r + 1])
+    return dense_part(value, dim, offsets[r], offsets[r + 1])
 
 
-def pad(values: Values, devices: Sequence[str], dim: int = 0, edges: Edges = None, ops: Any = None) -> Values:
+def pad(values: Values, devices: Sequence[str], dim: int = 0, offsets: Offsets = None, ops: Any = None) -> Values:
     """Each its part, zeros in the places of the others'."""
 
     def padded(r: int) -> tf.Tensor:
-        around = [[0, 0]] * dim + [[edges[r], edges[-1] - edges[r + 1]]] + [[0, 0]] * (values[r].shape.rank - dim - 1)
+        around = (
+            [[0, 0]] * dim + [[offsets[r], offsets[-1] - offsets[r + 1]]] + [[0, 0]] * (values[r].shape.rank - dim - 1)
+        )
         return tf.pad(values[r], around)
 
     return on_each(devices, padded)
 
 
-def maximum(values: Values, devices: Sequence[str], dim: int = 0, edges: Edges = None, ops: Any = None) -> Values:
+def maximum(values: Values, devices: Sequence[str], dim: int = 0, offsets: Offsets = None, ops: Any = None) -> Values:
     """The largest of one element that each has along the last dim, everywhere."""
     return on_each(devices, lambda _: tf.reduce_max(tf.concat(list(values), -1), -1, keepdims=True))
 
 
-def numbers(values: Values, devices: Sequence[str], dim: int = 0, edges: Edges = None, ops: Any = None) -> Values:
+def numbers(values: Values, devices: Sequence[str], dim: int = 0, offsets: Offsets = None, ops: Any = None) -> Values:
     """To each its number."""
     return on_each(devices, tf.constant)
 
@@ -192,23 +198,23 @@ class Collective:
     extent: int | None = None
     axis: str = "tensor"
 
-    def there(self, values: Values, devices: Sequence[str], ops: Any = None, edges: Edges = None) -> Values:
+    def there(self, values: Values, devices: Sequence[str], ops: Any = None, offsets: Offsets = None) -> Values:
         """What each has afterwards."""
-        return EXCHANGES[self.forward](values, devices, self.dim, edges or self.edges(len(devices)), ops)
+        return EXCHANGES[self.forward](values, devices, self.dim, offsets or self.offsets(len(devices)), ops)
 
-    def back(self, gradients: Values, devices: Sequence[str], ops: Any = None, edges: Edges = None) -> Values:
+    def back(self, gradients: Values, devices: Sequence[str], ops: Any = None, offsets: Offsets = None) -> Values:
         """The gradients of what each had before."""
-        return EXCHANGES[self.backward](gradients, devices, self.dim, edges or self.edges(len(devices)), ops)
+        return EXCHANGES[self.backward](gradients, devices, self.dim, offsets or self.offsets(len(devices)), ops)
 
-    def edges(self, parts: int) -> Edges:
+    def offsets(self, parts: int) -> Offsets:
         """Where the part of each begins and ends, if that is known."""
         return None if self.extent is None else bounds(self.extent, parts)
 
-    def of_mask(self, masks: Values, devices: Sequence[str], edges: Edges = None) -> Values:
+    def of_mask(self, masks: Values, devices: Sequence[str], offsets: Offsets = None) -> Values:
         """The Keras masks of what each has afterwards."""
         if masks[0] is None or self.dim >= masks[0].shape.rank:
             return list(masks)
-        return EXCHANGES[self.kind_of_masks](masks, devices, self.dim, edges or self.edges(len(devices)))
+        return EXCHANGES[self.kind_of_masks](masks, devices, self.dim, offsets or self.offsets(len(devices)))
 
     @property
     def kind_of_masks(self) -> str:

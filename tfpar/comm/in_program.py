@@ -58,7 +58,7 @@ class Gang:
         shape = self.mesh.lane_shape
         return {axis: [[number_of(at, shape) for at in group] for group in self.mesh.groups(axis)] for axis in AXES}
 
-    def place(self, axis: str, lane: tf.Tensor) -> tf.Tensor:
+    def index_along(self, axis: str, lane: tf.Tensor) -> tf.Tensor:
         """The place of a lane, given by its number, along an axis."""
         after = self.mesh.lane_shape[list(AXES).index(axis) + 1 :]
         return lane // prod(after) % getattr(self.mesh, axis)
@@ -149,7 +149,7 @@ class Gang:
     def own_part(self, axis: str, x: tf.Tensor, lane: tf.Tensor, dim: int) -> tf.Tensor:
         """Of what all have, a lane's part of equal ones along `dim`."""
         rows = (tf.shape(x)[dim] if x.shape[dim] is None else x.shape[dim]) // getattr(self.mesh, axis)
-        first = [self.place(axis, lane) * rows if d == dim else 0 for d in range(x.shape.rank)]
+        first = [self.index_along(axis, lane) * rows if d == dim else 0 for d in range(x.shape.rank)]
         return tf.slice(x, first, [rows if d == dim else -1 if n is None else n for d, n in enumerate(x.shape)])
 
     def own_rows(
@@ -160,7 +160,7 @@ class Gang:
         if dim:
             values = self.own_part(axis, values, lane, dim)
         else:
-            values, indices = rows_of_shard(values, indices, self.place(axis, lane) * shape[0], shape[0])
+            values, indices = rows_of_shard(values, indices, self.index_along(axis, lane) * shape[0], shape[0])
         return tf.IndexedSlices(values, indices, tf.constant(list(shape), x.dense_shape.dtype))
 
 
@@ -212,7 +212,7 @@ class InProgram:
     def __call__(self, *args: tf.Tensor) -> tf.Tensor:
         *given, lane = args
         if not given:
-            return self.gang.place(self.collective.axis, lane)
+            return self.gang.index_along(self.collective.axis, lane)
         (x,) = given
         y = self.exchanged(x, lane, "values")
         logits, activation = _keras.logits_of(x)

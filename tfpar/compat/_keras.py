@@ -1,4 +1,4 @@
-"""Private names of Keras, all that tfpar uses. Checked against Keras 3.15.1 by `tests/compat/test_keras.py`."""
+"""Private names of Keras that models, layers and optimizers need. Checked against Keras 3.15.1."""
 
 import contextlib
 import functools
@@ -27,6 +27,14 @@ __all__ = ["get_keras_mask", "set_keras_mask", "unpack_x_y_sample_weight"]
 def set_strategy(model: keras.Model, strategy: Any):
     """What the model takes for the strategy of its scope."""
     model._distribute_strategy = strategy
+
+
+def set_functions(model: keras.Model, auto_jit: Callable, build: Callable):
+    """What the model calls to choose whether to compile with XLA, and to be built by its first batch."""
+    vars(model).update(_resolve_auto_jit_compile=auto_jit, _maybe_symbolic_build=build)
+
+
+LOSSES = "compute_loss", "_compute_loss"  # the methods that find a model's loss
 
 
 def overrides(model: keras.Model, *methods: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Private names of TensorFlow that tfpar uses, all. Checked against 2.21.0; `tests/compat/test_tf.py` tests each."""
+"""Private names of TensorFlow, but for those of XLA. Checked against 2.21.0; `tests/compat/test_tf.py` tests each."""
 
 import contextlib
 import hashlib
@@ -24,7 +24,7 @@ from tensorflow.python.training.saving.saveable_object import SaveableObject, Sa
 __all__ = [
     "LogicalReplica", "MirroredExtended", "MirroredVariable", "OwnedMultiDeviceIterator", "PerReplica",
     "ResourceVariable", "awaited", "batch_reduce", "call_flat", "copied", "fingerprint", "following_inputs",
-    "has_shared_rows", "in_xla", "independent", "made_again", "number_of", "outside_replica", "record_gradient",
+    "has_shared_rows", "in_xla", "independent", "recompute_inputs", "number_of", "outside_replica", "record_gradient",
     "recorded", "replica_of", "saveable", "select_replica", "set_container", "tape_watches", "unfolded",
     "unrecorded", "update_regroup", "without_device",
 ]  # fmt: skip
@@ -228,7 +228,10 @@ def renamed(name: str, names: dict[str, str]) -> str:
     return f"{'^' if name[0] == '^' else ''}{names[before]}:{output or 0}"
 
 
-def made_again(call: tf.Operation, function: Any, known: int, inputs: Sequence[Callable[[], tf.Tensor] | None]):
+NOT_COPIED = {"_noinline": True}  # attributes of a function that TensorFlow leaves one function
+
+
+def recompute_inputs(call: tf.Operation, function: Any, known: int, inputs: Sequence[Callable[[], tf.Tensor] | None]):
     """Let the backward pass of a function compute anew what depends on some inputs only: nothing holds on to those.
 
     Args:
@@ -255,7 +258,7 @@ def operations_made() -> Iterator[list[tf.Operation]]:
     found += graph.get_operations()[before:]
 
 
-def takes_again(
+def recompute_values(
     operations: Sequence[tf.Operation], made: Sequence[tf.Operation], given: Sequence[tuple[tf.Tensor, tf.Tensor]]
 ):
     """Let operations of the present graph take tensors in place of others, and of what follows from those alone.

@@ -50,4 +50,4 @@ def with_collectives(engine: Engine, route: ExecutionGraph) -> ExecutionGraph:
     graph = new.finish()
     cut = segmented(graph.graph, [op.stage for op in graph.graph.ops])
     of_stage = tuple(gangs[graph.graph.ops[cut.ops(s)[0]].stage] for s in range(cut.stages))
-    return replace(route, graph=graph, partition=cut, lane=lane, gangs=of_stage, parts=route.partition.stage_of)
+    return replace(route, graph=graph, partition=cut, lane=lane, gangs=of_stage, cut_segments=route.partition.stage_of)

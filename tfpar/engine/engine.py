@@ -87,7 +87,7 @@ class ExecutionGraph:
         loss: scalars, if it ends with the loss: the weighted sum, and each output's.
         gangs: for each segment, who runs it at once and exchanges tensors in it, if its collectives are in it.
         lane: the input that is the number of the lane, if collectives need it.
-        parts: then the segment of each operation if programs ended at collectives.
+        cut_segments: then the segment of each operation if programs ended at collectives.
     """
 
     graph: KerasGraph
@@ -98,7 +98,7 @@ class ExecutionGraph:
     loss: tuple[int, ...] = ()
     gangs: tuple[Gang, ...] = ()
     lane: int | None = None
-    parts: tuple[int, ...] = ()
+    cut_segments: tuple[int, ...] = ()
 
     @property
     def source(self) -> KerasGraph:
@@ -143,7 +143,7 @@ class ExecutionGraph:
     @cached_property
     def cut_inside(self) -> "ExecutionGraph":
         """The same way in the segments that it would have if programs ended at collectives."""
-        return replace(self, partition=Partition(self.graph.graph, self.parts), gangs=())
+        return replace(self, partition=Partition(self.graph.graph, self.cut_segments), gangs=())
 
     @cached_property
     def turns(self) -> tuple[list[list[int]], list[list[int]]]:

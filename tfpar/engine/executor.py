@@ -12,14 +12,14 @@ import tensorflow as tf
 
 from tfpar.compat._tf import independent
 from tfpar.engine import added_losses, in_place, micro_batch
+from tfpar.engine.collectives_between import COLLECTIVE
 from tfpar.engine.device_order import DeviceOrder
 from tfpar.engine.engine import Engine, ExecutionGraph, MicroBatch, tensors_of
 from tfpar.engine.forward_backward import forward_backward
-from tfpar.engine.group import COLLECTIVE
 from tfpar.engine.program import Component, Edge, Program, Result, selected
 from tfpar.engine.reading import value_of
 from tfpar.engine.update_inside import UpdateInside
-from tfpar.engine.vjp import again_of, keep, vjp
+from tfpar.engine.vjp import keep, recompute_of, vjp
 from tfpar.planning.mesh import AXES, FIRST, Coordinate, dividing
 from tfpar.planning.schedule import Action, Kind, Schedule
 
@@ -65,7 +65,7 @@ class Execution:
         self.all = [MicroBatch(lane, n) for lane in self.lanes for n in range(self.parts.micro_batches)]
         given = [t for t in self.graph.inputs if t != self.route.lane]
         self.values: dict[MicroBatch, dict[int, Edge]] = {
-            m: dict(zip(given, self.inputs[self.part(m)], strict=True)) for m in self.all
+            m: dict(zip(given, self.inputs[self.part_number(m)], strict=True)) for m in self.all
         }
         for m in self.all if self.route.lane is not None else ():
             self.values[m][self.route.lane] = Edge(tf.constant(self.mesh.lanes.index(m.lane)))
@@ -127,7 +127,7 @@ class Execution:
 
     def share(self, m: MicroBatch) -> Any:
         """The share of a part in the batch."""
-        return self.weights[self.part(m)]
+        return self.weights[self.part_number(m)]
 
     @property
     def lanes(self) -> tuple[Coordinate, ...]:
@@ -147,7 +147,7 @@ class Execution:
         """What a segment runs."""
         return self.engine.program(self.route, s, self.training)
 
-    def part(self, m: MicroBatch) -> int:
+    def part_number(self, m: MicroBatch) -> int:
         """Which part of the batch this is."""
         return self.mesh.replicas.index(m.lane.replica) * self.parts.micro_batches + m.micro_batch
 
@@ -166,8 +166,8 @@ class Execution:
         edges = self.order.started((s, Kind.FORWARD, m), self.at(s, m.lane), edges)
         variables = [value_of(self, s, m, v) for v in program.variables]
         if self.differentiate:
-            again = again_of(self, s, m, program, variables)
-            result, self.pullbacks[s, m] = vjp(self, s, m, program, variables, edges, again)
+            recompute = recompute_of(self, s, m, program, variables)
+            result, self.pullbacks[s, m] = vjp(self, s, m, program, variables, edges, recompute)
         else:
             result = program(variables, edges)
         independent(tensors_of(result))

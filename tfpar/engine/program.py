@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from tfpar.comm.in_program import Gang
 from tfpar.compat import _keras, _keras_attention, _keras_calls, _keras_einsum, _keras_parts, _moments
-from tfpar.compat._tf import call_flat, fingerprint, without_device
+from tfpar.compat._tf import NOT_COPIED, call_flat, fingerprint, without_device
 from tfpar.graph.keras_graph import KerasGraph
 from tfpar.graph.recording import RecordingScope, UnknownVariables
 from tfpar.planning.op_graph import OpGraph
@@ -78,7 +78,7 @@ class Function:
     """
 
     def __init__(self, function: Callable, jit_compile: bool, differentiated: bool = False, often: bool = False):
-        attributes = {"_noinline": True} if often else None
+        attributes = NOT_COPIED if often else None
         self.plain = tf.function(function, autograph=False, experimental_attributes=attributes)
         self.compiled = tf.function(function, autograph=False, jit_compile=True) if jit_compile else None
         self.differentiated = differentiated
@@ -203,7 +203,7 @@ class Program:
         layers = {id(x): x for i in ops for x in _moments.batch_normalizations(graph.calls[i].operation)}
         self.normalizations = list(layers.values()) if training else []
         self.writers: dict[int, int] = {}  # of each variable that changes, the operation that wrote it last
-        self.halves: dict[tuple, Any] = {}  # the ways forward and back, by the kind of arguments
+        self.split: dict[tuple, Any] = {}  # the ways forward and back, by the kind of arguments
         self.fused: dict[Any, Callable] = {}  # both at once, by how the batch is divided
         self.exchanged: set[tuple[int, str]] = set()  # gradients of variables and the axes over which it sums them
         self.added: set[int] = set()  # variables of which the backward pass adds up the gradients of micro-batches

@@ -32,7 +32,7 @@ def value_of(run: "Execution", s: int, m: MicroBatch, v: int) -> tf.Tensor:
     if s in run.route.global_batch:  # every replica computes the same
         m = m._replace(lane=lane.rank)
     # ranks that fill the same tensor draw the same numbers
-    return _keras.nth_seed(value, run.all.index(m) if v in run.route.drawn else run.part(m))
+    return _keras.nth_seed(value, run.all.index(m) if v in run.route.drawn else run.part_number(m))
 
 
 def own_value(run: "Execution", s: int, m: MicroBatch, v: int) -> tf.Tensor:

@@ -40,7 +40,7 @@ class SplitProgram:
 
     Attributes:
         targets: what the backward pass takes cotangents of: components of edges, and added losses `(i, k)`.
-        can: whether the program can be divided. It cannot if it has loops or state.
+        splittable: whether the program can be divided. It cannot if it has loops or state.
     """
 
     def __init__(
@@ -62,8 +62,8 @@ class SplitProgram:
         self.found = tensors_of(self.gradients)
         made = makers([*self.outputs, *self.found])
         state = any(op.op_def.is_stateful and op.type not in PURE for op in self.trace.graph.get_operations())
-        self.can = bool(self.found) and not state and not any(map(is_bound, made))
-        if self.can:
+        self.splittable = bool(self.found) and not state and not any(map(is_bound, made))
+        if self.splittable:
             self.divide(made)
             self.forward, self.backward = Function(self.run_forward, True), Function(self.run_backward, True)
 
@@ -113,7 +113,7 @@ class SplitProgram:
         """The gradients of variables that are not added up in place, those of edges, and what tells that sums are done.
 
         Args:
-            taken: what `again` gives.
+            taken: what `for_backward` gives.
             cotangents: of the targets.
             sums, first: where to add up gradients; see `in_place.Sums`.
         """
@@ -124,7 +124,7 @@ class SplitProgram:
         of_weights, done = in_place.added(self.program, present(variables, found), sums, first)
         return of_weights, present(self.outside, found[len(variables) :]), done
 
-    def again(self, needed: list[tf.Tensor], result: Result, kept: list[tf.Tensor]) -> list[tf.Tensor]:
+    def for_backward(self, needed: list[tf.Tensor], result: Result, kept: list[tf.Tensor]) -> list[tf.Tensor]:
         """What the backward pass takes: the arguments that it needs, and what the way forward returned."""
         outputs = tensors_of(result)
         return [*needed, *(outputs[n] for n in self.known.values()), *kept]

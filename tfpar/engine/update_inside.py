@@ -14,7 +14,7 @@ from tfpar.compat import _keras, _keras_parts
 from tfpar.engine.engine import ExecutionGraph
 from tfpar.engine.micro_batch import Parts
 from tfpar.engine.stage_update import StageUpdate
-from tfpar.engine.vjp import groups
+from tfpar.engine.vjp import portions
 from tfpar.engine.weights_inside import grouped
 from tfpar.graph.recording import UpdatesApart
 from tfpar.planning.mesh import Coordinate, dividing
@@ -112,7 +112,7 @@ class UpdateInside:
         norms = self.norms(attached, values, found, scale, gang, lane)
         new = self.work.applied(attached, values, found, scale, norms)
         for (axis, _), same in grouped(range(len(new)), lambda n: (axes[n], new[n].dtype)).items():
-            for some in groups({n: new[n] for n in same}):
+            for some in portions({n: new[n] for n in same}):
                 updated = gang.gathered(axis, {("updated", n): (new[n], dims[n]) for n in some}, lane)
                 for n in some:
                     whole[n].assign(updated["updated", n])

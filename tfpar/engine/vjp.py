@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from tfpar.comm.collectives import elements_of
 from tfpar.comm.gradients import add, cast
-from tfpar.compat._tf import made_again
+from tfpar.compat._tf import recompute_inputs
 from tfpar.engine import in_place
 from tfpar.engine.combination import known_rows
 from tfpar.engine.engine import MicroBatch, device_of, tensors_of
@@ -64,12 +64,12 @@ def count(run: "Execution", s: int, lane: Coordinate, gradients: dict[int, Any])
             continue
         gradient = cast(gradient, run.engine.graph.variables[v].dtype)  # of a weight cast for all micro-batches
         run.gradients[s, lane, v] = gradient if known is None else add(known, gradient)
-    for some in groups(later):
+    for some in portions(later):
         sums = run.engine.sums([run.gradients[s, lane, v] for v in some], [later[v] for v in some])
         run.gradients.update({(s, lane, v): total for v, total in zip(some, sums, strict=True)})
 
 
-def groups(gradients: dict[int, tf.Tensor]) -> Iterable[list[int]]:
+def portions(gradients: dict[int, tf.Tensor]) -> Iterable[list[int]]:
     """The variables of these gradients, so many together that their sums, there twice for a moment, are not many."""
     some, most = [], 0
     for v, gradient in gradients.items():
@@ -82,7 +82,7 @@ def groups(gradients: dict[int, tf.Tensor]) -> Iterable[list[int]]:
         yield some
 
 
-def again_of(
+def recompute_of(
     run: "Execution", s: int, m: MicroBatch, program: Program, variables: list[tf.Tensor]
 ) -> list[Callable | None]:
     """For each variable of a program, what gives it for the backward pass, if what goes forward must not keep it.
@@ -93,57 +93,57 @@ def again_of(
     """
     copies = run.engine.jit_compile and run.parts.micro_batches > 1
 
-    def again(v: int, before: tf.Tensor) -> tf.Tensor:
+    def recompute(v: int, before: tf.Tensor) -> tf.Tensor:
         return tf.identity(before) if v in run.state[m] else value_of(run, s, m, v)
 
     return [
-        partial(again, v, before) if before.dtype.is_floating and (copies or is_gathered(run, v)) else None
+        partial(recompute, v, before) if before.dtype.is_floating and (copies or is_gathered(run, v)) else None
         for v, before in zip(program.variables, variables, strict=True)
     ]
 
 
 def vjp(
     run: "Execution", s: int, m: MicroBatch, program: Program, variables: list[tf.Tensor], edges: dict[int, Edge],
-    again: list[Callable | None],
+    recompute: list[Callable | None],
 ) -> tuple[Result, Callable]:  # fmt: skip
     """A program's result, and a function from its cotangents to those of its variables and edges.
 
     Args:
-        again: what gathers variables for the backward pass, so that it holds on to none.
+        recompute: what gathers variables for the backward pass, so that it holds on to none.
     """
     inside, outside = watched(run, program, variables, edges)
     at = run.device(s, m.lane)
     compiled = run.engine.jit_compile and run.route.loss and not tf.executing_eagerly()
-    halves = halves_of(program, variables, edges, inside, outside) if compiled else None
-    if halves is None:
-        return taped(run, at, program, variables, edges, again, inside, outside)
-    result, kept = halves.forward(list(variables), edges)
+    split = split_program(program, variables, edges, inside, outside) if compiled else None
+    if split is None:
+        return taped(run, at, program, variables, edges, recompute, inside, outside)
+    result, kept = split.forward(list(variables), edges)
 
     def pullback(cotangents: dict[Component, tf.Tensor], added: dict[tuple[int, int], tf.Tensor]):
         given = {**cotangents, **added}
         for key in cotangents:  # a tensor and its logits are made of the same: who has the gradient does not matter
             logits = key._replace(field="logits")
-            if logits in halves.targets and logits not in given:
+            if logits in split.targets and logits not in given:
                 given[logits] = tf.zeros_like(logits.of(result.edges))
-        if program.targets is None and given.keys() < set(halves.targets):
+        if program.targets is None and given.keys() < set(split.targets):
             program.targets = frozenset(given)
             raise UnusedResults(program.graph)
-        if given.keys() != set(halves.targets):  # not the same as before
-            values = [make() if make else x for x, make in zip(variables, again, strict=True)]
+        if given.keys() != set(split.targets):  # not the same as before
+            values = [make() if make else x for x, make in zip(variables, recompute, strict=True)]
             sources = watched(run, program, values, edges)
-            return taped(run, at, program, values, edges, [None] * len(again), *sources)[1](cotangents, added)
-        values = [*zip(variables, again, strict=True), *((x, None) for x in tensors_of(edges))]
-        taken = [make() if make else x for x, make in map(values.__getitem__, halves.needs)]
-        ends = [tf.convert_to_tensor(given[t]) for t in halves.targets]
+            return taped(run, at, program, values, edges, [None] * len(recompute), *sources)[1](cotangents, added)
+        values = [*zip(variables, recompute, strict=True), *((x, None) for x in tensors_of(edges))]
+        taken = [make() if make else x for x, make in map(values.__getitem__, split.needs)]
+        ends = [tf.convert_to_tensor(given[t]) for t in split.targets]
         sums = in_place.sums_for(run, s, m, program, variables)
-        found, passed, done = halves.backward(halves.again(taken, result, kept), ends, *sums)
+        found, passed, done = split.backward(split.for_backward(taken, result, kept), ends, *sums)
         in_place.note(run, s, m, program, sums, done)
         return found, passed
 
     return result, pullback
 
 
-def halves_of(
+def split_program(
     program: Program,
     variables: list[tf.Tensor],
     edges: dict[int, Edge],
@@ -152,10 +152,10 @@ def halves_of(
 ) -> SplitProgram | None:
     """A program and its backward pass as two functions, made once for each kind of arguments; `None` if it has none."""
     kind = key_of((list(variables), edges)), tuple(inside), tuple(outside), program.targets
-    if kind not in program.halves:
+    if kind not in program.split:
         places = [program.variables.index(v) for v in inside]
-        program.halves[kind] = SplitProgram(program, variables, edges, places, list(outside))
-    return program.halves[kind] if program.halves[kind].can else None
+        program.split[kind] = SplitProgram(program, variables, edges, places, list(outside))
+    return program.split[kind] if program.split[kind].splittable else None
 
 
 def taped(
@@ -164,7 +164,7 @@ def taped(
     program: Program,
     variables: list[tf.Tensor],
     edges: dict[int, Edge],
-    again: list[Callable | None],
+    recompute: list[Callable | None],
     inside: dict[int, tf.Tensor],
     outside: dict[Component, tf.Tensor],
 ) -> tuple[Result, Callable]:
@@ -183,8 +183,8 @@ def taped(
         others = without_cotangents(result, targets) if traced else []
         ends = [*cotangents.values(), *added.values(), *(zeros(run, at, x) for x in others)]
         found = tape.gradient([*targets, *others], sources, ends)
-        if traced and any(again):
-            made_again(targets[0].op, traced, known, again)
+        if traced and any(recompute):
+            recompute_inputs(targets[0].op, traced, known, recompute)
         if traced and lacks_cotangents(run, result, cotangents, added):
             some, others = reached(traced, result, [*cotangents, *added], variables, edges)
             used = [program.variables.index(v) in some for v in inside] + [key in others for key in outside]

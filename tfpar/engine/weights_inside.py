@@ -11,11 +11,11 @@ from tfpar.comm.collectives import elements_of
 from tfpar.comm.gradients import SharedRows
 from tfpar.comm.in_program import Gang
 from tfpar.compat import _keras
-from tfpar.compat._tf import takes_again
+from tfpar.compat._tf import recompute_values
 from tfpar.engine.combination import shares_rows
 from tfpar.engine.program import Program
 from tfpar.engine.remat import fewest_bytes
-from tfpar.engine.vjp import groups
+from tfpar.engine.vjp import portions
 from tfpar.engine.weight_edge import edge_of
 from tfpar.planning.mesh import AXES, dividing
 
@@ -93,7 +93,7 @@ class GatheredWeights:
         pairs.update({x.name: (x, y) for x, y in zip(kept, self.gang.after(kept, cotangents[:1]), strict=True)})
         first, again = (self.there.get((way, c), {}) for way in ("forward", "backward"))
         pairs.update({first[v].name: (first[v], again[v]) for v in first})
-        takes_again(backward, forward, list(pairs.values()))
+        recompute_values(backward, forward, list(pairs.values()))
 
     def gathered(self, name: Any, variables: Sequence[int], after: Sequence[tf.Tensor]) -> dict[int, tf.Tensor]:
         """All that a rank has of these variables, exchanged in the dtype in which layers read them."""
@@ -101,7 +101,7 @@ class GatheredWeights:
         own = [self.values[v] for v in variables]
         given = dict(zip(variables, self.gang.after(own, after), strict=True))
         for (axis, dtype), same in grouped(variables, lambda v: (self.dims[v][0], self.dtype(v))).items():
-            for some in groups({v: given[v] for v in same}):
+            for some in portions({v: given[v] for v in same}):
                 parts = {(name, v): (tf.cast(given[v], dtype), self.dims[v][1]) for v in some}
                 whole = self.gang.gathered(axis, parts, self.lane)
                 found.update({v: tf.identity(tf.cast(x, given[v].dtype)) for (_, v), x in whole.items()})
@@ -133,8 +133,8 @@ def exchanged(
         dense = {kind: [v for v in of if isinstance(found[v], tf.Tensor)] for kind, of in kinds.items()}
         for kind in ("reduce-scatter", "all-reduce"):
             for dtype, same in grouped(dense.get(kind, ()), lambda v: found[v].dtype).items():
-                together = groups if kind == "reduce-scatter" else packs
-                for some in together({v: found[v] for v in same}):
+                parted = portions if kind == "reduce-scatter" else packs
+                for some in parted({v: found[v] for v in same}):
                     given = {v: tf.cast(found[v], run.engine.reduce_dtype or dtype) for v in some}
                     if kind == "all-reduce":
                         sums = gang.added_up(axis, given, lane)
@@ -178,4 +178,4 @@ def grouped(items: Iterable[int], kind: Any) -> dict[Any, list[int]]:
 def packs(tensors: dict[int, tf.Tensor]) -> list[list[int]]:
     """Tensors that have a sum in common: small ones; each large one has its own."""
     large = [v for v, x in tensors.items() if elements_of(x) >= ALONE]
-    return [*([v] for v in large), *groups({v: x for v, x in tensors.items() if v not in large})]
+    return [*([v] for v in large), *portions({v: x for v, x in tensors.items() if v not in large})]

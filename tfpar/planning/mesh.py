@@ -11,7 +11,7 @@ from tfpar.errors import DeviceError
 
 
 class Coordinate(NamedTuple):
-    """Where a device is in a mesh: a number along each axis, from 0.
+    """Where a device is in a mesh: a number along each axis, from 0. Not in the order of `Mesh`: name the axes.
 
     Args:
         data: the replica of the model; with `shard`, the group of replicas.

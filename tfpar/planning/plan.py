@@ -147,11 +147,11 @@ class Plan:
 
     def parameter_bytes(self, stage: int, at: Coordinate = FIRST) -> int:
         """Bytes of the variables of a stage that a lane has: of its copies and shards."""
-        return sum(self.part(v, at) for v in self.variables(stage))
+        return sum(self.bytes_of(v, at) for v in self.variables(stage))
 
     def optimizer_bytes(self, stage: int, at: Coordinate = FIRST) -> int:
         """Bytes of the optimizer's slots for a stage's variables that a lane has; 0 if they are not known."""
-        return sum(self.part(v, at, self.slot_bytes[v], 1) for v in self.variables(stage) if self.slot_bytes)
+        return sum(self.bytes_of(v, at, self.slot_bytes[v], 1) for v in self.variables(stage) if self.slot_bytes)
 
     def gradient_bytes(self, stage: int, at: Coordinate = FIRST) -> int:
         """Bytes of the gradients of a stage that a lane has.
@@ -163,17 +163,17 @@ class Plan:
         for v in self.variables(stage):
             variable = self.partition.graph.variables[v]
             if variable.trainable:
-                found += self.part(v, at, zero=2)
+                found += self.bytes_of(v, at, zero=2)
                 if self.schedule.micro_batches > 1:
                     read = variable.read_bytes
-                    found += self.part(v, at, read or variable.bytes, 4) + self.part(v, at, read, 4)
+                    found += self.bytes_of(v, at, read or variable.bytes, 4) + self.bytes_of(v, at, read, 4)
         return found
 
     def variables(self, stage: int) -> list[int]:
         """The variables of a stage, as indices into the graph's; the first stage that uses one has it."""
         return [v for v in range(len(self.partition.graph.variables)) if self.partition.home(v) == stage]
 
-    def part(self, v: int, at: Coordinate, whole: int | None = None, zero: int = 3) -> int:
+    def bytes_of(self, v: int, at: Coordinate, whole: int | None = None, zero: int = 3) -> int:
         """Of the bytes of a variable, or of its slots or gradient, those that a lane has.
 
         Args:

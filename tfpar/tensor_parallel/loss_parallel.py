@@ -33,13 +33,13 @@ class CrossEntropy(NamedTuple):
     y: tuple[Sequence[int | None], str]
 
     @property
-    def place(self) -> int:
+    def own_class(self) -> int:
         """Which of the two classes stands for a token's own."""
         return 1 if self.ignored == 0 else 0
 
     def targets(self, y: tf.Tensor) -> tf.Tensor:
         """The targets, as if there were two classes."""
-        own = tf.fill(tf.shape(y), tf.cast(self.place, y.dtype))
+        own = tf.fill(tf.shape(y), tf.cast(self.own_class, y.dtype))
         return own if self.ignored is None else tf.where(y == tf.cast(self.ignored, y.dtype), y, own)
 
     def prediction(self, logits: tf.Tensor) -> tf.Tensor:
@@ -135,4 +135,4 @@ class TwoClasses:
         tiny = tf.as_dtype(terms.dtype).as_numpy_dtype(1e-37)
         others = maximum[..., 0] + tf.math.log(tf.maximum(terms[..., 0], tiny))
         both = [terms[..., 1], others]
-        return _keras.with_mask_of(terms, tf.stack(both[::-1] if self.loss.place else both, -1))
+        return _keras.with_mask_of(terms, tf.stack(both[::-1] if self.loss.own_class else both, -1))

@@ -29,8 +29,8 @@ def convert(model: keras.Model, other: Any):
     if not hasattr(other, "_adopt"):
         raise ScopeError(f"convert moves a model to another strategy of tfpar; received {other!r}")
     check_alone(model)
-    for steps in family(model):
-        inner = steps.model
+    for hooks in family(model):
+        inner = hooks.model
         for variable in variables_of(inner):
             hand_over(variable, other)
         for optimizer in _keras_parts.optimizers_of(inner):
@@ -48,16 +48,16 @@ def check_alone(model: keras.Model):
     ours, moved = family(model), {id(v) for v in variables_of(model)}
     if user_of(moved, ours):
         gc.collect()  # one that is gone does not count
-    if steps := user_of(moved, ours):
+    if hooks := user_of(moved, ours):
         raise ScopeError(
-            f"{steps.model.name} has been used and shares variables with {model.name}: it would keep the old ones. "
-            f"Convert {steps.model.name}, or delete it first"
+            f"{hooks.model.name} has been used and shares variables with {model.name}: it would keep the old ones. "
+            f"Convert {hooks.model.name}, or delete it first"
         )
 
 
 def user_of(variables: Set[int], ours: Sequence[KerasHooks]) -> KerasHooks | None:
     """Of other models that have been used, one that has any of these variables."""
-    others = [steps for steps in USED if steps not in ours]
+    others = [hooks for hooks in USED if hooks not in ours]
     return next((s for s in others if any(id(v) in variables for v in s.engine.graph.variables)), None)
 
 

@@ -28,22 +28,22 @@ MEMBER = re.compile(r"([a-z]+)(\d+)/")
 
 
 def explained(
-    error: tf.errors.OpError, steps: "KerasHooks", data: micro_batch.Batch, parts: micro_batch.Parts, training: bool
+    error: tf.errors.OpError, hooks: "KerasHooks", data: micro_batch.Batch, parts: micro_batch.Parts, training: bool
 ) -> Exception:
     """The error of a step as one that says where it happened, as far as that can be found out.
 
     Args:
-        steps: the `KerasHooks` of the model.
+        hooks: the `KerasHooks` of the model.
         data: what the step was given.
     """
     finite = NOT_FINITE in error.message
-    where, cause = of_weights(steps) if finite else None, error
-    with steps.strategy.extended.as_one():
+    where, cause = of_weights(hooks) if finite else None, error
+    with hooks.strategy.extended.as_one():
         try:
-            step = TrainingStep(steps, data, parts)
+            step = TrainingStep(hooks, data, parts)
             run = step.execution(training, training and step.is_scheduled(), alone=True)
             if where is None:
-                where, found = located(run, steps.engine.schedule(steps.strategy, parts, run.route), finite)
+                where, found = located(run, hooks.engine.schedule(hooks.strategy, parts, run.route), finite)
                 if isinstance(error, tf.errors.CancelledError):  # that of a device which another's error stopped
                     cause = found or error
         except Exception as again:  # it cannot be run again
@@ -51,7 +51,7 @@ def explained(
             where = None
     if finite:
         return StageError(f"{NOT_FINITE}; it comes from {where or 'the loss itself: what the model makes is finite'}")
-    return StageError(f"{where or at_node(error, steps.engine, training)} failed: {reason(cause)}")
+    return StageError(f"{where or at_node(error, hooks.engine, training)} failed: {reason(cause)}")
 
 
 def located(run: Execution, schedule: Any, finite: bool) -> tuple[str | None, Exception | None]:
@@ -108,9 +108,9 @@ def is_finite(edge: Edge) -> bool:
     return not getattr(value, "dtype", tf.int32).is_floating or bool(tf.reduce_all(tf.math.is_finite(value)))
 
 
-def of_weights(steps: "KerasHooks") -> str | None:
+def of_weights(hooks: "KerasHooks") -> str | None:
     """The first weight that was not finite before the step."""
-    for variable in steps.model.weights:
+    for variable in hooks.model.weights:
         value = variable.numpy()
         if np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all():
             return f"{variable.path}, which was not finite before this step"

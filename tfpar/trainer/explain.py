@@ -27,7 +27,7 @@ def explained(hooks: KerasHooks, batch_size: int | None = None) -> Plan:
     rows = batch_size or (hooks.engine.plan.rows if hooks.engine else 32)
     engine = hooks.engine
     if engine is None:
-        parts = [steps.model for steps in family(model) if steps.engine]
+        parts = [hooks.model for hooks in family(model) if hooks.engine]
         if parts:
             raise ModelError(
                 f"{model.name} is not called itself; explain the models in it: {', '.join(part.name for part in parts)}"

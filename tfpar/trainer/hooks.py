@@ -55,10 +55,10 @@ class KerasHooks:
     def adopt(self, strategy_for_keras: Any):
         """Make Keras call these functions, through the hooks that it offers, on this one model."""
         _keras.set_strategy(self.model, strategy_for_keras)
-        vars(self.model)["_tfpar_steps"] = self
-        hooks = {f"make_{kind}_function": partial(self.make, kind) for kind in ("train", "test", "predict")}
-        vars(self.model).update({h: make for h, make in hooks.items() if not _keras.overrides(self.model, h)})
-        vars(self.model).update(_resolve_auto_jit_compile=self.auto_jit, _maybe_symbolic_build=self.build_later)
+        vars(self.model)["_tfpar_hooks"] = self
+        makers = {f"make_{kind}_function": partial(self.make, kind) for kind in ("train", "test", "predict")}
+        vars(self.model).update({h: make for h, make in makers.items() if not _keras.overrides(self.model, h)})
+        _keras.set_functions(self.model, self.auto_jit, self.build_later)
         vars(self.model).update({file.__name__: partial(file, self.model) for file in FILES}, fit=self.fit)
         own = type(self.model).call.__get__(self.model)
         vars(self.model)["call"] = wraps(own)(partial(self.called))  # Keras looks at its signature
@@ -171,18 +171,18 @@ class KerasHooks:
         if isinstance(discovered, HasMask):
             self.engine.has_masks = True
             return
-        for steps in family(self.model):
-            engine = steps.engine
+        for hooks in family(self.model):
+            engine = hooks.engine
             if engine and any(discovered.graph is route.graph for route in engine.routes):
                 if isinstance(discovered, NeedsWholeBatch):
-                    if discovered.name in steps.global_batch:
+                    if discovered.name in hooks.global_batch:
                         raise ModelError(f"{discovered.name} could not be computed for the whole batch")
-                    steps.global_batch.add(discovered.name)
-                    steps.compiled_as = None
+                    hooks.global_batch.add(discovered.name)
+                    hooks.compiled_as = None
                 else:
-                    steps.use(engine.extended(discovered))
+                    hooks.use(engine.extended(discovered))
                     with self.strategy.planning():
-                        place_variables(self.strategy, steps.engine)
+                        place_variables(self.strategy, hooks.engine)
 
     def compilation(self) -> tuple:
         """What changes when the model is compiled anew."""
@@ -222,10 +222,10 @@ class KerasHooks:
     def running(self, data: micro_batch.Batch, parts: micro_batch.Parts) -> Iterator[None]:
         """Inside, calls of the model and of the models in it are run by their engines, in parts."""
         with following_inputs(), contextlib.ExitStack() as stack:
-            for steps in family(self.model):
+            for hooks in family(self.model):
                 losses: list[tf.Tensor] = []
-                run = partial(call, steps, parts, self.seen, losses, data.rows is None)
-                stack.enter_context(_keras_calls.running(steps.model, run, losses))
+                run = partial(call, hooks, parts, self.seen, losses, data.rows is None)
+                stack.enter_context(_keras_calls.running(hooks.model, run, losses))
             yield
 
 
@@ -233,7 +233,7 @@ def for_iterator(traced: StepFunction, iterator: Iterator[Any]) -> Any:
     """A step repeated `steps_per_execution` times, or until the data ends."""
     declared = getattr(iterator, "element_spec", None)
     logs = None
-    for _ in range(traced.steps.model.steps_per_execution):
+    for _ in range(traced.hooks.model.steps_per_execution):
         try:
             data = next(iterator)
         except (StopIteration, tf.errors.OutOfRangeError):
@@ -250,13 +250,13 @@ def for_list(traced: StepFunction, batches: list[Any]) -> Any:
     return tree.map_structure(lambda *parts: micro_batch.concat(list(parts)), *outputs)
 
 
-def steps_of(model: Any) -> KerasHooks | None:
-    """The steps of a model that was constructed under a strategy."""
-    return vars(model).get("_tfpar_steps")
+def hooks_of(model: Any) -> KerasHooks | None:
+    """The hooks of a model that was constructed under a strategy."""
+    return vars(model).get("_tfpar_hooks")
 
 
 def family(model: keras.Model) -> list[KerasHooks]:
-    """The steps of a model and of the models in it, those of one strategy."""
-    own = steps_of(model)
-    found = [steps_of(layer) for layer in _keras.layers_in(model)]
-    return [steps for steps in found if steps is not None and steps.strategy is own.strategy]
+    """The hooks of a model and of the models in it, those of one strategy."""
+    own = hooks_of(model)
+    found = [hooks_of(layer) for layer in _keras.layers_in(model)]
+    return [hooks for hooks in found if hooks is not None and hooks.strategy is own.strategy]

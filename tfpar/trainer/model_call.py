@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def call(
-    steps: "KerasHooks",
+    hooks: "KerasHooks",
     parts: micro_batch.Parts,
     likely: int,
     losses: list[tf.Tensor],
@@ -41,25 +41,25 @@ def call(
     """What the model makes of a batch.
 
     Args:
-        steps: of the model; gives `model`, `strategy` and `prepared(data, rows)`.
+        hooks: of the model; gives `model`, `strategy` and `prepared(data, rows)`.
         parts: how to divide the batch.
         likely: samples that the model is planned for, where it gets an unknown number of them.
         losses: is set to what the step reads as `model.losses`.
         is_open: whether the data leaves the number of samples open. Keras weights the reported losses of batches of a
             known size only, so that outputs then must not have one, as they would in compiled programs.
     """
-    model, training = steps.model, _keras_calls.told() if training is None else training
+    model, training = hooks.model, _keras_calls.told() if training is None else training
     if _keras.in_program():
         return _keras_calls.own_call(model, inputs, training)
     rows = micro_batch.count(inputs)
-    engine = steps.prepared((inputs,), rows if isinstance(rows, int) else likely)
+    engine = hooks.prepared((inputs,), rows if isinstance(rows, int) else likely)
     flat = _keras.graph_inputs(model, inputs)
     parts = parts.fit(rows) if isinstance(rows, int) else parts
     masks = [None] * len(flat) if mask is None else tree.flatten(mask)
     edges = [Edge(x, m) for x, m in zip(flat, masks, strict=True)]
     route = engine.route(training)
-    schedule = engine.schedule(steps.strategy, parts, route)
-    run = forward_with_pullback if steps.strategy.mesh.stage == steps.strategy.mesh.size > 1 else forward_on_tape
+    schedule = engine.schedule(hooks.strategy, parts, route)
+    run = forward_with_pullback if hooks.strategy.mesh.stage == hooks.strategy.mesh.size > 1 else forward_on_tape
     weights = micro_batch.shares([stop - start for start, stop in pairwise(micro_batch.bounds(rows, parts.count))])
     finished, outputs, added = run(engine, schedule, parts, edges, weights, training, route)
     batch_results.write_state(finished)

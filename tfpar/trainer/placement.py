@@ -88,7 +88,7 @@ def build_losses(strategy: Description, engine: Engine, data: Any):
     if not model.compiled or _keras.is_compiled_built(model):
         return
     _, y, _ = _keras.unpack_x_y_sample_weight(data)
-    overridden = _keras.overrides(model, "train_step", "test_step", "compute_loss", "_compute_loss")
+    overridden = _keras.overrides(model, "train_step", "test_step", *_keras.LOSSES)
     if y is not None and not overridden:
         with strategy.planning(), strategy.extended.creating_on(plan.device(plan.partition.stages - 1)):
             _keras.build(model, data, tree.map_structure(lambda t: engine.graph.symbols[t], engine.graph.outputs))

@@ -22,15 +22,15 @@ class StepFunction:
     """A step of a model.
 
     Args:
-        steps: whose.
+        hooks: whose.
         step: `(batch, parts) -> results`, run in one replica that stands for all.
         lazy: whether the step's own code decides which models it calls: then nothing is planned before it does.
     """
 
     def __init__(
-        self, steps: "KerasHooks", step: Callable[[micro_batch.Batch, micro_batch.Parts], Any], lazy: bool = False
+        self, hooks: "KerasHooks", step: Callable[[micro_batch.Batch, micro_batch.Parts], Any], lazy: bool = False
     ):
-        self.steps, self.step, self.lazy = steps, step, lazy
+        self.hooks, self.step, self.lazy = hooks, step, lazy
         self.functions: dict[Any, list[tuple[list[tf.TensorSpec], Callable]]] = {}
         self.known: dict[Any, Callable] = {}  # for plain batches that came before, what to call
 
@@ -60,18 +60,18 @@ class StepFunction:
 
     def explained(self, error: tf.errors.OpError, pieces: Sequence[Any]) -> Exception:
         """What to tell of an error that a device raised."""
-        if self.steps.engine is None:
+        if self.hooks.engine is None:
             return error
         pieces, rows, uniform = self.of(pieces)
-        training = self.step == self.steps.train_step
+        training = self.step == self.hooks.train_step
         return explained(
-            error, self.steps, micro_batch.Batch(pieces, rows, uniform), self.steps.strategy.parts.fit(rows), training
+            error, self.hooks, micro_batch.Batch(pieces, rows, uniform), self.hooks.strategy.parts.fit(rows), training
         )
 
     def of(self, pieces: Sequence[Any]) -> tuple[tuple, int, bool]:
         """A batch as tensors, its rows, and whether all arrays have as many."""
         pieces = tuple(
-            tree.map_structure(micro_batch.tensor, _keras.without_optionals(self.steps.model, piece))
+            tree.map_structure(micro_batch.tensor, _keras.without_optionals(self.hooks.model, piece))
             for piece in pieces
         )
         lengths = [list(micro_batch.lengths(piece).values()) for piece in pieces]
@@ -82,12 +82,12 @@ class StepFunction:
 
     def prepared(self, pieces: Sequence[Any], declared: Any, seen: int | None) -> tuple[Callable | None, Any]:
         """The function for a batch and its arguments; run eagerly, none and the results."""
-        model, strategy = self.steps.model, self.steps.strategy
+        model, strategy = self.hooks.model, self.hooks.strategy
         pieces, rows, uniform = self.of(pieces)
-        parts, self.steps.seen = strategy.parts.fit(rows), rows
+        parts, self.hooks.seen = strategy.parts.fit(rows), rows
         while True:
             if not self.lazy:
-                self.steps.prepared(pieces[0], rows)
+                self.hooks.prepared(pieces[0], rows)
             try:
                 if model.run_eagerly:
                     given = micro_batch.Batch(pieces, rows, uniform)
@@ -95,7 +95,7 @@ class StepFunction:
                 function = self.function(pieces, declared, parts, (seen, uniform))
                 return function.get_concrete_function(), present(pieces)
             except Discovered as discovered:
-                self.steps.learn(discovered)
+                self.hooks.learn(discovered)
 
     def key(self, pieces: Sequence[Any], seen: int | None) -> Any:
         """What tells batches of a few tensors apart, at little cost; `None` for others."""
@@ -104,7 +104,7 @@ class StepFunction:
         if not all(v is None or type(v) is tf.__internal__.EagerTensor for piece in pieces for v in piece):
             return None
         kinds = tuple(v if v is None else (v.dtype, *v.shape) for piece in pieces for v in piece)
-        return self.steps.compilation(), len(pieces), seen, kinds
+        return self.hooks.compilation(), len(pieces), seen, kinds
 
     def function(self, pieces: Sequence[Any], declared: Any, parts: micro_batch.Parts, known_of: tuple) -> Callable:
         """The tf.function for this kind of batch, made if there is none."""
@@ -115,14 +115,14 @@ class StepFunction:
         for signature, function in known:
             if all(s.is_compatible_with(v) for s, v in zip(signature, present(pieces), strict=True)):
                 return function
-        if not self.steps.model.jit_compile:
+        if not self.hooks.model.jit_compile:
             for signature, _ in known:
                 specs = [s.most_specific_common_supertype([other]) for s, other in zip(specs, signature, strict=True)]
 
         def run(*arrays):
             left = iter(arrays)
             given = tree.map_structure(lambda v: None if v is None else next(left), pieces)
-            return self.steps.strategy.extended.run_as_one(self.step, micro_batch.Batch(given, *known_of), parts)
+            return self.hooks.strategy.extended.run_as_one(self.step, micro_batch.Batch(given, *known_of), parts)
 
         function = tf.function(run, input_signature=specs, autograph=False)
         known.insert(0, (specs, function))
@@ -131,7 +131,7 @@ class StepFunction:
     def specs(self, pieces: Any, declared: Any) -> list[Any]:
         """The shapes to trace for: XLA knows all sizes, a plain function leaves open what the iterator does."""
         exact = [tf.type_spec_from_value(v) for v in present(pieces)]
-        if self.steps.model.jit_compile or declared is None:
+        if self.hooks.model.jit_compile or declared is None:
             return exact
         given = [s for s in tf.nest.flatten(declared) if isinstance(s, tf.TypeSpec)] * len(pieces)
         if len(pieces) > 1:

@@ -39,7 +39,7 @@ class TrainingStep:
 
     def is_scheduled(self) -> bool:
         """Whether training can follow the schedule: with Keras' own step, and a loss that is a sum over parts."""
-        own = _keras.overrides(self.hooks.model, "train_step", "compute_loss", "_compute_loss") is None
+        own = _keras.overrides(self.hooks.model, "train_step", *_keras.LOSSES) is None
         return own and self.data.uniform and separable(self.hooks.engine, self.data.pieces[0], self.parts.count)
 
     def run(self, clock: bool = False) -> tuple[Any, Execution]:

@@ -24,10 +24,10 @@ def forward_collective(run: "Execution", s: int, first: MicroBatch):
     collective, places, devices, exchanged = exchange(run, s, first)
     for x, y in exchanged:
         values, masks, logits = zip(*(run.values[m].get(x, NOTHING) for m in places), strict=True)
-        edges = edges_of(run, s, places, values)
-        there = partial(collective.there, devices=devices, ops=run.engine.cross_device_ops, edges=edges)
+        offsets = offsets_of(run, s, places, values)
+        there = partial(collective.there, devices=devices, ops=run.engine.cross_device_ops, offsets=offsets)
         logits = logits if logits[0] is None else there(logits)
-        found = zip(there(values), collective.of_mask(masks, devices, edges), logits, strict=True)
+        found = zip(there(values), collective.of_mask(masks, devices, offsets), logits, strict=True)
         for m, edge in zip(places, found, strict=True):
             run.values[m][y] = Edge(*edge)
 
@@ -39,9 +39,9 @@ def backward_collective(run: "Execution", s: int, first: MicroBatch):
         for key in (Component(y), Component(y, "logits")):
             arrived = all(key in run.cotangents[m] for m in places)
             if arrived and (run.watch_inputs or y in run.graph.learned):
-                edges = edges_of(run, s, places, [run.values[m].get(x, NOTHING).value for m in places])
+                offsets = offsets_of(run, s, places, [run.values[m].get(x, NOTHING).value for m in places])
                 summed = on_each(devices, lambda n: run.cotangent(places[n], key))  # noqa: B023
-                gradients = collective.back(summed, devices, run.engine.cross_device_ops, edges)
+                gradients = collective.back(summed, devices, run.engine.cross_device_ops, offsets)
                 for m, gradient in zip(places, gradients, strict=True):
                     run.send(m, {key._replace(tensor=x): gradient})
 
@@ -55,7 +55,7 @@ def exchange(run: "Execution", s: int, first: MicroBatch) -> tuple:
     return run.route.collectives[s], places, [run.device(s, m.lane) for m in places], exchanged
 
 
-def edges_of(run: "Execution", s: int, places: Sequence[MicroBatch], values: Sequence[Any]) -> list[Any] | None:
+def offsets_of(run: "Execution", s: int, places: Sequence[MicroBatch], values: Sequence[Any]) -> list[Any] | None:
     """Where the rows of each replica begin and end, if replicas exchange; `None` for nearly equal parts."""
     collective = run.route.collectives[s]
     if collective.axis != "samples":
