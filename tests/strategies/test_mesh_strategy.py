@@ -172,7 +172,7 @@ def no_sum_over_ranks(patch):
 
 
 def first_part_for_all(patch):
-    patch.setattr(Execution, "part", lambda self, m: 0)
+    patch.setattr(Execution, "part_number", lambda self, m: 0)
 
 
 def norms_of_parts(patch):

@@ -27,7 +27,7 @@ from tfpar.tensor_parallel.loss_parallel import CrossEntropy
 from tfpar.tensor_parallel.rank_graph import is_collective
 from tfpar.variables.logical import HOST, LogicalVariable, copy_on_device
 
-FEW = 8  # micro-batches, of which TensorFlow may optimise each for itself
+FEW = 2  # micro-batches, of which TensorFlow may optimise each for itself
 
 
 class MicroBatch(NamedTuple):
