@@ -30,6 +30,8 @@ def test_what_the_user_has_set_stays(tmp_path):
         "TF_XLA_FLAGS": "--tf_xla_persistent_cache_directory=mine",
     }  # fmt: skip
     assert launch.settings(GPUS, own, 2, True) == {}
+    longer = launch.settings(GPUS, {"XLA_FLAGS": "--xla_gpu_enable_triton_gemm_int4=false"}, 64, False)
+    assert longer["XLA_FLAGS"].endswith(SET)
     found = launch.settings(GPUS, {"XLA_FLAGS": "--a", "XDG_CACHE_HOME": str(tmp_path)}, 64, False)
     assert found == {"XLA_FLAGS": f"--a {SET}"}
 

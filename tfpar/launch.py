@@ -60,7 +60,8 @@ def settings(gpus: Sequence[str], environment: Mapping[str, str], cores: int, ca
     """
     found = {}
     flags = environment.get("XLA_FLAGS", "")
-    missing = [flag for flag in FLAGS if flag.strip("-").partition("=")[0] not in flags]
+    names = {flag.partition("=")[0] for flag in flags.split()}
+    missing = [flag for flag in FLAGS if flag.partition("=")[0] not in names]
     if missing:
         found["XLA_FLAGS"] = flags = " ".join([*flags.split(), *missing])
     bridge = environment.get("TF_XLA_FLAGS", "")

@@ -202,7 +202,10 @@ def test_stablehlo_is_what_it_says(monkeypatch):
 
 
 GROUPS = {"num_query_heads": 4, "num_key_value_heads": 2, "hidden_dim": 32, "intermediate_dim": 32}
-QWEN_MOE = {"moe_intermediate_dim": 32, "head_dim": 8, "num_experts": 2, "top_k": 1, "norm_top_k_prob": True}
+QWEN_MOE = {
+    "moe_intermediate_dim": 32, "shared_expert_intermediate_dim": 32, "head_dim": 8, "num_experts": 2, "top_k": 1,
+    "norm_top_k_prob": True,
+}  # fmt: skip
 MODELS = {  # of KerasHub: the class, what it is made with, and whether its formula alone keeps to its window
     "llama": ("Llama", GROUPS, False),
     "mistral": ("Mistral", GROUPS, False),
@@ -213,6 +216,10 @@ MODELS = {  # of KerasHub: the class, what it is made with, and whether its form
     "qwen, window": ("Qwen", {**GROUPS, "use_sliding_window_attention": True, "sliding_window_size": 2}, True),
     "qwen3": ("Qwen3", {**GROUPS, "head_dim": 8}, False),
     "qwen3, window": ("Qwen3", {**GROUPS, "head_dim": 8, "sliding_window_size": 2}, True),
+    "qwen moe": ("QwenMoe", {**GROUPS, **QWEN_MOE}, False),
+    "qwen moe, window": (
+        "QwenMoe", {**GROUPS, **QWEN_MOE, "use_sliding_window_attention": True, "sliding_window_size": 2}, True,
+    ),
     "gemma": ("Gemma", {**GROUPS, "head_dim": 8}, False),
     "gemma2, window": (
         "Gemma", {**GROUPS, "head_dim": 8, "use_sliding_window_attention": True, "sliding_window_size": 2}, False,
@@ -224,7 +231,7 @@ MODELS = {  # of KerasHub: the class, what it is made with, and whether its form
 def test_models_of_keras_hub(name, made_with, forgets, in_place_of_cudnn, monkeypatch):
     """In float32: what they compute in bfloat16 differs by its rounding."""
     monkeypatch.setattr(_keras_attention, "LARGE", {tf.float32: -1e9})
-    for of in ("gemma", "mixtral"):
+    for of in ("gemma", "mixtral", "qwen_moe"):
         monkeypatch.setattr(f"keras_hub.src.models.{of}.{of}_attention.running_on_gpu", lambda: True)
     model = getattr(keras_hub.models, f"{name}Backbone")(vocabulary_size=50, num_layers=2, **made_with)
     x = {"token_ids": np.arange(24).reshape(2, 12), "padding_mask": np.arange(12) < np.array([[12], [9]])}

@@ -125,3 +125,22 @@ def test_look_ups_of_alike_layers_are_traced_once(monkeypatch):
     assert [found[table.name] for table in (*tables, other)] == [[Combine.ROWS], [Combine.ROWS], [None], [Combine.ROWS]]
     assert all(kinds == [None, None] for name, kinds in found.items() if name.startswith("dense"))
     assert set(traced) == {0, 2, 5}  # a table, one that is not trained, and a layer
+
+
+class Table(layers.Embedding):
+    """Looks up places, or what is there: that is not in its configuration."""
+
+    def __init__(self, *sizes, by_place=False, **kwargs):
+        super().__init__(*sizes, **kwargs)
+        self.by_place = by_place
+
+    def call(self, ids):
+        return super().call(ops.broadcast_to(ops.arange(4), (4,)) if self.by_place else ids)
+
+
+def test_layers_of_others_are_asked_one_by_one():
+    x = layers.Input((4,), dtype="int32")
+    tables = [Table(7, 3, by_place=True), Table(7, 3)]
+    graph = graph_from(keras.Model(x, tables[0](x) + tables[1](x)))
+    probe = Probe(graph)
+    assert [probe.rows(i, table.embeddings) for i, table in enumerate(tables)] == [Combine.SAME, Combine.ROWS]

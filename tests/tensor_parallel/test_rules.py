@@ -10,7 +10,7 @@ from training import some_fast
 
 import tfpar
 from tfpar.compat import _keras
-from tfpar.graph.keras_graph import graph_from
+from tfpar.graph.keras_graph import Ref, graph_from
 from tfpar.tensor_parallel import rules
 from tfpar.testing import assert_same
 from tfpar.trainer.hooks import hooks_of
@@ -245,3 +245,68 @@ def test_dims_that_a_reshape_keeps(before, after, ranks, pairs):
     from tfpar.tensor_parallel.rules.reshaping import kept
 
     assert list(kept(before, after, ranks)) == pairs
+
+
+class Gated(layers.Layer):
+    """Each feature times a number of its own, and a product, before or after."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.rows = rows
+
+    def build(self, shape):
+        self.kernel = self.add_weight(shape=(shape[-1], 12), name="kernel")
+        self.gain = self.add_weight(shape=(12 if self.rows else shape[-1],), initializer="ones", name="gain")
+
+    def call(self, x):
+        return ops.matmul(x, self.kernel) * self.gain if self.rows else ops.matmul(x * self.gain, self.kernel)
+
+
+class With:
+    """A function of a tensor and a weight."""
+
+    def __init__(self, function, weight):
+        self.function, self.variables, self.__name__ = function, [weight], function.__name__
+
+    def __call__(self, x):
+        return self.function(x, ops.convert_to_tensor(self.variables[0]))
+
+
+def columns(site):
+    def build(local, inputs):
+        gain, kernel = With(ops.multiply, site.layer.gain), With(ops.matmul, site.layer.kernel)
+        x = local.make(gain, Ref(inputs[0]), shape=site.inputs[0], dtype="float32")
+        return local.run(kernel, Ref(x), like=site.op.outputs, layouts=[site.last()])
+
+    yield site.option("own", outputs=[site.last()], weights=[(site.layer.kernel, 1)], build=build)
+
+
+def rows(site):
+    def build(local, inputs):
+        gain, kernel = With(ops.multiply, site.layer.gain), With(ops.matmul, site.layer.kernel)
+        x = local.run(kernel, Ref(inputs[0]), like=site.op.outputs, layouts=[rules.REPLICATED])
+        return local.reduced(local.run(gain, Ref(x), like=site.op.outputs, layouts=[rules.REPLICATED]))
+
+    yield site.option("own", [site.last()], weights=[(site.layer.kernel, 0)], build=build)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("rule", [columns, rows])
+def test_weights_in_the_steps_of_a_rule(rule):
+    """Ranks find parts of their gradients, however many steps come before a division, or before a sum."""
+    x, y = np.random.default_rng(0).normal(size=(8, 6)), np.random.default_rng(1).normal(size=(8, 2))
+    try:
+        rules.rule(Gated)(rule)
+        found = []
+        for strategy in (None, tfpar.TensorParallelStrategy(["CPU:0", "CPU:1"])):
+            keras.utils.set_random_seed(0)
+            with strategy.scope() if strategy else contextlib.nullcontext():
+                made = keras.Sequential([layers.Input((6,)), Gated(rule is rows), layers.Dense(2)])
+                made.compile("sgd", "mse")
+            made.fit(x, y, verbose=0)
+            found.append(made)
+        assert_same(*found, 1e-5, 1e-7)
+        engine = hooks_of(found[1]).engine
+        assert [engine.graph.variables[v].name for v in engine.partial] == ["gain"]
+    finally:
+        del rules.RULES[Gated]

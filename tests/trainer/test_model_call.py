@@ -96,6 +96,32 @@ def test_a_pipeline_moves_statistics_too():
     assert difference(one.normalize.moving_mean, other.normalize.moving_mean) < 1e-5
 
 
+class Spectrum(layers.Layer):
+    """Complex numbers."""
+
+    def call(self, x):
+        return tf.signal.fft(tf.cast(x, tf.complex64))
+
+    def compute_output_spec(self, x):
+        return keras.KerasTensor(x.shape, "complex64")
+
+
+@pytest.mark.fast
+def test_gradients_of_complex_outputs():
+    x, found = layers.Input((WIDTH,)), []
+    for scope in (contextlib.nullcontext(), STRATEGIES["pipeline"]().scope()):
+        keras.utils.set_random_seed(0)
+        with scope:
+            model = keras.Model(x, [layers.Dense(3)(x), Spectrum()(layers.Dense(8, "tanh")(layers.Dense(8)(x)))])
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(tf.abs(model(X, training=True)[1]) ** 2)
+        weights = [v.value for v in model.trainable_variables]
+        found.append(tape.gradient(loss, weights, unconnected_gradients="zero"))
+    assert sum(bool(np.any(g)) for g in found[0]) == 4
+    for a, b in zip(*found, strict=True):
+        assert difference(a, b) < 1e-5
+
+
 # ---- layers that are random, in training or not
 
 

@@ -58,8 +58,8 @@ def available(function: Callable) -> bool:
 
 
 def forgets_window(layer: Any, keys: int | None) -> bool:
-    """Whether only a layer's own formula keeps to its sliding window, as Qwen's, and there are more keys than that."""
-    if not hasattr(layer, "_mask_sliding_window") or hasattr(layer, "_use_fused_attention_op"):
+    """Whether only a layer's own formula keeps to its sliding window, as in Qwen, and there are more keys than that."""
+    if not any(owner.__module__.startswith(f"{MODELS}qwen") for owner in type(layer).__mro__):
         return False
     window = getattr(layer, "use_sliding_window_attention", True) and layer.sliding_window_size
     return bool(window) and (keys is None or keys > window)

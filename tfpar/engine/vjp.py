@@ -121,10 +121,9 @@ def vjp(
 
     def pullback(cotangents: dict[Component, tf.Tensor], added: dict[tuple[int, int], tf.Tensor]):
         given = {**cotangents, **added}
-        for key in cotangents:  # a tensor and its logits are made of the same: who has the gradient does not matter
-            logits = key._replace(field="logits")
-            if logits in split.targets and logits not in given:
-                given[logits] = tf.zeros_like(logits.of(result.edges))
+        for key in split.targets:  # a tensor and its logits are made of the same: who has the gradient does not matter
+            if isinstance(key, Component) and key.tensor in {of.tensor for of in cotangents} and key not in given:
+                given[key] = tf.zeros_like(key.of(result.edges))
         if program.targets is None and given.keys() < set(split.targets):
             program.targets = frozenset(given)
             raise UnusedResults(program.graph)

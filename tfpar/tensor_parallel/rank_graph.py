@@ -53,6 +53,7 @@ class RankGraphBuilder:
         self.source, self.ranks = source, ranks
         self.ops: list[Op] = []
         self.calls: list[Call] = []
+        self.sites: list[str] = []  # of each operation, that of the source for which it was added
         self.tensors: list[Tensor] = []
         self.symbols: list[keras.KerasTensor] = []
         self.layouts: list[Layout] = []
@@ -87,6 +88,7 @@ class RankGraphBuilder:
         inputs = call.inputs
         self.ops.append(Op(name, inputs, call.outputs, tuple(variables), flops, self.stage))
         self.calls.append(call)
+        self.sites.append(self.name)
         if self.learned.intersection(inputs) or any(self.source.graph.variables[v].trainable for v in variables):
             self.learned.update(t for t in call.outputs if self.tensors[t].differentiable)
         return call.outputs
@@ -179,10 +181,18 @@ class RankGraphBuilder:
 
     def alone(self) -> set[int]:
         """The variables with which each rank computes something of its own only: a part of a tensor, or of a sum."""
-        collectives = [call for call in self.calls if is_collective(call)]
-        terms = {t for call in collectives if call.operation.forward in SUMS for t in call.inputs}
-        parts = [any(self.layouts[t] != REPLICATED or t in terms for t in op.outputs) for op in self.ops]
-        every = {v for op, part in zip(self.ops, parts, strict=True) if not part for v in op.variables}
+        users: dict[int, list[int]] = {}
+        parts: dict[int, bool] = {}
+        for i, (op, call) in reversed(list(enumerate(zip(self.ops, self.calls, strict=True)))):
+            after = [n for t in op.outputs for n in users.get(t, ())]
+            within = bool(after) and all(parts[n] and self.sites[n] == self.sites[i] for n in after)
+            terms = any(is_collective(self.calls[n]) and self.calls[n].operation.forward in SUMS for n in after)
+            parts[i] = not is_collective(call) and (
+                within or terms or any(self.layouts[t] != REPLICATED for t in op.outputs)
+            )
+            for t in op.inputs:
+                users.setdefault(t, []).append(i)
+        every = {v for i, op in enumerate(self.ops) if not parts[i] for v in op.variables}
         return {v for op in self.ops for v in op.variables} - every
 
     def finish(self, layouts: dict[int, Layout], *ends: int) -> RankGraph:

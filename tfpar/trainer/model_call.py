@@ -18,7 +18,7 @@ from tfpar.engine.device_order import DeviceOrder
 from tfpar.engine.engine import copy_of, device_of, layout_of, read
 from tfpar.engine.executor import Execution
 from tfpar.engine.loss import structured
-from tfpar.engine.program import Edge, components
+from tfpar.engine.program import Component, Edge
 from tfpar.errors import ModelError
 from tfpar.planning.mesh import FIRST, Coordinate
 from tfpar.planning.schedule import Kind
@@ -152,8 +152,10 @@ def forward_with_pullback(
     if not differentiate:
         return run, outputs, added
     sources += [x for t, x in zip(graph.inputs, flat, strict=True) if t in inside]
-    keys = components(outputs, run.graph)
-    targets = [*keys.values(), *added.values()]
+    keys = [Component(t) for t in outputs] + [
+        Component(t, "logits") for t, e in outputs.items() if e.logits is not None
+    ]
+    targets = [*(key.of(outputs) for key in keys), *added.values()]
 
     def backward(*cotangents: tf.Tensor | None) -> list[Any]:
         back = copy.copy(run)  # the same forward passes, for another backward pass
