@@ -10,7 +10,7 @@ import tfpar
 from tfpar.errors import Caught
 from tfpar.graph import mixing, samples
 from tfpar.graph.batch_probe import Probe
-from tfpar.graph.keras_graph import graph_from
+from tfpar.graph.keras_graph import config_of, graph_from
 from tfpar.graph.mixing import check_independence, followed
 from tfpar.graph.samples import GUESSES, SMALL, candidates, first_that_works
 from tfpar.planning import progress
@@ -182,3 +182,29 @@ def test_what_takes_long_is_told(capfd, monkeypatch):
     with progress.announced("nothing"):
         pass
     assert capfd.readouterr().err == "tfpar: planning gpt on Mesh(stage=4) ...\n"
+
+
+class Centred(layers.Dense):
+    """Whether it is told to subtract the mean of the batch is not in the configuration that it inherits."""
+
+    def __init__(self, units, centred=False, **kwargs):
+        super().__init__(units, **kwargs)
+        self.centred = centred
+
+    def call(self, x):
+        y = super().call(x)
+        return y - ops.mean(y, 0, keepdims=True) if self.centred else y
+
+
+class Told(Centred):
+    def get_config(self):
+        return {**super().get_config(), "centred": self.centred}
+
+
+@pytest.mark.parametrize("kind", [Centred, Told])
+def test_layers_that_differ_in_a_flag(kind):
+    x = layers.Input((4,))
+    model = keras.Model(x, kind(4, centred=True)(kind(4)(x)))
+    graph = graph_from(model)
+    assert list(mixing.mixing(graph, Probe(graph))) == [1]
+    assert isinstance(config_of(model.layers[1]), dict) == (kind is Told)

@@ -150,9 +150,8 @@ def pad(values: Values, devices: Sequence[str], dim: int = 0, offsets: Offsets =
     """Each its part, zeros in the places of the others'."""
 
     def padded(r: int) -> tf.Tensor:
-        around = (
-            [[0, 0]] * dim + [[offsets[r], offsets[-1] - offsets[r + 1]]] + [[0, 0]] * (values[r].shape.rank - dim - 1)
-        )
+        around = [[0, 0] for _ in range(values[r].shape.rank)]
+        around[dim] = [offsets[r], offsets[-1] - offsets[r + 1]]
         return tf.pad(values[r], around)
 
     return on_each(devices, padded)

@@ -120,9 +120,9 @@ def vjp(
     result, kept = split.forward(list(variables), edges)
 
     def pullback(cotangents: dict[Component, tf.Tensor], added: dict[tuple[int, int], tf.Tensor]):
-        given = {**cotangents, **added}
+        given, tensors = {**cotangents, **added}, {key.tensor for key in cotangents}
         for key in split.targets:  # a tensor and its logits are made of the same: who has the gradient does not matter
-            if isinstance(key, Component) and key.tensor in {of.tensor for of in cotangents} and key not in given:
+            if isinstance(key, Component) and key.tensor in tensors and key not in given:
                 given[key] = tf.zeros_like(key.of(result.edges))
         if program.targets is None and given.keys() < set(split.targets):
             program.targets = frozenset(given)

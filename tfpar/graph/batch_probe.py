@@ -170,9 +170,8 @@ class Probe:
             return None
         variables = list({id(v): v for v in self.graph.calls[index].variables}.values())
         if index not in self.counts:
-            operation, kind = self.graph.calls[index].operation, index
-            if all_is_in_config(operation):
-                kind = type(operation), key_of(self.graph, index), str([(v.shape, v.trainable) for v in variables])
+            shapes = str([(v.shape, v.trainable) for v in variables])
+            kind = type(self.graph.calls[index].operation), key_of(self.graph, index), shapes
             if kind not in self.alike:
                 self.alike[kind] = self.count_rows(index, variables)
             self.counts[index] = self.alike[kind]
@@ -275,12 +274,6 @@ def key_of(graph: KerasGraph, index: int) -> Any:
         return type(call.operation), getattr(call.operation, "function", call.operation), arguments
     config = None if isinstance(call.operation, keras.layers.Lambda) else config_of(call.operation)
     return f"{config} {arguments}" if isinstance(config, dict) else (id(call.operation), arguments)
-
-
-def all_is_in_config(operation: Any) -> bool:
-    """Whether layers with the same configuration compute the same: a subclass may be told what is not in it."""
-    layers = _keras.layers_in(operation) if isinstance(operation, keras.layers.Layer) else []
-    return bool(layers) and all(type(x).__module__.startswith(("keras.src.layers.", "keras_hub.src.")) for x in layers)
 
 
 def spec_of(symbol: keras.KerasTensor, shape: tuple, batched: bool, rows: int) -> tf.TensorSpec:
