@@ -1,5 +1,7 @@
 """Attention by cuDNN: what it is asked for, with a formula in its place; `tests/on_gpus.py` runs cuDNN itself."""
 
+import concurrent.futures
+
 import keras
 import keras_hub
 import numpy as np
@@ -246,3 +248,16 @@ def test_models_of_keras_hub(name, made_with, forgets, in_place_of_cudnn, monkey
         assert np.abs(a - b).max() < 1e-4 * max(1.0, np.abs(a).max())
     assert len(told) == (0 if forgets else 2) and not any(told)
     assert len(in_place_of_cudnn) == len(told)
+
+
+def test_other_threads_are_left_alone(in_place_of_cudnn):
+    """Programs are traced in one thread while another may run a model eagerly."""
+    x, told = random(2, 4, 2, 8), []
+    with fused(256, told.append):
+        with concurrent.futures.ThreadPoolExecutor(1) as other:
+            other.submit(ops.dot_product_attention, x, x, x).result()
+        assert not told and not in_place_of_cudnn
+        ops.dot_product_attention(x, x, x)
+        assert told == [None] and len(in_place_of_cudnn) == 1
+    ops.dot_product_attention(x, x, x)
+    assert len(told) == 1

@@ -5,7 +5,6 @@ On TensorFlow, Keras computes attention by its formula alone, with all products 
 """
 
 import contextlib
-import contextvars
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,11 +14,10 @@ import tensorflow as tf
 from keras.src.backend.tensorflow import nn
 
 from tfpar.compat import _cudnn_attention, _keras_hub
-from tfpar.compat._replaced import Replacement
+from tfpar.compat._replaced import InThread
 
 LARGE = {tf.bfloat16: -(2.0**41), tf.float16: -(2.0**15)}  # cuDNN subtracts two of them without an overflow
 SHORT = 2**14  # products of queries and keys of a head; with fewer the formula is used unless asked otherwise
-FUSED: contextvars.ContextVar[tuple[int, Callable] | None] = contextvars.ContextVar("fused", default=None)
 
 
 @contextlib.contextmanager
@@ -33,12 +31,8 @@ def fused(head: int, tell: Callable[[str | None], None]) -> Iterator[None]:
     if not head:
         yield
         return
-    token = FUSED.set((head, tell))
-    try:
-        with FORMULA.inside(), _keras_hub.fused():
-            yield
-    finally:
-        FUSED.reset(token)
+    with FORMULA.inside((head, tell)), _keras_hub.fused():
+        yield
 
 
 def attention(
@@ -46,12 +40,9 @@ def attention(
     is_causal: bool = False, flash_attention: bool | None = None, attn_logits_soft_cap: Any = None,
 ) -> tf.Tensor:  # fmt: skip
     """`keras.ops.dot_product_attention`, by cuDNN inside `fused`."""
-    inside = FUSED.get()
-    if inside is None:
-        return formula(query, key, value, bias, mask, scale, is_causal, flash_attention, attn_logits_soft_cap)
     query, key, value = map(tf.convert_to_tensor, (query, key, value))
     bias = bias if bias is None else tf.cast(bias, query.dtype)
-    largest, tell = inside
+    largest, tell = FORMULA.given.get()
     why = why_not(largest, query, key, value, bias, mask, scale, flash_attention, attn_logits_soft_cap)
     tell(why)
     if why:
@@ -62,7 +53,7 @@ def attention(
     return _keras_hub.as_in_formula(output, mask)
 
 
-FORMULA = Replacement((nn, "dot_product_attention", attention))
+FORMULA = InThread((nn, "dot_product_attention", attention))
 
 
 def why_not(

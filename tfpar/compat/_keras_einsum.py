@@ -6,35 +6,23 @@ an `einsum` is `tf.einsum`, and so its gradient is one product over all samples.
 """
 
 import contextlib
-import contextvars
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
 from keras.src.backend.tensorflow import numpy
 
-from tfpar.compat._replaced import Replacement
-
-WHOLE: contextvars.ContextVar[bool] = contextvars.ContextVar("whole", default=False)
+from tfpar.compat._replaced import InThread
 
 
-@contextlib.contextmanager
-def whole(wanted: bool) -> Iterator[None]:
+def whole(wanted: bool) -> contextlib.AbstractContextManager[None]:
     """Inside, in this thread, an `einsum` of a batch with a weight is one product, if that is wanted."""
-    if not wanted:
-        yield
-        return
-    token = WHOLE.set(True)
-    try:
-        with EINSUM.inside():
-            yield
-    finally:
-        WHOLE.reset(token)
+    return EINSUM.inside() if wanted else contextlib.nullcontext()
 
 
 def einsum(original: Callable, subscripts: str, *operands: Any, **kwargs: Any) -> tf.Tensor:
     """`keras.ops.einsum`, with whole products inside `whole`."""
-    if not WHOLE.get() or kwargs or not has_weight(subscripts):
+    if kwargs or not has_weight(subscripts):
         return original(subscripts, *operands, **kwargs)
     x, y = map(numpy.convert_to_tensor, operands)
     if x.dtype != y.dtype or not x.dtype.is_floating:
@@ -49,4 +37,4 @@ def has_weight(subscripts: str) -> bool:
     return bool(comma and first and "," not in second) and first[0] in result and first[0] not in second
 
 
-EINSUM = Replacement((numpy, "einsum", einsum))
+EINSUM = InThread((numpy, "einsum", einsum))

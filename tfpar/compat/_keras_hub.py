@@ -13,33 +13,28 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfpar.compat._replaced import Replacement
+from tfpar.compat._replaced import InThread
 
 MODELS, SWITCH, METHOD = "keras_hub.src.models.", "fused_attention_op_available", "_compute_attention"
-FUSED = contextvars.ContextVar("fused", default=False)
 CALL: contextvars.ContextVar[tuple[Any, Any] | None] = contextvars.ContextVar("call", default=None)
 
 
 @contextlib.contextmanager
 def fused() -> Iterator[None]:
     """Inside, in this thread, KerasHub's attention layers call `keras.ops.dot_product_attention`."""
-    token = FUSED.set(True)
-    try:
-        with contextlib.ExitStack() as stack:
-            for name, module in list(sys.modules.items()):
-                if name.startswith(MODELS) and hasattr(module, SWITCH):
-                    stack.enter_context(replacement(module).inside())
-            yield
-    finally:
-        FUSED.reset(token)
+    with contextlib.ExitStack() as stack:
+        for name, module in list(sys.modules.items()):
+            if name.startswith(MODELS) and hasattr(module, SWITCH):
+                stack.enter_context(replacement(module).inside())
+        yield
 
 
 @cache
-def replacement(module: ModuleType) -> Replacement:
+def replacement(module: ModuleType) -> InThread:
     """What takes the place of the switch, and of methods that ask it, in a module."""
     owners = [x for x in vars(module).values() if isinstance(x, type) and METHOD in vars(x)]
     owners = [x for x in owners if x.__module__ == module.__name__]
-    return Replacement((module, SWITCH, available), *((owner, METHOD, within) for owner in owners))
+    return InThread((module, SWITCH, available), *((owner, METHOD, within) for owner in owners))
 
 
 def within(function: Callable, layer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -54,7 +49,7 @@ def within(function: Callable, layer: Any, *args: Any, **kwargs: Any) -> Any:
 def available(function: Callable) -> bool:
     """Whether a layer is to call `keras.ops.dot_product_attention`."""
     call = CALL.get()
-    return function() if call is None or not FUSED.get() else not forgets_window(*call)
+    return function() if call is None else not forgets_window(*call)
 
 
 def forgets_window(layer: Any, keys: int | None) -> bool:

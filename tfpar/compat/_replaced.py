@@ -1,6 +1,7 @@
 """Functions of Keras that are others for as long as somebody needs it."""
 
 import contextlib
+import contextvars
 import functools
 import threading
 from collections.abc import Callable, Iterator
@@ -37,6 +38,32 @@ class Replacement:
                 if not self.users:
                     for (owner, name), (original, _) in self.methods.items():
                         setattr(owner, name, original)
+
+
+class InThread(Replacement):
+    """The same for the threads that are inside alone; others call what was there.
+
+    Attributes:
+        given: what this thread is inside with; `None` outside.
+    """
+
+    def __init__(self, *replacements: tuple[Any, str, Callable]):
+        self.given: contextvars.ContextVar[Any] = contextvars.ContextVar("given", default=None)
+        super().__init__(*((owner, name, functools.partial(self.chosen, by)) for owner, name, by in replacements))
+
+    def chosen(self, by: Callable, function: Callable, *args: Any, **kwargs: Any) -> Any:
+        """What takes the function's place, in a thread that is inside; else the function."""
+        return function(*args, **kwargs) if self.given.get() is None else by(function, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def inside(self, given: Any = True) -> Iterator[None]:
+        """Inside, in this thread, all are replaced."""
+        token = self.given.set(given)
+        try:
+            with super().inside():
+                yield
+        finally:
+            self.given.reset(token)
 
 
 def replaced(owner: Any, name: str, by: Callable) -> tuple[Callable, Callable]:
