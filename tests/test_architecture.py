@@ -35,6 +35,7 @@ TESTED_THROUGH = {  # for modules without a test file of their own, the test tha
     "planning/test_sharding": "layout_search",
     "strategies/test_zero": "gradient_reduction shard_view weight_edge",
     "tensor_parallel/test_rules": "attention convolution dense elementwise embedding normalization pooling reshaping",
+    "tensor_parallel/test_tensorflow_ops": "tensorflow_moves",
     "tensor_parallel/test_tensor_parallel": "inline_layers loss_parallel parallelize rank_graph",
     "test_bad_input": "devices",
     "test_launch": "__main__ exchange",

@@ -116,6 +116,12 @@ def test_training_argument_and_call_operation():
     assert float(_keras.call_operation(ops.add, (x, 2.0), {}, True, False)[0]) == 2.0
 
 
+def test_uncast():
+    variable = keras.Variable(np.ones(2), dtype="float32")
+    with keras.src.backend.common.variables.AutocastScope("bfloat16"), _keras.uncast():
+        assert tf.convert_to_tensor(variable).dtype == tf.float32
+
+
 def test_autocast_of():
     layer = layers.Dense(2, dtype="mixed_bfloat16")
     layer.build((None, 3))

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
-from tfpar.compat import _keras_parts
+from tfpar.compat import _keras_parts, _replaced
 
 pytestmark = pytest.mark.fast
 
@@ -68,6 +68,28 @@ def test_is_plain_layer():
     assert _keras_parts.is_plain_layer(layers.Dense(2))
     for other in (Called(2), layers.Dense(2, activity_regularizer="l1"), layers.Dense(2, dtype="int8_from_float32")):
         assert not _keras_parts.is_plain_layer(other)
+
+
+def test_is_its_call():
+    assert _keras_parts.is_its_call(layers.Dense(2, dtype="int8_from_float32"))
+    assert not _keras_parts.is_its_call(layers.Dense(2, activity_regularizer="l1"))
+
+
+def test_own_attributes():
+    class Scaled(layers.Layer):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.scale, self.inner = 2.0, layers.Dense(2)
+
+    found = _keras_parts.own_attributes(built(Scaled(), 3))
+    assert set(found) == {"scale", "inner"}
+
+
+def test_silu_is_one_function():
+    assert keras.ops.silu.__module__ == "keras.src.ops.nn"
+    x = tf.constant([1.0])
+    with _replaced.Replacement((_keras_parts.backend_nn, "silu", lambda silu, x: silu(x) + 1)).inside():
+        assert float(keras.ops.silu(x)[0]) == pytest.approx(1 + 1 / (1 + np.exp(-1)))
 
 
 @pytest.mark.parametrize("options", [{"clipnorm": 0.5}, {"global_clipnorm": 0.7}])

@@ -41,6 +41,15 @@ def test_copied():
     assert np.array_equal(other(x), x @ tf.transpose(x))
 
 
+def test_has_own_gradient():
+    @tf.function
+    def run(x):
+        return tf.nn.silu(x) + tf.exp(x)
+
+    found = {_tf.has_own_gradient(op) for op in run.get_concrete_function(tf.TensorSpec([2])).graph.get_operations()}
+    assert found == {True, False}
+
+
 def test_classes():
     """The strategy is built on them."""
     strategy = tfpar.LayerPlacementStrategy(["CPU:0"])

@@ -110,6 +110,11 @@ def autocast_of(model: keras.layers.Layer) -> Iterator[None]:
         yield
 
 
+def uncast() -> contextlib.AbstractContextManager:
+    """Inside, variables are read in their own dtype."""
+    return AutocastScope(None)
+
+
 def read_as(variable: keras.Variable, operations: Sequence[Any]) -> str | None:
     """The dtype in which all of these operations read a weight to train, if it is not its own."""
     layers = [layers_in(operation) for operation in operations]

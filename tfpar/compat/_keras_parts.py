@@ -11,9 +11,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 from keras import tree
+from keras.src.backend.tensorflow import nn
 from keras.src.optimizers.multi_optimizer import MultiOptimizer
 
 from tfpar.compat._keras import Functional, Sequential, graph_of, layers_in
+
+backend_nn = nn  # what `keras.ops` calls
 
 
 @contextlib.contextmanager
@@ -73,13 +76,25 @@ def converted_arguments(layer: keras.layers.Layer, arguments: Any) -> Any:
 
 
 def is_plain_layer(layer: keras.layers.Layer) -> bool:
+    """Whether calling a layer is no more than its `call`, and its weights are not quantized."""
+    return is_its_call(layer) and layer.dtype_policy.quantization_mode is None
+
+
+def is_its_call(layer: keras.layers.Layer) -> bool:
     """Whether calling a layer is no more than its `call`."""
     return (
         type(layer).__call__ is keras.layers.Layer.__call__
         and all(inner.activity_regularizer is None for inner in layers_in(layer))
         and getattr(layer, "_remat_mode", None) is None
-        and layer.dtype_policy.quantization_mode is None
     )
+
+
+OF_ALL_LAYERS = {*vars(keras.layers.Layer()), "_build_shapes_dict"}
+
+
+def own_attributes(layer: keras.layers.Layer) -> dict[str, Any]:
+    """The attributes of a layer that Keras and TensorFlow do not give to all."""
+    return {k: v for k, v in vars(layer).items() if k not in OF_ALL_LAYERS and not k.startswith("_self_")}
 
 
 @contextlib.contextmanager

@@ -24,9 +24,9 @@ from tensorflow.python.training.saving.saveable_object import SaveableObject, Sa
 __all__ = [
     "LogicalReplica", "MirroredExtended", "MirroredVariable", "OwnedMultiDeviceIterator", "PerReplica",
     "ResourceVariable", "awaited", "batch_reduce", "call_flat", "copied", "fingerprint", "following_inputs",
-    "has_shared_rows", "in_xla", "independent", "recompute_inputs", "number_of", "outside_replica", "record_gradient",
-    "recorded", "replica_of", "saveable", "select_replica", "set_container", "tape_watches", "unfolded",
-    "unrecorded", "update_regroup", "without_device",
+    "has_own_gradient", "has_shared_rows", "in_xla", "independent", "recompute_inputs", "number_of", "outside_replica",
+    "record_gradient", "recorded", "replica_of", "saveable", "select_replica", "set_container", "tape_watches",
+    "unfolded", "unrecorded", "update_regroup", "without_device",
 ]  # fmt: skip
 
 
@@ -310,6 +310,11 @@ def copied(op: tf.Operation, inputs: list[tf.Tensor], graph: tf.Graph | None = N
     dtypes, attributes = [y.dtype for y in op.outputs], {k: v for k, v in op.node_def.attr.items() if k[0] != "_"}
     graph = graph or ops.get_default_graph()
     return graph._create_op_internal(op.type, inputs, dtypes, attrs=attributes, op_def=op.op_def)
+
+
+def has_own_gradient(op: tf.Operation) -> bool:
+    """Whether an operation has another gradient than its type, which `copied` would not have."""
+    return "_gradient_op_type" in op.node_def.attr
 
 
 def call_flat(function: Any, tensors: Sequence[Any]) -> list[tf.Tensor]:

@@ -16,6 +16,7 @@ class Hardware:
         flops: floating-point operations per second.
         bytes: bytes per second that go through its memory.
         link_bytes: bytes per second that go to the next device.
+        link_seconds: what an exchange takes, however small.
 
     Example:
         >>> Hardware(flops=1e12, bytes=1e11, link_bytes=1e10).seconds(flops=1e12, bytes=1e11)
@@ -25,6 +26,7 @@ class Hardware:
     flops: float
     bytes: float
     link_bytes: float
+    link_seconds: float = 0.0
 
     def seconds(self, flops: float, bytes: float) -> float:
         """Seconds of `flops` floating-point operations, plus those of moving `bytes` through memory."""
@@ -32,7 +34,7 @@ class Hardware:
 
 
 # one core with AVX2; an H100 with NVLink in bfloat16: round figures of what Keras models reach
-HARDWARE = {"CPU": Hardware(5e10, 1e10, 5e9), "GPU": Hardware(4e14, 2e12, 2e11)}
+HARDWARE = {"CPU": Hardware(5e10, 1e10, 5e9, 3e-4), "GPU": Hardware(4e14, 2e12, 2e11, 1e-5)}
 
 
 def op_seconds(graph: OpGraph, op: Op, rows: int, hardware: Hardware) -> float:

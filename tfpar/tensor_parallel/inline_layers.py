@@ -1,41 +1,46 @@
-"""Layers that are made of layers, opened as a subclassed model is."""
+"""Layers without a rule of their own, opened: divided as what they run."""
 
 # t: tensor of the graph, i: operation
 
+import inspect
+from collections.abc import Callable, Set
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
+from keras import tree
 
 from tfpar.compat import _keras, _keras_calls, _keras_parts
+from tfpar.compat._replaced import InThread
 from tfpar.errors import Caught, ModelError, brief
-from tfpar.graph.inline_model import followed, perturbed
-from tfpar.graph.keras_graph import KerasGraph, Rewriting, config_of
-from tfpar.graph.samples import first_that_works, small_samples
+from tfpar.graph.keras_graph import Call, KerasGraph, Rewriting
+from tfpar.graph.tf_graph import traced
 from tfpar.tensor_parallel import rules
 from tfpar.variables.logical import HOST
 
 
 def inline_layers(
-    graph: KerasGraph, training: bool, checked: set[str], closed: dict[str, str], prefix: str = ""
+    graph: KerasGraph, training: bool | None, closed: dict[str, str], undivided: Set[str] = frozenset()
 ) -> KerasGraph:
-    """The graph with what composite layers run in their place, as far as they can be opened.
+    """The graph with what layers without a rule run in their place, as far as that is known.
 
     Args:
-        checked: kinds of layers, with their configuration, that were found to be what their layers are.
         closed: is given, by the names of operations, why a layer could not be opened.
-        prefix: of these names.
+        undivided: names of operations that every rank computes all of.
     """
-    found = {}
+    found: dict[int, KerasGraph] = {}
+    known: dict[Any, tuple[Any, KerasGraph]] = {}  # by kind of call, the layer that was opened, and what it runs
     for i, (op, call) in enumerate(zip(graph.graph.ops, graph.calls, strict=True)):
-        if is_composite(call.operation):
+        if can_be_opened(call.operation) and op.name not in undivided:
             try:
-                inner = inside(graph, i, training, checked)
-                found[i] = inline_layers(inner, training, checked, closed, f"{prefix}{op.name}/")
+                kind = kind_of(graph, i)
+                if kind not in known:
+                    known[kind] = call.operation, inside(graph, i, training)
+                found[i] = of_other(*known[kind], call.operation)
             except ModelError as error:
-                closed[prefix + op.name] = brief(error).split(". To divide")[0].split("\n")[0]
+                closed[op.name] = brief(error).split(". To divide")[0].split("\n")[0]
     if not found:
         return graph
     new = Rewriting(graph)
@@ -61,8 +66,8 @@ def inline_layers(
     return new.finish(renamed)
 
 
-def inside(graph: KerasGraph, i: int, training: bool, checked: set[str]) -> KerasGraph:
-    """What a composite layer runs.
+def inside(graph: KerasGraph, i: int, training: bool | None) -> KerasGraph:
+    """What a layer runs.
 
     Raises:
         ModelError: it cannot be opened, and why.
@@ -74,67 +79,92 @@ def inside(graph: KerasGraph, i: int, training: bool, checked: set[str]) -> Kera
     told = call.kwargs.get("training", training) if call.explicit else training
     given = _keras_calls.training_argument(layer, told)
 
-    def run(*values, function=None):
+    def run(*values):
         left = iter(values)
         args, kwargs = call.arguments(lambda _: next(left))
         kwargs.pop("training", None)
-        if function is None:
-            args, kwargs = _keras_parts.converted_arguments(layer, (args, kwargs))
+        args, kwargs = _keras_parts.converted_arguments(layer, (args, kwargs))
         with _keras.autocast_of(layer), _keras_calls.telling(layer, told):
-            return (function or layer.call)(*args, **{**kwargs, **given})
-
-    if {inner.compute_dtype for inner in _keras.layers_in(layer)} != {layer.compute_dtype}:
-        raise ModelError("the layers in it compute in other dtypes than itself")  # so would its own weights be read
-
-    symbols = [keras.KerasTensor(graph.symbols[t].shape, graph.symbols[t].dtype) for t in op.inputs]
-    kind = f"{type(layer)} {config_of(layer)} {[(s.shape, s.dtype) for s in symbols]} {told}"
-    original, losses = partial(run, function=layer), []
-
-    def follow(batch: int | None) -> KerasGraph:
-        def check(pair: tuple[list, list]):
-            like, samples = pair
-            followed(layer, run, [of_batch(s, batch) for s in like], samples, told, original)
-            losses.append(perturbed(lambda: original(*samples))[2])
-
-        if kind not in checked:
-            batched = [graph.is_batched(t) for t in op.inputs]
-            first_that_works(small_samples(symbols, batched, 2), check)
-        return followed(layer, run, [of_batch(s, batch) for s in symbols], None, told)
+            return layer.call(*args, **{**kwargs, **given})
 
     try:
         with tf.device(HOST):
-            try:
-                inner = follow(None)
-            except ModelError:  # perhaps it asks for the size: a mask that it makes for one sample fits all
-                inner = follow(1)
+            inner = traced(run, [graph.symbols[t] for t in op.inputs], WHOLE.inside)
     except ModelError:
         raise
     except Exception as error:  # it stays one operation, on every rank
         Caught.theirs(error, f"opening {op.name}")
         raise ModelError(brief(error)) from error
-    inner = replace(inner, symbols=tuple(of_batch(s, graph.symbols[op.inputs[0]].shape[0], 1) for s in inner.symbols))
     known = {id(v) for v in layer.variables}
-    if any(losses):
-        raise ModelError("it adds losses; add them in a layer of their own")
     if {id(v) for v in inner.variables} - known or len(inner.graph.outputs) != len(op.outputs):
         raise ModelError("it uses weights that are not its own, or has other outputs than its graph")
-    checked.add(kind)
     return inner
 
 
-def of_batch(symbol: keras.KerasTensor, batch: int | None, instead_of: int | None = None) -> keras.KerasTensor:
-    """A symbol with this number of samples, where it has as many as `instead_of`."""
-    if not symbol.shape or symbol.shape[0] != instead_of:
-        return symbol
-    return keras.KerasTensor((batch, *symbol.shape[1:]), symbol.dtype)
+def kind_of(graph: KerasGraph, i: int) -> Any:
+    """What calls of layers have in common that run the same, each with its own weights."""
+    call, op = graph.calls[i], graph.graph.ops[i]
+    shapes = [(graph.symbols[t].shape, graph.symbols[t].dtype) for t in op.inputs]
+    return str((shapes, call.arguments(lambda ref: "tensor"), attributes(call.operation)))
 
 
-def is_composite(layer: Any) -> bool:
-    """Whether this is a layer of a user's own that calls layers, and does no more than that."""
+def attributes(value: Any, around: tuple[int, ...] = ()) -> Any:
+    """What a layer, or another object, holds, as far as it can be compared; else something that no other has.
+
+    Args:
+        around: the `id`s of objects that hold it.
+    """
+    if id(value) in around:
+        return len(around) - around.index(id(value))
+    around += (id(value),)
+    if isinstance(value, keras.layers.Layer):
+        own = {name: attributes(x, around) for name, x in _keras_parts.own_attributes(value).items()}
+        return type(value), value.dtype_policy.name, own
+    if isinstance(value, keras.Variable):
+        return value.shape, value.dtype, value.trainable
+    if isinstance(value, dict):
+        return {key: attributes(x, around) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [attributes(x, around) for x in value]
+    if isinstance(value, np.ndarray):
+        return value.shape, value.dtype, value.tobytes()
+    if isinstance(value, keras.initializers.Initializer | keras.regularizers.Regularizer | keras.DTypePolicy):
+        return keras.saving.serialize_keras_object(value)
+    plain = value is None or isinstance(value, bool | int | float | str | np.generic | type)
+    return value if plain or (inspect.isfunction(value) and not value.__closure__) else id(value)
+
+
+def of_other(layer: keras.layers.Layer, graph: KerasGraph, other: keras.layers.Layer) -> KerasGraph:
+    """What a layer runs, from what another one runs that is alike."""
+    if other is layer:
+        return graph
+    layers = dict(zip(map(id, _keras.layers_in(layer)), _keras.layers_in(other), strict=True))
+    variables = dict(zip(map(id, layer.variables), other.variables, strict=True))
+
+    def replaced(call: Call) -> Call:
+        args, kwargs = tree.map_structure(lambda a: variables.get(id(a), a), (call.args, call.kwargs))
+        return replace(call, operation=layers.get(id(call.operation), call.operation), args=args, kwargs=kwargs)
+
+    own = tuple(variables[id(v)] for v in graph.variables)
+    return replace(graph, calls=tuple(map(replaced, graph.calls)), variables=own)
+
+
+def layer_kept(function: Callable, layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """A layer's `__call__`: one with a rule is kept whole."""
+    trace = WHOLE.given.get()
+    if rules.rule_of(layer) is None:
+        return function(layer, *args, **kwargs)
+    return trace.whole(lambda: function(layer, *args, **kwargs), layer, args, kwargs, layer.name)
+
+
+WHOLE = InThread((keras.layers.Layer, "__call__", layer_kept))
+
+
+def can_be_opened(layer: Any) -> bool:
+    """Whether this is a layer without a rule, which does no more than its `call`."""
     return (
         isinstance(layer, keras.layers.Layer)
-        and len(_keras.layers_in(layer)) > 1
-        and not type(layer).__module__.startswith("keras.src.")
         and rules.rule_of(layer) is None
-        and _keras_parts.is_plain_layer(layer)
+        and _keras_parts.is_its_call(layer)
+        and (not type(layer).__module__.startswith("keras.src.") or layer.quantization_mode is not None)
     )

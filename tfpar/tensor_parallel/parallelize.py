@@ -34,7 +34,7 @@ def divided(
         given: the layouts of variables of the graph that must have a certain one.
         loss: of the model's output; ranks find it together, if each has a part of the logits.
         undivided: names of operations that every rank computes all of.
-        closed: by the names of operations, why the layers in them are not divided one by one.
+        closed: by the names of operations, why what they run is not divided.
 
     Raises:
         LayoutError: no rule divides a weight as it is given.
@@ -95,7 +95,7 @@ def reason(site: rules.Site, options: list[Option], chosen: Option, v: int, clos
     kind = type(site.layer).__name__
     if rules.rule_of(site.layer) is None:
         why = closed.get(site.op.name)
-        return f"no rule divides {kind}" + (f", and the layers in it are not divided one by one: {why}" if why else "")
+        return f"no rule divides {kind}" + (f", and what it runs is not divided: {why}" if why else "")
     if not any(v in o.weights for o in options):
         return f"the rule for {kind} does not divide it between {site.ranks} ranks"
     return "cheaper so, or used elsewhere by an operation that needs all of it"

@@ -62,13 +62,14 @@ def planned(
     if schedule.stages > 1:
         graphs = of_distinct(graphs, lambda graph: graph.in_stages(cut.stage_of))
     closed: dict[str, str] = {}  # by operation, why it is not opened
-    if mesh.tensor > 1:
-        checked: set[str] = set()
-        ways = zip(graphs, told_in_steps(model), strict=True)
-        graphs = [inline_layers(graph, training, checked, closed) for graph, training in ways]
     names = of_distinct(graphs, lambda graph: global_batch | batch_wide(strategy, graph))
     if replicas > 1 and strategy.batch_norm == "global":
         names[0] = names[0] | hidden_normalizations(graphs[0])
+    if strategy.parts.micro_batches > 1:
+        check_independence(graphs[0], Probe(graphs[0]))
+    if mesh.tensor > 1:
+        ways = zip(graphs, told_in_steps(model), names, strict=True)
+        graphs = [inline_layers(graph, training, closed, whole) for graph, training, whole in ways]
     names = [sharing_state(graph, found) for graph, found in zip(graphs, names, strict=True)]
     warn_of(names[0])
     finals = [with_global_batch(graph, found) for graph, found in zip(graphs, names, strict=True)]
@@ -85,7 +86,6 @@ def planned(
     if strategy.parts.micro_batches > 1:
         check_outputs(graphs[0])
         check_stateless(model)
-        check_independence(graphs[0], training.probe)
     plan = Plan(
         cut, mesh, schedule, hardware(strategy), rows, global_batch=tuple(sorted(names[0])),
         segments=training.partition.stages, zero=strategy.zero,

@@ -17,6 +17,7 @@ import keras
 
 from tfpar.compat import _keras_parts
 from tfpar.graph.keras_graph import KerasGraph
+from tfpar.graph.tf_graph import Kept, Read, TensorFlowOp
 from tfpar.planning.layout_search import Option, replicated
 from tfpar.planning.sharding import REPLICATED, Layout
 
@@ -25,6 +26,7 @@ RULES: dict[type | str, Rule] = {}
 HARMLESS = {"__init__", "__module__", "__doc__", "__qualname__", "__dict__", "__weakref__", "get_config", "from_config"}
 BUILT_IN = (
     "attention", "convolution", "dense", "elementwise", "embedding", "normalization", "pooling", "reshaping",
+    "tensorflow_moves", "tensorflow_ops",
 )  # fmt: skip
 
 
@@ -112,6 +114,7 @@ class Site:
         weights: Sequence[tuple[Any, int]] = (),
         moved: float = 0.0,
         build: Callable | None = None,
+        exchanges: int = 2,
     ) -> Option:
         """A way in which ranks can run the operation, each a part of it; what is not given is replicated.
 
@@ -120,6 +123,7 @@ class Site:
             inputs, outputs: a layout for each.
             weights: Keras variables, and the dim along which each is divided; `None` in the place of one is ignored.
             moved: bytes of one sample that each rank sends within the operation, forward and backward.
+            exchanges: in how many exchanges it does; an all-reduce is two.
             build: `(local, inputs) -> outputs` adds what each rank runs to `local`, see
                 `tfpar.tensor_parallel.rank_graph.RankGraphBuilder`; if not given, the operation runs on what each rank
                 has.
@@ -135,7 +139,7 @@ class Site:
             name,
             tuple(given),
             tuple(outputs) if outputs is not None else (REPLICATED,) * len(self.op.outputs),
-            layouts, True, moved, build,
+            layouts, True, moved, build, exchanges,
         )  # fmt: skip
 
 
@@ -170,6 +174,8 @@ def rule_of(operation: Any) -> Rule | None:
     A layer has the rule of its class, or of a base class of which it overrides nothing; none if it is quantized or
     rematerialised, regularises its activity, or overrides `__call__`.
     """
+    if isinstance(operation, TensorFlowOp | Read | Kept):
+        return RULES.get(f"tf.{operation.type}")
     if not isinstance(operation, keras.layers.Layer):
         ours = type(operation).__module__.startswith(("keras.src.ops", "keras.ops"))
         return RULES.get(type(operation).__name__) if ours else None

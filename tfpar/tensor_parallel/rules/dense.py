@@ -100,7 +100,7 @@ def by_columns(site: Site, layout: Layout, weights: list) -> Iterator[Option]:
         yield site.option("column-parallel", outputs=[layout], weights=weights)
     else:
         moved, build = site.bytes(site.op.outputs[0]), activated_after(site, layout.dim)
-        yield site.option("column-parallel, gathered", weights=weights, moved=moved, build=build)
+        yield site.option("column-parallel, gathered", weights=weights, moved=moved, build=build, exchanges=1)
 
 
 def by_rows(site: Site, layout: Layout, weights: list, channels: int = -1, also: dict | None = None):

@@ -1,5 +1,7 @@
 """What computes each element from the elements at its place: activations, sums, dropout."""
 
+import inspect
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,6 +9,9 @@ import keras
 import numpy as np
 from keras import activations, layers
 
+from tfpar.errors import Caught
+from tfpar.graph.keras_graph import Ref
+from tfpar.graph.tf_graph import traced
 from tfpar.planning.layout_search import Option
 from tfpar.planning.sharding import REPLICATED, Layout
 from tfpar.tensor_parallel.rules import Site, rule
@@ -27,13 +32,49 @@ OPERATIONS = (
     "Tan", "Tanh", "TanhShrink", "Threshold", "TrueDivide", "Trunc", "Where", "ZerosLike",
 )  # fmt: skip
 
+ELEMENTWISE = (
+    "Abs", "Add", "AddN", "AddV2", "Atan2", "BitwiseAnd", "BitwiseOr", "Cast", "Ceil", "ClipByValue", "Cos", "Cosh",
+    "Div", "DivNoNan", "Elu", "Equal", "Erf", "Erfc", "Exp", "Expm1", "Floor", "FloorDiv", "FloorMod", "Greater",
+    "GreaterEqual", "Identity", "Inv", "IsFinite", "IsNan", "LeakyRelu", "Less", "LessEqual", "Log", "Log1p",
+    "LogicalAnd", "LogicalNot", "LogicalOr", "Maximum", "Minimum", "Mod", "Mul", "Neg", "NotEqual", "OnesLike", "Pow",
+    "RealDiv", "Reciprocal", "Relu", "Relu6", "Rint", "Round", "Rsqrt", "SelectV2", "Selu", "Sigmoid", "Sign", "Sin",
+    "Sinh", "Softplus", "Softsign", "Sqrt", "Square", "SquaredDifference", "StopGradient", "Sub", "Tan", "Tanh",
+    "TruncateDiv", "Xdivy", "Xlogy", "ZerosLike", "silu",
+)  # fmt: skip
+
 
 def is_elementwise(activation: Any) -> bool:
-    """Whether an activation of Keras, or of a layer, treats elements one by one."""
+    """Whether an activation, of Keras or a function of a user's, treats elements one by one."""
     if activation is None:
         return True
     name = getattr(activation, "__name__", "")
-    return name in ACTIVATIONS and getattr(activations, name, None) is activation
+    if name in ACTIVATIONS and getattr(activations, name, None) is activation:
+        return True
+    if not inspect.isfunction(activation) or activation in (activations.softmax, activations.log_softmax):
+        return False
+    if activation not in FOUND:
+        FOUND[activation] = is_made_of_elementwise(activation)
+    return FOUND[activation]
+
+
+FOUND: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()  # of functions of users
+
+
+def is_made_of_elementwise(function: Any) -> bool:
+    """Whether a function of a tensor is made of operations of TensorFlow that treat elements one by one."""
+    shape = (3, 5, 7)
+    try:
+        graph = traced(function, [keras.KerasTensor(shape, "float32")])
+    except Exception as error:
+        Caught.theirs(error, f"tracing the activation {function}")
+        return False
+    sizes = [np.shape(a) for call in graph.calls for a in call.args if not isinstance(a, Ref)]
+    return (
+        not graph.variables
+        and all(getattr(call.operation, "type", None) in ELEMENTWISE for call in graph.calls)
+        and all(symbol.shape == shape for symbol in graph.symbols)
+        and all(int(np.prod(size)) == 1 for size in sizes)
+    )
 
 
 def aligned(shape: tuple, rank: int, dim: int) -> Layout | None:
