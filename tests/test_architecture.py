@@ -40,6 +40,7 @@ TESTED_THROUGH = {  # for modules without a test file of their own, the test tha
     "test_bad_input": "devices",
     "test_launch": "__main__ exchange",
     "trainer/test_hooks": "base description placement step_function training_step",
+    "trainer/test_generating": "layer_calls",
     "trainer/test_killed": "_keras_backup",
 }
 

@@ -85,6 +85,19 @@ def test_own_attributes():
     assert set(found) == {"scale", "inner"}
 
 
+def test_layer_calls_are_handled():
+    seen = []
+
+    def handler(function, layer, args, kwargs):
+        seen.append(layer.name)
+        return function(layer, *args, **kwargs) * 2
+
+    x, layer = np.ones((1, 2), "float32"), layers.Identity(name="same")
+    with _keras_parts.LAYER_CALLS.inside(handler):
+        assert float(layer(x)[0, 0]) == 2
+    assert float(layer(x)[0, 0]) == 1 and seen == ["same"] and _keras_parts.handled
+
+
 def test_silu_is_one_function():
     assert keras.ops.silu.__module__ == "keras.src.ops.nn"
     x = tf.constant([1.0])

@@ -1,5 +1,6 @@
 """Each private name of TensorFlow does what tfpar needs of it."""
 
+import contextlib
 import pathlib
 import re
 
@@ -48,6 +49,18 @@ def test_has_own_gradient():
 
     found = {_tf.has_own_gradient(op) for op in run.get_concrete_function(tf.TensorSpec([2])).graph.get_operations()}
     assert found == {True, False}
+
+
+@pytest.mark.parametrize("calls", [True, False])
+def test_loops_of_functions(calls):
+    @tf.function
+    def run(x):
+        with _tf.loops_of_functions() if calls else contextlib.nullcontext():
+            return tf.while_loop(lambda x: x < 9, lambda x: (x + 1,), (x,))[0]
+
+    (loop,) = [o for o in run.get_concrete_function(1).graph.get_operations() if "While" in o.type]
+    assert ("_lower_using_switch_merge" in loop.node_def.attr) is not calls
+    assert int(run(1)) == 9
 
 
 def test_classes():

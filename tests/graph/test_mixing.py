@@ -87,13 +87,13 @@ def test_a_block_that_mixes_is_seen_through(drawn):
     assert max(drawn) < 8 * 32 * D
 
 
-def test_a_block_is_opened_at_small_sizes(drawn):
+def test_a_block_is_opened_without_samples(drawn):
     strategy = tfpar.TensorParallelStrategy(2)
     with strategy.scope():
         x = layers.Input((T, D))
         model = keras.Model(x, Block()(Block()(x)))
     plan = strategy.explain(model)
-    assert sum(w.layout.dim is not None for w in plan.weights) >= 6 and 0 < max(drawn) < 8 * 32 * D
+    assert sum(w.layout.dim is not None for w in plan.weights) >= 6 and not drawn
 
 
 def test_a_subclassed_model_is_opened_at_small_sizes(monkeypatch):

@@ -36,7 +36,7 @@ def test_numbers_are_those_of_the_function(rows, columns):
 
 
 def test_gradients_and_variables():
-    weight = keras.Variable(np.random.default_rng(0).normal(size=(4, 3)), name="weight")
+    weight = keras.Variable(np.random.default_rng(0).normal(size=(4, 3)), dtype="float32", name="weight")
     graph = traced(lambda x: ops.silu(x @ weight), symbols((None, 4)))
     assert graph.variables == (weight,)
     assert sum(isinstance(call.operation, Read) for call in graph.calls) == 1

@@ -4,7 +4,9 @@ All lanes run the same program at once, each on its own device. On GPUs the coll
 XLA they are TensorFlow's own.
 """
 
-from collections.abc import Sequence
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count
@@ -16,10 +18,28 @@ import tensorflow as tf
 from tfpar.comm.collectives import LOCAL, Collective
 from tfpar.comm.gradients import rows_of_shard
 from tfpar.compat import _keras, _xla
+from tfpar.compat._tf import loops_of_functions
 from tfpar.planning.mesh import AXES, Mesh, number_of
 
 KEYS: dict[tuple, int] = {}  # of groups of devices that meet in programs
 NUMBERS = count(1)  # of collectives in programs
+# what orders a device's collectives that are not in a program of their own: a resource of the device, if there is one
+ORDER: contextvars.ContextVar[list[Any]] = contextvars.ContextVar("order", default=[])  # noqa: B039
+
+
+@contextlib.contextmanager
+def ordered(token: tf.Variable) -> Iterator[None]:
+    """Inside, TensorFlow's own collectives wait for one another; in loops, too.
+
+    Args:
+        token: a variable of the device.
+    """
+    before = ORDER.set([token.handle])
+    try:
+        with loops_of_functions():
+            yield
+    finally:
+        ORDER.reset(before)
 
 
 def key_of(*group: Any) -> int:
@@ -79,7 +99,7 @@ class Gang:
         keys = [key_of(*(self.devices[lane] for lane in group)) for group in groups]
         of_lane = [keys[n] for lane in range(len(self.devices)) for n, group in enumerate(groups) if lane in group]
         options = {
-            "group_size": len(groups[0]), "group_key": tf.gather(of_lane, lane), "ordering_token": [],
+            "group_size": len(groups[0]), "group_key": tf.gather(of_lane, lane), "ordering_token": ORDER.get(),
             "instance_key": instance_of(x, key_of(self.number, which)),
         }  # fmt: skip
         if kind == "all-gather":

@@ -11,6 +11,7 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 from tfpar.compat._replaced import InThread
@@ -71,3 +72,14 @@ def as_in_formula(output: tf.Tensor, mask: Any) -> tf.Tensor:
         return output
     sees = tf.transpose(tf.reduce_any(tf.cast(mask, tf.bool), -1, keepdims=True), [0, 2, 1, 3])
     return tf.where(sees, output, tf.zeros((), output.dtype))
+
+
+def drawn(function: Callable, logits: Any, *args: Any, **kwargs: Any) -> tf.Tensor:
+    """`keras.random.categorical` for some prompts: what it draws for them among all."""
+    rows, total = DRAWS.given.get()
+    zeros = tf.zeros(tf.stack([total, tf.shape(logits)[1]]), logits.dtype)
+    whole = tf.tensor_scatter_nd_update(zeros, rows[:, None], logits)  # a row may be there twice
+    return tf.gather(function(whole, *args, **kwargs), rows)
+
+
+DRAWS = InThread((keras.random, "categorical", drawn))

@@ -15,6 +15,7 @@ from keras.src.backend.tensorflow import nn
 from keras.src.optimizers.multi_optimizer import MultiOptimizer
 
 from tfpar.compat._keras import Functional, Sequential, graph_of, layers_in
+from tfpar.compat._replaced import InThread
 
 backend_nn = nn  # what `keras.ops` calls
 
@@ -89,6 +90,12 @@ def is_its_call(layer: keras.layers.Layer) -> bool:
     )
 
 
+def handled(function: Callable, layer: keras.layers.Layer, *args: Any, **kwargs: Any) -> Any:
+    """A layer's `__call__`, by whoever handles calls in this thread: `(function, layer, args, kwargs) -> outputs`."""
+    return LAYER_CALLS.given.get()(function, layer, args, kwargs)
+
+
+LAYER_CALLS = InThread((keras.layers.Layer, "__call__", handled))
 OF_ALL_LAYERS = {*vars(keras.layers.Layer()), "_build_shapes_dict"}
 
 

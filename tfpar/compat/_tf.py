@@ -15,6 +15,7 @@ from tensorflow.python.distribute.mirrored_strategy import MirroredExtended
 from tensorflow.python.distribute.values import MirroredVariable, PerReplica
 from tensorflow.python.eager import record
 from tensorflow.python.framework import ops
+from tensorflow.python.ops import control_flow_util_v2
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 from tensorflow.python.ops.handle_data_util import get_handle_data
 from tensorflow.python.ops.resource_variable_ops import ResourceVariable
@@ -24,7 +25,8 @@ from tensorflow.python.training.saving.saveable_object import SaveableObject, Sa
 __all__ = [
     "LogicalReplica", "MirroredExtended", "MirroredVariable", "OwnedMultiDeviceIterator", "PerReplica",
     "ResourceVariable", "awaited", "batch_reduce", "call_flat", "copied", "fingerprint", "following_inputs",
-    "has_own_gradient", "has_shared_rows", "in_xla", "independent", "recompute_inputs", "number_of", "outside_replica",
+    "has_own_gradient", "has_shared_rows", "in_xla", "independent", "loops_of_functions", "recompute_inputs",
+    "number_of", "outside_replica",
     "record_gradient", "recorded", "replica_of", "saveable", "select_replica", "set_container", "tape_watches",
     "unfolded", "unrecorded", "update_regroup", "without_device",
 ]  # fmt: skip
@@ -315,6 +317,17 @@ def copied(op: tf.Operation, inputs: list[tf.Tensor], graph: tf.Graph | None = N
 def has_own_gradient(op: tf.Operation) -> bool:
     """Whether an operation has another gradient than its type, which `copied` would not have."""
     return "_gradient_op_type" in op.node_def.attr
+
+
+@contextlib.contextmanager
+def loops_of_functions() -> Iterator[None]:
+    """Inside, loops are traced as calls of functions, in which collectives meet those of other devices."""
+    before = control_flow_util_v2._DISABLE_LOWER_USING_SWITCH_MERGE
+    control_flow_util_v2._DISABLE_LOWER_USING_SWITCH_MERGE = True
+    try:
+        yield
+    finally:
+        control_flow_util_v2._DISABLE_LOWER_USING_SWITCH_MERGE = before
 
 
 def call_flat(function: Any, tensors: Sequence[Any]) -> list[tf.Tensor]:

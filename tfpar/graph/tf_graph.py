@@ -2,9 +2,9 @@
 
 # x: tensor of TensorFlow's graph, t: tensor of ours
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import keras
@@ -12,6 +12,7 @@ import tensorflow as tf
 from keras import tree
 
 from tfpar.compat import _keras, _keras_parts
+from tfpar.compat._keras_parts import LAYER_CALLS
 from tfpar.compat._replaced import InThread
 from tfpar.compat._tf import copied, has_own_gradient
 from tfpar.errors import ModelError
@@ -292,13 +293,13 @@ def symbol_of(x: tf.Tensor) -> keras.KerasTensor:
 def traced(
     function: Callable,
     symbols: Sequence[keras.KerasTensor],
-    keeping: Callable[[Trace], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    keeps: Callable[[keras.layers.Layer], bool] = lambda layer: False,
 ) -> KerasGraph:
     """What a function of flat tensors runs.
 
     Args:
         symbols: one for each tensor.
-        keeping: gives what decides, inside, which calls are kept whole.
+        keeps: tells which layers are kept whole.
 
     Raises:
         ModelError: it cannot be told operation by operation, and why.
@@ -306,9 +307,16 @@ def traced(
     graph = tf.__internal__.FuncGraph("traced")
     with graph.as_default():
         inputs = [tf.compat.v1.placeholder(s.dtype, s.shape) for s in symbols]
-        with Trace(graph) as trace, FUNCTIONS.inside(trace), keeping(trace):
+        with Trace(graph) as trace, FUNCTIONS.inside(trace), LAYER_CALLS.inside(partial(layer_called, trace, keeps)):
             outputs = tree.map_structure(tf.identity, function(*inputs))
     return trace.finish(inputs, outputs)
+
+
+def layer_called(trace: Trace, keeps: Callable, function: Callable, layer: Any, args: tuple, kwargs: dict) -> Any:
+    """A layer's `__call__` in a trace."""
+    if not keeps(layer):
+        return function(layer, *args, **kwargs)
+    return trace.whole(lambda: function(layer, *args, **kwargs), layer, args, kwargs, layer.name)
 
 
 def function_kept(function: Callable, *args: Any, **kwargs: Any) -> Any:

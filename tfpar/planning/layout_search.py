@@ -5,6 +5,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from tfpar.errors import LayoutError
@@ -61,8 +62,13 @@ class Way(NamedTuple):
 
 
 def choose(
-    graph: OpGraph, options: Sequence[Sequence[Option]], ranks: int, hardware: Hardware, sequence: bool = False
-) -> list[Option]:
+    graph: OpGraph,
+    options: Sequence[Sequence[Option]],
+    ranks: int,
+    hardware: Hardware,
+    sequence: bool = False,
+    ends: Mapping[int, Layout] = MappingProxyType({}),
+) -> tuple[list[Option], float]:
     """An option for each operation, so that the model costs the least, by dynamic programming along it.
 
     A state is the layout of each tensor that is still needed, for whom it was exchanged (what others want alike is
@@ -73,6 +79,10 @@ def choose(
     Args:
         options: for each operation.
         sequence: whether a replicated tensor may be divided along dim 1, the sequence.
+        ends: the layouts of inputs and outputs that are not replicated.
+
+    Returns:
+        The options, and what they cost.
 
     Raises:
         LayoutError: operations that share a weight have no option that divides it alike.
@@ -81,8 +91,8 @@ def choose(
     users = [sum(v in op.variables for op in graph.ops) for v in range(len(graph.variables))]
     last = {t: max(users_of, default=-1) for t, users_of in graph.consumers.items()}
     last.update(dict.fromkeys(graph.outputs, len(graph.ops)))
-    ways = [Way(0.0, dict.fromkeys(graph.inputs, REPLICATED), {}, {}, None)]
-    apart = on_every_rank(graph)
+    ways = [Way(0.0, {t: ends.get(t, REPLICATED) for t in graph.inputs}, {}, {}, None)]
+    apart = on_every_rank(graph, ends)
     for i, op in enumerate(graph.ops):
         best: dict[Any, Way] = {}
         if i in apart:
@@ -110,27 +120,25 @@ def choose(
         if not best:
             raise LayoutError(f"{op.name} shares weights with operations that can only divide them in another way")
         ways = sorted(best.values(), key=lambda way: way.cost)[:BEAM]
-    ends = {
-        id(way): way.cost
-        + sum(
-            exchanging(moved(graph, t, way.layouts.get(t, REPLICATED), REPLICATED, False, ranks, sequence), hardware)
-            for t in graph.outputs
-        )
-        for way in ways
-    }  # fmt: skip
-    chosen, found = min(ways, key=lambda way: ends[id(way)]).chosen, []
+    costs = []
+    for way in ways:
+        pairs = [(way.layouts.get(t, REPLICATED), t, ends.get(t, REPLICATED)) for t in graph.outputs]
+        back = [moved(graph, t, have, want, False, ranks, sequence) for have, t, want in pairs]
+        costs.append(way.cost + sum(exchanging(sizes, hardware) for sizes in back))
+    cost, found = min(costs), []
+    chosen = ways[costs.index(cost)].chosen
     while chosen is not None:
         option, chosen = chosen
         found.append(option)
-    return [options[i][0] if i in apart else found.pop() for i in range(len(graph.ops))]
+    return [options[i][0] if i in apart else found.pop() for i in range(len(graph.ops))], cost
 
 
-def on_every_rank(graph: OpGraph) -> set[int]:
+def on_every_rank(graph: OpGraph, ends: Mapping[int, Layout]) -> set[int]:
     """The operations that every rank computes all of, whatever else is divided: sizes, masks, angles.
 
     They follow from the model's inputs alone, and no weight is in them.
     """
-    known, found = set(graph.inputs), set()
+    known, found = set(graph.inputs).difference(ends), set()
     for i, op in enumerate(graph.ops):
         if not op.variables and not op.flops and known.issuperset(op.inputs):
             found.add(i)

@@ -3,7 +3,7 @@
 # t: tensor of the graph, i: operation
 
 import inspect
-from collections.abc import Callable, Set
+from collections.abc import Set
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,6 @@ import tensorflow as tf
 from keras import tree
 
 from tfpar.compat import _keras, _keras_calls, _keras_parts
-from tfpar.compat._replaced import InThread
 from tfpar.errors import Caught, ModelError, brief
 from tfpar.graph.keras_graph import Call, KerasGraph, Rewriting
 from tfpar.graph.tf_graph import traced
@@ -89,7 +88,7 @@ def inside(graph: KerasGraph, i: int, training: bool | None) -> KerasGraph:
 
     try:
         with tf.device(HOST):
-            inner = traced(run, [graph.symbols[t] for t in op.inputs], WHOLE.inside)
+            inner = traced(run, [graph.symbols[t] for t in op.inputs], has_rule)
     except ModelError:
         raise
     except Exception as error:  # it stays one operation, on every rank
@@ -149,22 +148,16 @@ def of_other(layer: keras.layers.Layer, graph: KerasGraph, other: keras.layers.L
     return replace(graph, calls=tuple(map(replaced, graph.calls)), variables=own)
 
 
-def layer_kept(function: Callable, layer: Any, *args: Any, **kwargs: Any) -> Any:
-    """A layer's `__call__`: one with a rule is kept whole."""
-    trace = WHOLE.given.get()
-    if rules.rule_of(layer) is None:
-        return function(layer, *args, **kwargs)
-    return trace.whole(lambda: function(layer, *args, **kwargs), layer, args, kwargs, layer.name)
-
-
-WHOLE = InThread((keras.layers.Layer, "__call__", layer_kept))
+def has_rule(layer: keras.layers.Layer) -> bool:
+    """Whether there is a rule for a layer."""
+    return rules.rule_of(layer) is not None
 
 
 def can_be_opened(layer: Any) -> bool:
     """Whether this is a layer without a rule, which does no more than its `call`."""
     return (
         isinstance(layer, keras.layers.Layer)
-        and rules.rule_of(layer) is None
+        and not has_rule(layer)
         and _keras_parts.is_its_call(layer)
         and (not type(layer).__module__.startswith("keras.src.") or layer.quantization_mode is not None)
     )

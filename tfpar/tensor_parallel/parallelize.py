@@ -2,7 +2,7 @@
 
 # i: operation, v: variable
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -43,7 +43,7 @@ def divided(
     options = [list(rules.options(site)) for site in sites]
     options = [o[:1] if site.op.name in undivided else o for site, o in zip(sites, options, strict=True)]
     fit = [fitting(site, found, given) for site, found in zip(sites, options, strict=True)]
-    chosen = choose(graph.graph, fit, ranks, hardware, sequence)
+    chosen, _ = choose(graph.graph, fit, ranks, hardware, sequence)
     local, layouts = RankGraphBuilder(graph, ranks), {}
     for i, option in enumerate(chosen):
         local.follow(i, option)
@@ -59,6 +59,45 @@ def divided(
         end = add_loss(local, logits, loss, local.input(*loss.y))
         ranks_graph = replace(ranks_graph, with_terms=local.finish(layouts, end))
     return ranks_graph, tuple(weights)
+
+
+def with_caches(
+    graph: KerasGraph,
+    ranks: int,
+    hardware: Hardware,
+    given: Mapping[int, Layout],
+    caches: Set[int],
+    layout: Layout | None = None,
+) -> tuple[KerasGraph, Layout]:
+    """What each rank runs of a layer whose caches may be divided, they and what they become alike.
+
+    Args:
+        given: the layouts of variables.
+        caches: inputs that are; outputs of their shape are what they become.
+        layout: theirs, if it is known.
+
+    Returns:
+        The graph, and the layout of caches.
+    """
+    sites = [rules.Site(graph, i, ranks) for i in range(len(graph.calls))]
+    fit = [fitting(site, list(rules.options(site)), given) for site in sites]
+    shapes = {graph.symbols[t].shape for t in caches}
+    alike = [t for t in (*graph.graph.inputs, *graph.graph.outputs) if graph.symbols[t].shape in shapes]
+    dims = range(1, min(map(len, shapes), default=1))
+    equal = [d for d in dims if all(shape[d] and not shape[d] % ranks for shape in shapes)]
+    ways = [layout] if layout else [REPLICATED, *map(Layout, equal)]
+    found = [choose(graph.graph, fit, ranks, hardware, False, ends_of(alike, way)) for way in ways]
+    costs = [cost for _, cost in found]
+    n = costs.index(min(costs))
+    local = RankGraphBuilder(graph, ranks, ends_of(alike, ways[n]))
+    for i, option in enumerate(found[n][0]):
+        local.follow(i, option)
+    return local.finish(dict(given)).graph, ways[n]
+
+
+def ends_of(tensors: Sequence[int], layout: Layout) -> dict[int, Layout]:
+    """The layouts of inputs and outputs that are not replicated, if these have this one."""
+    return {} if layout == REPLICATED else dict.fromkeys(tensors, layout)
 
 
 def logits_of(local: RankGraphBuilder, loss: CrossEntropy) -> int | None:

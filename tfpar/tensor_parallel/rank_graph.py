@@ -1,8 +1,9 @@
 """What each rank of a tensor axis runs: the model's graph with local operations, and collectives between them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from types import MappingProxyType
 from typing import Any
 
 import keras
@@ -47,9 +48,11 @@ class RankGraphBuilder:
     Args:
         source: the model's graph.
         ranks: how many there are.
+        ends: the layouts of inputs and outputs that are not replicated.
     """
 
-    def __init__(self, source: KerasGraph, ranks: int):
+    def __init__(self, source: KerasGraph, ranks: int, ends: Mapping[int, Layout] = MappingProxyType({})):
+        self.ends = ends
         self.source, self.ranks = source, ranks
         self.ops: list[Op] = []
         self.calls: list[Call] = []
@@ -63,7 +66,10 @@ class RankGraphBuilder:
         self.name, self.flops, self.stage = "", 0.0, 0
         self.logits: dict[int, int] = {}  # of each tensor that is a softmax, what a rank has of its logits
         self.learned: set[int] = set()  # tensors that depend on weights to train: their gradients are wanted
-        self.inputs = [self.tensor(source.symbols[t].shape, source.symbols[t].dtype) for t in source.graph.inputs]
+        self.inputs = [
+            self.tensor(source.symbols[t].shape, source.symbols[t].dtype, ends.get(t, REPLICATED))
+            for t in source.graph.inputs
+        ]
         self.known.update(zip(source.graph.inputs, self.inputs, strict=True))
 
     def tensor(self, shape: Sequence, dtype: str, layout: Layout = REPLICATED) -> int:
@@ -196,7 +202,7 @@ class RankGraphBuilder:
         return {v for op in self.ops for v in op.variables} - every
 
     def finish(self, layouts: dict[int, Layout], *ends: int) -> RankGraph:
-        """What was collected until now; every rank has all of the model's outputs.
+        """What was collected until now; every rank has all of the model's outputs, or what `ends` tells.
 
         Args:
             layouts: of the variables that are divided.
@@ -204,7 +210,9 @@ class RankGraphBuilder:
         """
         self.name, self.flops = "outputs", 0.0
         source = self.source
-        final = {t: self.wanted(t, REPLICATED, False) for t in dict.fromkeys(source.graph.outputs)}
+        final = {
+            t: self.wanted(t, self.ends.get(t, REPLICATED), False) for t in dict.fromkeys(source.graph.outputs)
+        }  # fmt: skip
         graph = OpGraph(
             tuple(self.ops), tuple(self.tensors), source.graph.variables,
             tuple(self.inputs), (*(final[t] for t in source.graph.outputs), *ends),

@@ -22,6 +22,7 @@ from tfpar.errors import ModelError, user_level
 from tfpar.graph.recording import Discovered, HasMask, NeedsWholeBatch, UnusedResults, UpdatesApart
 from tfpar.planning.progress import announced
 from tfpar.trainer import saving
+from tfpar.trainer.generating import make_generate_function
 from tfpar.trainer.model_call import call
 from tfpar.trainer.placement import build_losses, place_variables, prepared
 from tfpar.trainer.step_function import StepFunction
@@ -58,6 +59,8 @@ class KerasHooks:
         vars(self.model)["_tfpar_hooks"] = self
         makers = {f"make_{kind}_function": partial(self.make, kind) for kind in ("train", "test", "predict")}
         vars(self.model).update({h: make for h, make in makers.items() if not _keras.overrides(self.model, h)})
+        if hasattr(type(self.model), "make_generate_function"):
+            vars(self.model)["make_generate_function"] = partial(make_generate_function, self)
         _keras.set_functions(self.model, self.auto_jit, self.build_later)
         vars(self.model).update({file.__name__: partial(file, self.model) for file in FILES}, fit=self.fit)
         own = type(self.model).call.__get__(self.model)
