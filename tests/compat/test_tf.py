@@ -42,6 +42,23 @@ def test_copied():
     assert np.array_equal(other(x), x @ tf.transpose(x))
 
 
+def test_copied_for_tapes():
+    @tf.function
+    def power(x):
+        return tf.einsum("ij,kj->ik", x, x)
+
+    (op,) = [o for o in power.get_concrete_function(tf.TensorSpec([2, 3])).graph.get_operations() if o.type == "Einsum"]
+
+    @tf.function
+    def gradient(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            (y,) = _tf.copied_for_tapes(op, [x, x])
+        return tape.gradient(y, x)
+
+    np.testing.assert_allclose(gradient(tf.ones([2, 3])), np.full((2, 3), 4.0))
+
+
 def test_has_own_gradient():
     @tf.function
     def run(x):

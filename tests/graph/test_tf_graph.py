@@ -49,6 +49,8 @@ def test_gradients_and_variables():
 
     expected = gradients(lambda x: ops.silu(x @ weight))
     np.testing.assert_allclose(gradients(lambda x: graph.run([x], None)), expected, rtol=1e-6)
+    inside = tf.function(lambda: gradients(lambda x: graph.run([x], None)))  # a tape within a graph
+    np.testing.assert_allclose(inside(), expected, rtol=1e-6)
     with keras.StatelessScope([(weight, tf.zeros((4, 3)))]):
         np.testing.assert_array_equal(graph.run([x], None), np.zeros((5, 3)))
 
@@ -92,6 +94,7 @@ outside = tf.Variable(1.0)
         (lambda x: tf.random.normal((2,)) + x, "keeps a state"),
         (lambda x: tf.while_loop(lambda x: tf.reduce_sum(x) < 9, lambda x: (x + 1,), (x,))[0], "is a loop"),
         (lambda x: x + outside, "ReadVariableOp, which keeps a state"),
+        (lambda x: layers.Dense(2)(layers.Masking()(x[:, None])), "Keras mask"),
         (lambda x: tf.strings.length(tf.as_string(x)), "no array"),
     ],
 )

@@ -207,7 +207,8 @@ def instance_of(x: tf.Tensor, key: int) -> tf.Tensor:
 
 def wide(x: tf.Tensor) -> tf.Tensor:
     """A tensor in a dtype that TensorFlow's own collectives take."""
-    return tf.cast(x, {tf.bool: tf.int32, tf.bfloat16: tf.float32}.get(x.dtype, x.dtype))
+    small = dict.fromkeys((tf.bool, tf.int8, tf.uint8, tf.int16, tf.uint16), tf.int32)
+    return tf.cast(x, {**small, tf.bfloat16: tf.float32}.get(x.dtype, x.dtype))
 
 
 HELD = ("identity", "slice", "all-reduce", "maximum", "all-gather", "reduce-scatter")  # what programs can hold

@@ -13,7 +13,7 @@ from tensorflow.python.distribute.distribute_lib import ReplicaContext
 from tensorflow.python.distribute.distribute_utils import select_replica, update_regroup
 from tensorflow.python.distribute.mirrored_strategy import MirroredExtended
 from tensorflow.python.distribute.values import MirroredVariable, PerReplica
-from tensorflow.python.eager import record
+from tensorflow.python.eager import execute, record
 from tensorflow.python.framework import ops
 from tensorflow.python.ops import control_flow_util_v2
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
@@ -24,7 +24,8 @@ from tensorflow.python.training.saving.saveable_object import SaveableObject, Sa
 
 __all__ = [
     "LogicalReplica", "MirroredExtended", "MirroredVariable", "OwnedMultiDeviceIterator", "PerReplica",
-    "ResourceVariable", "awaited", "batch_reduce", "call_flat", "copied", "fingerprint", "following_inputs",
+    "ResourceVariable", "awaited", "batch_reduce", "call_flat", "copied", "copied_for_tapes", "fingerprint",
+    "following_inputs",
     "has_own_gradient", "has_shared_rows", "in_xla", "independent", "loops_of_functions", "recompute_inputs",
     "number_of", "outside_replica",
     "record_gradient", "recorded", "replica_of", "saveable", "select_replica", "set_container", "tape_watches",
@@ -312,6 +313,16 @@ def copied(op: tf.Operation, inputs: list[tf.Tensor], graph: tf.Graph | None = N
     dtypes, attributes = [y.dtype for y in op.outputs], {k: v for k, v in op.node_def.attr.items() if k[0] != "_"}
     graph = graph or ops.get_default_graph()
     return graph._create_op_internal(op.type, inputs, dtypes, attrs=attributes, op_def=op.op_def)
+
+
+def copied_for_tapes(op: tf.Operation, inputs: list[tf.Tensor]) -> list[tf.Tensor]:
+    """The results of the same operation on other inputs, in the present graph; tapes record it."""
+    copy = copied(op, inputs)
+    if execute.must_record_gradient():
+        names = [a.name for a in op.op_def.attr if a.type != "func"]
+        attributes = tuple(x for name in names for x in (name, op.get_attr(name)))
+        execute.record_gradient(op.type, copy.inputs, attributes, copy.outputs)
+    return list(copy.outputs)
 
 
 def has_own_gradient(op: tf.Operation) -> bool:

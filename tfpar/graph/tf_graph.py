@@ -14,7 +14,7 @@ from keras import tree
 from tfpar.compat import _keras, _keras_parts
 from tfpar.compat._keras_parts import LAYER_CALLS
 from tfpar.compat._replaced import InThread
-from tfpar.compat._tf import copied, has_own_gradient
+from tfpar.compat._tf import copied_for_tapes, has_own_gradient
 from tfpar.errors import ModelError
 from tfpar.graph.keras_graph import Builder, KerasGraph, Ref
 from tfpar.graph.recording import RecordingScope
@@ -47,8 +47,8 @@ class TensorFlowOp:
     def emit(self, *inputs: Any) -> Any:
         """The same operation on these, in the present graph."""
         given = [tf.convert_to_tensor(x, like.dtype) for x, like in zip(inputs, self.op.inputs, strict=True)]
-        found = copied(self.op, given).outputs
-        return found[0] if len(found) == 1 else list(found)
+        found = copied_for_tapes(self.op, given)
+        return found[0] if len(found) == 1 else found
 
     def attribute(self, name: str) -> Any:
         """One of its attributes."""
@@ -122,6 +122,7 @@ class Trace(RecordingScope):
         self.changed: list[str] = []
         self.within: set[str] = set()  # operations in what is kept whole
         self.inside = False  # whether such a call is being traced
+        self.has_masks = False  # whether there are Keras masks, which operations do not hand on
 
     def add_update(self, update):
         if not self.inside:
@@ -162,6 +163,8 @@ class Trace(RecordingScope):
         """
         if self.changed:
             raise ModelError(f"it changes {', '.join(self.changed)}, or draws random numbers, beside its layers")
+        if self.has_masks:
+            raise ModelError("it makes a Keras mask")
         if self.losses:
             raise ModelError("it adds losses; add them in a layer of their own")
         for op in self.graph.get_operations():
@@ -308,15 +311,26 @@ def traced(
     with graph.as_default():
         inputs = [tf.compat.v1.placeholder(s.dtype, s.shape) for s in symbols]
         with Trace(graph) as trace, FUNCTIONS.inside(trace), LAYER_CALLS.inside(partial(layer_called, trace, keeps)):
-            outputs = tree.map_structure(tf.identity, function(*inputs))
+            results = function(*inputs)
+            trace.has_masks |= any(map(has_mask, tree.flatten(results)))
+            outputs = tree.map_structure(tf.identity, results)
     return trace.finish(inputs, outputs)
 
 
 def layer_called(trace: Trace, keeps: Callable, function: Callable, layer: Any, args: tuple, kwargs: dict) -> Any:
     """A layer's `__call__` in a trace."""
-    if not keeps(layer):
-        return function(layer, *args, **kwargs)
-    return trace.whole(lambda: function(layer, *args, **kwargs), layer, args, kwargs, layer.name)
+
+    def called() -> Any:
+        results = function(layer, *args, **kwargs)
+        trace.has_masks |= any(map(has_mask, tree.flatten(results)))
+        return results
+
+    return trace.whole(called, layer, args, kwargs, layer.name) if keeps(layer) else called()
+
+
+def has_mask(x: Any) -> bool:
+    """Whether a tensor has a Keras mask."""
+    return isinstance(x, tf.Tensor) and _keras.get_keras_mask(x) is not None
 
 
 def function_kept(function: Callable, *args: Any, **kwargs: Any) -> Any:

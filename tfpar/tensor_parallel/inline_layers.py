@@ -78,17 +78,18 @@ def inside(graph: KerasGraph, i: int, training: bool | None) -> KerasGraph:
     told = call.kwargs.get("training", training) if call.explicit else training
     given = _keras_calls.training_argument(layer, told)
 
-    def run(*values):
+    def of_flat(*values):
         left = iter(values)
         args, kwargs = call.arguments(lambda _: next(left))
         kwargs.pop("training", None)
         args, kwargs = _keras_parts.converted_arguments(layer, (args, kwargs))
         with _keras.autocast_of(layer), _keras_calls.telling(layer, told):
-            return layer.call(*args, **{**kwargs, **given})
+            run = layer.call if layer.quantization_mode is None else layer.quantized_call
+            return run(*args, **{**kwargs, **given})
 
     try:
         with tf.device(HOST):
-            inner = traced(run, [graph.symbols[t] for t in op.inputs], has_rule)
+            inner = traced(of_flat, [graph.symbols[t] for t in op.inputs], has_rule)
     except ModelError:
         raise
     except Exception as error:  # it stays one operation, on every rank
@@ -159,5 +160,6 @@ def can_be_opened(layer: Any) -> bool:
         isinstance(layer, keras.layers.Layer)
         and not has_rule(layer)
         and _keras_parts.is_its_call(layer)
+        and type(layer).compute_mask is keras.layers.Layer.compute_mask
         and (not type(layer).__module__.startswith("keras.src.") or layer.quantization_mode is not None)
     )

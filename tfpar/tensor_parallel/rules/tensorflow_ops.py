@@ -110,7 +110,7 @@ def cumulative(site: Site) -> Iterator[Option]:
         yield from of.mapped("cumulative", 0, [d if d != int(of.constant(1)) % rank else None for d in range(rank)])
 
 
-@rule(*named("MatMul", "BatchMatMulV2", "Einsum"))
+@rule(*named("MatMul", "BatchMatMulV2", "BatchMatMulV3", "Einsum"))
 def product(site: Site) -> Iterator[Option]:
     """Along a letter that the result has, operands without it whole; along one that it does not, then added up."""
     of = Operands(site)
