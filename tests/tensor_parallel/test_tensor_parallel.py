@@ -14,7 +14,9 @@ from zoo import ZOO
 import tfpar
 from tfpar.comm import collectives
 from tfpar.engine.program import KNOWN
+from tfpar.graph.keras_graph import graph_from
 from tfpar.planning.sharding import REPLICATED
+from tfpar.tensor_parallel.inline_layers import kind_of
 from tfpar.testing import assert_same, difference, planned_exchanges, traced_exchanges
 from tfpar.trainer.hooks import hooks_of
 from tfpar.variables import logical
@@ -798,3 +800,17 @@ def test_composites_that_ask_for_the_size_of_their_batch():
     one, other = (trained(s, build, x=x, y=y) for s in (None, strategy))
     assert_same(one, other, 1e-5, 1e-7)
     assert "heads in causal" in str(strategy.explain(other))
+
+
+def test_calls_with_other_large_constants_are_not_alike():
+    class Shifted(layers.Layer):
+        def call(self, x, by):
+            return x + by
+
+    x = keras.Input((2000,))
+    one, other = np.zeros(2000, "float32"), np.zeros(2000, "float32")
+    other[1000] = 1.0  # where a text of it has dots
+    model = keras.Model(x, [Shifted()(x, by=one), Shifted()(x, by=other)])
+    graph = graph_from(model)
+    first, second = (kind_of(graph, i) for i in range(2))
+    assert first != second and first == kind_of(graph, 0)

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfpar.comm import collectives
 from tfpar.graph.tf_graph import TensorFlowOp, traced
 from tfpar.planning.sharding import REPLICATED, bounds
 from tfpar.tensor_parallel import rules
@@ -106,12 +105,8 @@ def check(graph, i, option, ranks, tensors):
     local.follow(i, option)
     for op, call in zip(local.ops, local.calls, strict=True):
         if is_collective(call):
-            kind, given = call.operation, [values[t] for t in op.inputs]
-            if kind.forward == "rank":
-                values[op.outputs[0]] = [tf.constant(r) for r in range(ranks)]
-            else:
-                exchange = {"all-reduce": collectives.all_reduce, "identity": collectives.identity}[kind.forward]
-                values[op.outputs[0]] = exchange(given[0], ["CPU:0"] * ranks, kind.dim)
+            given = values[op.inputs[0]] if op.inputs else [None] * ranks
+            values[op.outputs[0]] = call.operation.there(given, ["CPU:0"] * ranks)
             continue
         for r in range(ranks):
             mine = {t: values[t][r] for t in op.inputs}

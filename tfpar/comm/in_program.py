@@ -207,8 +207,11 @@ def instance_of(x: tf.Tensor, key: int) -> tf.Tensor:
 
 def wide(x: tf.Tensor) -> tf.Tensor:
     """A tensor in a dtype that TensorFlow's own collectives take."""
-    small = dict.fromkeys((tf.bool, tf.int8, tf.uint8, tf.int16, tf.uint16), tf.int32)
-    return tf.cast(x, {**small, tf.bfloat16: tf.float32}.get(x.dtype, x.dtype))
+    return tf.cast(x, WIDER.get(x.dtype, x.dtype))
+
+
+SMALL = (tf.bool, tf.int8, tf.uint8, tf.int16, tf.uint16)
+WIDER = {**dict.fromkeys(SMALL, tf.int32), tf.bfloat16: tf.float32}
 
 
 HELD = ("identity", "slice", "all-reduce", "maximum", "all-gather", "reduce-scatter")  # what programs can hold

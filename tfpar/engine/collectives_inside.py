@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import keras
 
-from tfpar.comm.in_program import Gang, InProgram, of_equal_parts
+from tfpar.comm.in_program import Gang, of_equal_parts
 from tfpar.engine.engine import Engine, ExecutionGraph
 from tfpar.engine.micro_batch import Parts
-from tfpar.graph.keras_graph import Call, Ref, Rewriting
+from tfpar.graph.keras_graph import Rewriting
 from tfpar.planning.op_graph import Tensor
 from tfpar.planning.partition import segmented
-from tfpar.tensor_parallel.rank_graph import is_collective
+from tfpar.tensor_parallel.rank_graph import in_program, is_collective
 
 
 def why_cut(engine: Engine, route: ExecutionGraph) -> str | None:
@@ -43,8 +43,7 @@ def with_collectives(engine: Engine, route: ExecutionGraph) -> ExecutionGraph:
     new.inputs.append(lane)
     for op, call in zip(route.graph.graph.ops, route.graph.calls, strict=True):
         if is_collective(call):
-            exchange = InProgram(call.operation, gangs[op.stage])
-            call = Call(exchange, (*call.args, Ref(lane)), {}, call.outputs)
+            call = in_program(call, gangs[op.stage], lane)
             op = replace(op, inputs=(*op.inputs, lane))
         new.add(op, call)
     graph = new.finish()

@@ -46,7 +46,6 @@ def followed(
     symbols: Sequence[Any],
     samples: Sequence[Any] | None,
     training: Any,
-    original: Callable | None = None,
 ) -> KerasGraph:
     """The layers and operations that `call` runs, as a graph.
 
@@ -54,7 +53,6 @@ def followed(
         layer: whose call it is.
         call: of flat tensors.
         symbols, samples: for each of them; without samples, nothing is checked.
-        original: what the graph is to compute; `call`, if not given.
 
     Raises:
         ModelError: as `opened`.
@@ -77,9 +75,9 @@ def followed(
     graph = graph_from(function, opened=True)
     if samples is None:
         return graph
-    expected, changed, _ = perturbed(lambda: (original or call)(*samples))
+    expected, changed = perturbed(lambda: call(*samples))
     try:
-        inside, written, _ = perturbed(lambda: graph.run(samples, training))
+        inside, written = perturbed(lambda: graph.run(samples, training))
         same = written == changed and all(
             np.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True) for a, b in zip(inside, expected, strict=True)
         )
@@ -112,8 +110,8 @@ class Perturbed(RecordingScope):
         return stored * 1.05 + tf.cast(0.01, stored.dtype)
 
 
-def perturbed(run: Callable[[], Any]) -> tuple[list[np.ndarray], set[int], bool]:
-    """The flat results of `run` with perturbed weights, which variables it would write, and whether it adds losses."""
+def perturbed(run: Callable[[], Any]) -> tuple[list[np.ndarray], set[int]]:
+    """The flat results of `run` with perturbed weights, and which variables it would write."""
     with Perturbed([]) as scope:
         results = [np.asarray(r) for r in tree.flatten(run())]
-    return results, set(scope.written), bool(scope.losses)
+    return results, set(scope.written)

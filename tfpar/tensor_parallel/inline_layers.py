@@ -39,7 +39,7 @@ def inline_layers(
                     known[kind] = call.operation, inside(graph, i, training)
                 found[i] = of_other(*known[kind], call.operation)
             except ModelError as error:
-                closed[op.name] = brief(error).split(". To divide")[0].split("\n")[0]
+                closed[op.name] = brief(error).split("\n")[0]
     if not found:
         return graph
     new = Rewriting(graph)
@@ -105,7 +105,7 @@ def kind_of(graph: KerasGraph, i: int) -> Any:
     """What calls of layers have in common that run the same, each with its own weights."""
     call, op = graph.calls[i], graph.graph.ops[i]
     shapes = [(graph.symbols[t].shape, graph.symbols[t].dtype) for t in op.inputs]
-    return str((shapes, call.arguments(lambda ref: "tensor"), attributes(call.operation)))
+    return str((shapes, attributes(call.arguments(lambda ref: "tensor")), attributes(call.operation)))
 
 
 def attributes(value: Any, around: tuple[int, ...] = ()) -> Any:

@@ -11,17 +11,17 @@ import keras
 import tensorflow as tf
 from keras import tree
 
-from tfpar.comm.in_program import Gang, InProgram, of_equal_parts
+from tfpar.comm.in_program import Gang, of_equal_parts
 from tfpar.compat import _keras_calls, _keras_parts
 from tfpar.errors import ModelError
-from tfpar.graph.keras_graph import Call, KerasGraph, Ref
+from tfpar.graph.keras_graph import KerasGraph
 from tfpar.graph.recording import RecordingScope
 from tfpar.graph.tf_graph import traced
 from tfpar.planning.cost import Hardware
 from tfpar.planning.sharding import REPLICATED, Layout
 from tfpar.tensor_parallel.inline_layers import attributes, has_rule, of_other
 from tfpar.tensor_parallel.parallelize import with_caches
-from tfpar.tensor_parallel.rank_graph import is_collective
+from tfpar.tensor_parallel.rank_graph import in_program, is_collective
 
 LANE = -1  # stands for the number of the lane among the tensors of a graph
 
@@ -100,7 +100,8 @@ class LayerPlans:
         mine = [(id(layer), name, tuple(x.shape)) for name, x in flat]
         known = [self.caches.get(key, (key[2], None)) for key in mine]
         symbols = [keras.KerasTensor(shape, x.dtype.name) for (shape, _), (_, x) in zip(known, flat, strict=True)]
-        kind = str([(s.shape, s.dtype) for s in symbols]), self.without_tensors(arguments)
+        others = attributes(tree.map_structure(lambda x: "tensor" if tf.is_tensor(x) else x, arguments))
+        kind = str(([(s.shape, s.dtype) for s in symbols], others))
         if (id(layer), kind) not in self.plans:
             graph = self.traced(layer, arguments, symbols, kind)
             layouts = {v: self.layouts.get(id(variable), REPLICATED) for v, variable in enumerate(graph.variables)}
@@ -115,12 +116,9 @@ class LayerPlans:
                 of_inputs[here] = layout if t in caches else REPLICATED
                 if of_inputs[here] != REPLICATED:
                     self.caches[id(layer), name, tuple(local.symbols[here].shape)] = shape, layout
-            self.plans[id(layer), kind] = self.in_program(local), of_inputs
+            calls = tuple(in_program(call, self.gang, LANE) for call in local.calls)
+            self.plans[id(layer), kind] = replace(local, calls=calls), of_inputs
         return self.plans[id(layer), kind]
-
-    def without_tensors(self, arguments: Any) -> str:
-        """The arguments of a call but for tensors."""
-        return str(tree.map_structure(lambda x: "tensor" if tf.is_tensor(x) else x, arguments))
 
     def traced(self, layer: Any, arguments: Any, symbols: Sequence[Any], kind: Any) -> KerasGraph:
         """What a layer runs for such arguments."""
@@ -144,13 +142,3 @@ class LayerPlans:
         why = of_equal_parts([call.operation for call in graph.calls if is_collective(call)], self.gang.mesh)
         if why:
             raise ModelError(f"{layer.name} cannot run on {self.gang.mesh.tensor} ranks in one program: {why}")
-
-    def in_program(self, graph: KerasGraph) -> KerasGraph:
-        """The graph with its exchanges in the program."""
-        calls = [
-            Call(InProgram(call.operation, self.gang), (*call.args, Ref(LANE)), {}, call.outputs)
-            if is_collective(call)
-            else call
-            for call in graph.calls
-        ]
-        return replace(graph, calls=tuple(calls))

@@ -11,6 +11,7 @@ import tensorflow as tf
 from keras import tree
 
 from tfpar.comm.collectives import LOCAL, SUMS, Collective
+from tfpar.comm.in_program import Gang, InProgram
 from tfpar.compat import _keras, _keras_parts
 from tfpar.compat._keras_layers import ToldTraining
 from tfpar.graph.keras_graph import UNKNOWN, Call, KerasGraph, Ref
@@ -274,6 +275,13 @@ def with_tensors(call: Call, tensors: Sequence[int]) -> tuple[Any, Any]:
 def is_collective(call: Call) -> bool:
     """Whether devices exchange something here."""
     return isinstance(call.operation, Collective)
+
+
+def in_program(call: Call, gang: Gang, lane: int) -> Call:
+    """A call as part of a program that all lanes run at once: an exchange takes the number of the lane, a tensor."""
+    if not is_collective(call):
+        return call
+    return Call(InProgram(call.operation, gang), (*call.args, Ref(lane)), {}, call.outputs)
 
 
 def one(values: Sequence[int]) -> Any:

@@ -154,7 +154,8 @@ class Generation:
                 return type(model).generate_step(model, inputs, stop_token_ids=stop), after
 
         program = tf.function(step, jit_compile=True, autograph=False) if compiled else step
-        tokens = [token_on(device) for device in devices]
+        apart = len(lanes) > 1 and not compiled  # ranks exchange by TensorFlow's own collectives
+        tokens = [token_on(device) if apart else None for device in devices]
         self.kept += [engine, *tokens]
 
         def value(variable: keras.Variable, lane: Coordinate) -> tf.Tensor:
@@ -166,7 +167,7 @@ class Generation:
         def outer(inputs, place, random):
             results = []
             for number, (lane, device, token) in enumerate(zip(lanes, devices, tokens, strict=True)):
-                with tf.device(device), ordered(token) if len(lanes) > 1 and not compiled else contextlib.nullcontext():
+                with tf.device(device), ordered(token) if apart else contextlib.nullcontext():
                     values = [value(v, lane) for v in own]
                     results.append(program(values, inputs, place, random, tf.constant(number)))
             return results[0]

@@ -61,15 +61,16 @@ def planned(
     cut = cut_of(strategy, graphs[0], schedule, rows, before)
     if schedule.stages > 1:
         graphs = of_distinct(graphs, lambda graph: graph.in_stages(cut.stage_of))
-    closed: dict[str, str] = {}  # by operation, why it is not opened
+    probes, closed = of_distinct(graphs, Probe), {}  # by operation, why it is not opened
     names = of_distinct(graphs, lambda graph: global_batch | batch_wide(strategy, graph))
     if replicas > 1 and strategy.batch_norm == "global":
         names[0] = names[0] | hidden_normalizations(graphs[0])
     if strategy.parts.micro_batches > 1:
-        check_independence(graphs[0], Probe(graphs[0]))
+        check_independence(graphs[0], probes[0])
     if mesh.tensor > 1:
         ways = zip(graphs, told_in_steps(model), names, strict=True)
         graphs = [inline_layers(graph, training, closed, whole) for graph, training, whole in ways]
+        probes = of_distinct(graphs, Probe)
     names = [sharing_state(graph, found) for graph, found in zip(graphs, names, strict=True)]
     warn_of(names[0])
     finals = [with_global_batch(graph, found) for graph, found in zip(graphs, names, strict=True)]
@@ -80,7 +81,6 @@ def planned(
     if mesh.tensor > 1:
         loss = crossentropy_of(model, y) if model.compiled else None
         finals, between = between_ranks(strategy, finals, names, closed, loss)
-    probes = of_distinct(graphs, Probe)
     of = zip(finals, (*probes, probes[0]), (*names, names[0]), strict=False)  # with the loss, training comes twice
     training, inference, *with_loss = (route_of(strategy, *way, rows) for way in of)
     if strategy.parts.micro_batches > 1:

@@ -9,7 +9,7 @@ import tensorflow as tf
 from tfpar.graph.keras_graph import Ref
 from tfpar.planning.layout_search import Option
 from tfpar.planning.sharding import REPLICATED, Layout
-from tfpar.tensor_parallel.rank_graph import RankGraphBuilder
+from tfpar.tensor_parallel.rank_graph import RankGraphBuilder, with_tensors
 from tfpar.tensor_parallel.rules import Site, rule
 from tfpar.tensor_parallel.rules.reshaping import kept
 from tfpar.tensor_parallel.rules.tensorflow_ops import Operands, named
@@ -43,8 +43,7 @@ def run(site: Site, place: int, change: Any, layouts: Sequence[Layout]):
     """
 
     def build(local: RankGraphBuilder, inputs: list[int]):
-        left = iter(inputs)
-        args = [Ref(next(left)) if isinstance(a, Ref) else a for a in site.graph.calls[site.index].args]
+        args = list(with_tensors(site.graph.calls[site.index], inputs)[0])
         args[place] = change(local, args[place])
         return local.run(site.layer, *args, like=site.op.outputs, layouts=layouts)
 
@@ -181,12 +180,10 @@ def slice_dims(of: Operands) -> list[int | None] | None:
         elif bit["new_axis"]:
             found.append(None)
         else:
-            size = of.shapes[0][dim]
             first = bit["begin"] or (begin is not None and begin[n] == 0)
-            last = bit["end"] or (end is not None and size is not None and end[n] >= size)
+            last = bit["end"] or (end is not None and end[n] >= 2**30)
             if not bit["shrink_axis"]:
-                all_of_it = first and bit["end"] and strides[n] == 1
-                found.append(dim if all_of_it or (first and last and strides[n] == 1 and end[n] >= 2**30) else None)
+                found.append(dim if first and last and strides[n] == 1 else None)
             dim += 1
     return found + list(range(dim, len(of.shapes[0])))
 

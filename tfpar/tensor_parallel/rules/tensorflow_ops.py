@@ -9,7 +9,7 @@ import numpy as np
 from tfpar.graph.keras_graph import Ref
 from tfpar.planning.layout_search import Option
 from tfpar.planning.sharding import REPLICATED, Layout
-from tfpar.tensor_parallel.rank_graph import RankGraphBuilder
+from tfpar.tensor_parallel.rank_graph import RankGraphBuilder, with_tensors
 from tfpar.tensor_parallel.rules import Site, rule
 from tfpar.tensor_parallel.rules.elementwise import ELEMENTWISE
 
@@ -142,8 +142,7 @@ def summed_up(site: Site, layout: Layout):
     """What each rank runs where the sum of what ranks find is the result."""
 
     def build(local: RankGraphBuilder, inputs: list[int]) -> int:
-        left = iter(inputs)
-        args = [Ref(next(left)) if isinstance(a, Ref) else a for a in site.graph.calls[site.index].args]
+        args, _ = with_tensors(site.graph.calls[site.index], inputs)
         return local.reduced(local.run(site.layer, *args, like=site.op.outputs, layouts=[REPLICATED]), layout)
 
     return build
