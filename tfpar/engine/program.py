@@ -255,6 +255,8 @@ class Program:
             for scope.call in self.ops:
                 scope.losses = []  # Keras takes a layer's losses out again when it is called once more
                 self.graph.calls[scope.call](tensors, self.training)
+                for t in self.graph.calls[scope.call].outputs:
+                    set_sizes(tensors[t], self.graph.symbols[t].shape)
                 if scope.losses:
                     losses[scope.call] = scope.losses
         for i in losses:
@@ -275,6 +277,12 @@ class Program:
             moments,
             {places[v]: scope.state_mapping[v] for v in scope.written},
         )
+
+
+def set_sizes(x: Any, shape: Sequence[int | None]):
+    """Tell TensorFlow the sizes of a tensor, but for the batch: it does not see what another program has computed."""
+    if isinstance(x, tf.Tensor) and x.shape.rank == len(shape) and not x.shape[1:].is_fully_defined():
+        x.set_shape([None, *(n if size is None else size for size, n in zip(x.shape[1:], shape[1:], strict=True))])
 
 
 def restored(t: int, edges: dict[int, Edge], graph: KerasGraph) -> Any:
