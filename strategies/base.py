@@ -2,13 +2,14 @@
 
 import contextlib
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from tfpar.comm.devices import each_gpu_is_one_device
-from tfpar.compat import _keras_calls
+from tfpar.compat import _keras, _keras_calls
 from tfpar.compat._keras_run import as_in_this_thread
 from tfpar.compat._tf import (
     outside_replica,
@@ -22,6 +23,7 @@ from tfpar.trainer.convert import convert
 from tfpar.trainer.explain import explained
 from tfpar.trainer.hooks import KerasHooks, hooks_of
 from tfpar.trainer.input_feed import Feed, can_be_fed
+from tfpar.trainer.placement import place_before_loading
 from tfpar.variables.distribute import Extended
 
 MirroredStrategy = tf.distribute.MirroredStrategy
@@ -95,9 +97,10 @@ class Strategy(MirroredStrategy):
         self.buckets = buckets or SEGMENTS[zero if replicas > 1 else 0]
         self.layout, self.sequence_parallel = layout, sequence_parallel
         self._schedule = schedule if callable(schedule) else SCHEDULES[schedule]
-        super(MirroredStrategy, self).__init__(
-            Extended(self, mesh, cross_device_ops, on_all=replicas == mesh.size and not self.zero and not offload)
-        )
+        self._not_loaded: list[weakref.ref[KerasHooks]] = []
+        extended = Extended(self, mesh, cross_device_ops, replicas == mesh.size and not self.zero and not offload)
+        super(MirroredStrategy, self).__init__(extended)
+        extended.before_loading = self._before_loading
 
     @property
     def micro_batches(self) -> int:
@@ -151,7 +154,20 @@ class Strategy(MirroredStrategy):
         return super().run(as_in_this_thread(fn), args, kwargs, options)
 
     def _adopt(self, model):
-        KerasHooks(self, model).adopt(ForKeras(self))
+        hooks = KerasHooks(self, model)
+        hooks.adopt(ForKeras(self))
+        self._not_loaded.append(weakref.ref(hooks))
+
+    def _before_loading(self, variable):
+        """Called before a variable gets a first value that is not its own: its model is planned, if it is large."""
+        for reference in reversed(self._not_loaded):
+            hooks = reference()
+            if hooks is None or hooks.engine is not None:
+                self._not_loaded.remove(reference)
+            elif any(_keras.stored(v) is variable for v in hooks.model.variables):
+                self._not_loaded.remove(reference)
+                with self.planning(), hooks.announced():
+                    return place_before_loading(self, hooks.model)
 
     def schedule(self, micro_batches: int) -> Schedule:
         """The order of actions on the devices along `stage`, for so many micro-batches.

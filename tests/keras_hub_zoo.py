@@ -291,6 +291,11 @@ NOT_TRAINED = {"SAM3PromptableConcept": "its geometry encoder gives attention a 
 UNUSED = dict(DepthAnything="stage_0/residual_layer1", SAM="no_mask_embed", XLNet="mask_emb")
 
 
+def dtype(name):
+    """The dtype in which a model is compared."""
+    return "float32" if name in ONLY_FLOAT32 else "float64"
+
+
 def backbone(name):
     """The backbone of this name."""
     config = BACKBONES[name]

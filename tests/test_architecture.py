@@ -30,7 +30,7 @@ TESTED_THROUGH = {  # for modules without a test file of their own, the test tha
     "graph/test_mixing": "progress samples",
     "planning/test_partition": "cost op_graph",
     "planning/test_plan": "explain flops plan_report planner",
-    "strategies/test_data_parallel": "collectives_between distribute global_batch",
+    "strategies/test_data_parallel": "collectives_between distribute global_batch parts",
     "strategies/test_mesh_strategy": "collectives mesh optimizer_step stage_update",
     "planning/test_sharding": "layout_search",
     "strategies/test_zero": "gradient_reduction shard_view weight_edge",
@@ -41,6 +41,7 @@ TESTED_THROUGH = {  # for modules without a test file of their own, the test tha
     "test_launch": "__main__ exchange",
     "trainer/test_hooks": "base description placement step_function training_step",
     "trainer/test_generating": "layer_calls",
+    "trainer/test_loading": "placed",
     "trainer/test_killed": "_keras_backup",
 }
 

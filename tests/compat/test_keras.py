@@ -28,6 +28,17 @@ def test_every_name_is_tested():
     assert [n for n in [*names, *_keras.__all__] if n not in mine] == []
 
 
+def test_initial_shape():
+    """`initial_shape`: only of what is the same whenever it is made."""
+    made = []
+    with tf.variable_creator_scope(lambda create, **kwargs: made.append(kwargs["initial_value"]) or create(**kwargs)):
+        keras.Variable("glorot_uniform", shape=(2, 3))
+        keras.Variable(keras.initializers.RandomNormal(seed=keras.random.SeedGenerator(1)), shape=(2, 3))
+        keras.Variable(lambda shape, dtype: np.random.normal(size=shape), shape=(2, 3))
+        keras.Variable(np.ones(3))
+    assert [_keras.initial_shape(value) for value in made] == [(2, 3), None, None, None, None]
+
+
 # ---- models
 
 

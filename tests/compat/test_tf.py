@@ -440,6 +440,14 @@ def test_containers():
     assert variable.handle._distributed_container() is other
 
 
+def test_empty_variable():
+    with tf.device("CPU:1"):
+        variable = _tf.empty_variable((2, 3), "float32", True, "layer_10")
+    assert variable.name == "layer_10:0" and variable.shape == (2, 3) and not variable.is_initialized()
+    variable.assign(tf.ones((2, 3)))
+    assert variable.device.endswith("CPU:1") and np.array_equal(variable, np.ones((2, 3)))
+
+
 def test_rows_that_no_sample_chose():
     """Of learned positions, whose length may be that of the input; of tokens, they are chosen by samples."""
     table, found = tf.Variable(tf.ones((5, 2))), []

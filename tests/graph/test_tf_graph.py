@@ -86,6 +86,24 @@ seed = keras.random.SeedGenerator(1)
 outside = tf.Variable(1.0)
 
 
+def test_masks_that_end_inside():
+    """Softmax gives its output the mask that it is told, and nothing sees that."""
+
+    def attention(x):
+        return layers.Softmax()(x @ tf.transpose(x), mask=x @ tf.transpose(x) > 0) @ x
+
+    x = np.random.default_rng(0).normal(size=(3, 2)).astype("float32")
+    for keeps in (lambda layer: False, lambda layer: True):
+        graph = traced(attention, symbols((3, 2)), keeps)
+        np.testing.assert_allclose(graph.run([x], None), attention(tf.constant(x)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("keeps", [lambda layer: True, lambda layer: not isinstance(layer, layers.Masking)])
+def test_masks_that_layers_get(keeps):
+    with pytest.raises(ModelError, match="Keras mask"):
+        traced(lambda x: layers.GRU(2)(layers.Masking()(x)), symbols((4, 3, 2)), keeps)
+
+
 @pytest.mark.parametrize(
     "function, why",
     [

@@ -15,7 +15,8 @@ from tfpar.engine.gradient_reduction import GradientReduction
 from tfpar.planning.sharding import UNSHARDED, Sharding, sharded
 from tfpar.testing import assert_same
 from tfpar.variables import shard_view
-from tfpar.variables.logical import LogicalVariable, of_shards, parts_of
+from tfpar.variables.logical import LogicalVariable
+from tfpar.variables.parts import of_shards, parts_of
 
 X, Y = data(16)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -183,6 +184,21 @@ def stored(variable: keras.Variable) -> tf.Variable:
 def set_value(variable: keras.Variable, value: tf.Variable):
     """Let a Keras variable hold another TensorFlow variable."""
     variable._value = value
+
+
+def initial_shape(make: Any) -> tuple[int, ...] | None:
+    """The shape of a variable's first value, if Keras makes the same at whatever time: of a seed that is a number."""
+    try:
+        given = inspect.getclosurevars(make).nonlocals
+    except TypeError:
+        return None
+    variable, initializer = given.get("self"), given.get("initializer")
+    if not isinstance(variable, keras.Variable) or not type(initializer).__module__.startswith(INITIALIZERS):
+        return None
+    return tuple(variable.shape) if isinstance(getattr(initializer, "seed", 0), int) else None
+
+
+INITIALIZERS = "keras.src.initializers."
 
 
 def clear_losses(operation: Any):

@@ -18,13 +18,14 @@ from tensorflow.python.framework import ops
 from tensorflow.python.ops import control_flow_util_v2
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 from tensorflow.python.ops.handle_data_util import get_handle_data
-from tensorflow.python.ops.resource_variable_ops import ResourceVariable
+from tensorflow.python.ops.resource_variable_ops import ResourceVariable, UninitializedVariable
 from tensorflow.python.trackable.base import VARIABLE_VALUE_KEY
 from tensorflow.python.training.saving.saveable_object import SaveableObject, SaveSpec
 
 __all__ = [
     "LogicalReplica", "MirroredExtended", "MirroredVariable", "OwnedMultiDeviceIterator", "PerReplica",
-    "ResourceVariable", "awaited", "batch_reduce", "call_flat", "copied", "copied_for_tapes", "fingerprint",
+    "ResourceVariable", "awaited", "batch_reduce", "call_flat", "copied", "copied_for_tapes", "empty_variable",
+    "fingerprint",
     "following_inputs",
     "has_own_gradient", "has_shared_rows", "in_xla", "independent", "loops_of_functions", "recompute_inputs",
     "number_of", "outside_replica",
@@ -346,6 +347,15 @@ def call_flat(function: Any, tensors: Sequence[Any]) -> list[tf.Tensor]:
     given = [x.handle if isinstance(x, tf.Variable) else x for x in tensors]
     found = tf.nest.flatten(function._call_flat(given, function.captured_inputs), expand_composites=True)
     return [x for x in found if x is not None]
+
+
+def empty_variable(shape: Sequence[int], dtype: Any, trainable: bool, name: str) -> ResourceVariable:
+    """A variable on the current device that has no value yet: it is given one by `assign`."""
+    with tf.init_scope():
+        handle = UninitializedVariable(shape=shape, dtype=dtype, name=name).handle
+        variable = ResourceVariable(handle=handle, shape=shape, dtype=dtype, trainable=trainable)
+    variable._handle_name = f"{name}:0"  # TensorFlow takes zeros away from the end of a name
+    return variable
 
 
 def set_container(copy: tf.Variable, variable: Any):

@@ -20,7 +20,7 @@ from tfpar.engine.program import Component, Edge, selected
 from tfpar.graph.batch_probe import Combine
 from tfpar.planning.mesh import FIRST, Coordinate
 from tfpar.planning.sharding import REPLICATED
-from tfpar.variables.logical import HOST
+from tfpar.variables.parts import HOST
 
 
 def outputs(run: Execution) -> dict[int, Edge]:

@@ -25,7 +25,8 @@ from tfpar.planning.schedule import Schedule, in_segments
 from tfpar.planning.sharding import REPLICATED, Layout
 from tfpar.tensor_parallel.loss_parallel import CrossEntropy
 from tfpar.tensor_parallel.rank_graph import is_collective
-from tfpar.variables.logical import HOST, LogicalVariable, copy_on_device
+from tfpar.variables.logical import LogicalVariable
+from tfpar.variables.parts import HOST, copy_on_device
 
 FEW = 2  # micro-batches, of which TensorFlow may optimise each for itself
 

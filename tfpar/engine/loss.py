@@ -22,7 +22,7 @@ from tfpar.graph.recording import HasMask
 from tfpar.planning.op_graph import Op, Tensor
 from tfpar.planning.partition import Partition
 from tfpar.tensor_parallel.loss_parallel import CrossEntropy
-from tfpar.variables.logical import HOST
+from tfpar.variables.parts import HOST
 
 NAME = "the loss"  # of the operation
 

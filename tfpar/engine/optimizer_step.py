@@ -21,7 +21,8 @@ from tfpar.engine.stage_update import StageUpdate, apply
 from tfpar.engine.update_inside import UpdateInside, can_be_inside
 from tfpar.engine.weight_edge import WeightEdge
 from tfpar.planning.mesh import AXES, FIRST, Coordinate
-from tfpar.variables.logical import HOST, LogicalVariable
+from tfpar.variables.logical import LogicalVariable
+from tfpar.variables.parts import HOST
 from tfpar.variables.shard_view import shard_of, write_shards
 
 

@@ -10,7 +10,7 @@ from tfpar.compat import _keras
 from tfpar.engine.engine import MicroBatch, copy_of, read
 from tfpar.engine.weight_edge import edge_of
 from tfpar.planning.mesh import dividing
-from tfpar.variables.logical import copy_on_device
+from tfpar.variables.parts import copy_on_device
 
 if TYPE_CHECKING:
     from tfpar.engine.executor import Execution

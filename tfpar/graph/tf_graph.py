@@ -122,7 +122,7 @@ class Trace(RecordingScope):
         self.changed: list[str] = []
         self.within: set[str] = set()  # operations in what is kept whole
         self.inside = False  # whether such a call is being traced
-        self.has_masks = False  # whether there are Keras masks, which operations do not hand on
+        self.has_masks = False  # whether Keras masks reach layers or results, to which operations do not hand them on
 
     def add_update(self, update):
         if not self.inside:
@@ -148,7 +148,8 @@ class Trace(RecordingScope):
             results = function()
         finally:
             self.inside = False
-        results = tree.map_structure(lambda x: tf.identity(x) if isinstance(x, tf.Tensor) else x, results)
+        copy = lambda x: _keras.with_mask_of(x, tf.identity(x)) if isinstance(x, tf.Tensor) else x  # noqa: E731
+        results = tree.map_structure(copy, results)
         self.within.update(op.name for op in self.graph.get_operations()[before:])
         scope = self.graph.get_name_scope()
         name = f"{scope}/{name}" if scope else name
@@ -164,7 +165,7 @@ class Trace(RecordingScope):
         if self.changed:
             raise ModelError(f"it changes {', '.join(self.changed)}, or draws random numbers, beside its layers")
         if self.has_masks:
-            raise ModelError("it makes a Keras mask")
+            raise ModelError("it makes a Keras mask that it hands on")
         if self.losses:
             raise ModelError("it adds losses; add them in a layer of their own")
         for op in self.graph.get_operations():
@@ -319,13 +320,10 @@ def traced(
 
 def layer_called(trace: Trace, keeps: Callable, function: Callable, layer: Any, args: tuple, kwargs: dict) -> Any:
     """A layer's `__call__` in a trace."""
-
-    def called() -> Any:
-        results = function(layer, *args, **kwargs)
-        trace.has_masks |= any(map(has_mask, tree.flatten(results)))
-        return results
-
-    return trace.whole(called, layer, args, kwargs, layer.name) if keeps(layer) else called()
+    if not keeps(layer):
+        return function(layer, *args, **kwargs)
+    trace.has_masks |= not trace.inside and any(map(has_mask, tree.flatten((args, kwargs))))
+    return trace.whole(partial(function, layer, *args, **kwargs), layer, args, kwargs, layer.name)
 
 
 def has_mask(x: Any) -> bool:

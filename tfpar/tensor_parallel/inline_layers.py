@@ -17,7 +17,7 @@ from tfpar.errors import Caught, ModelError, brief
 from tfpar.graph.keras_graph import Call, KerasGraph, Rewriting
 from tfpar.graph.tf_graph import traced
 from tfpar.tensor_parallel import rules
-from tfpar.variables.logical import HOST
+from tfpar.variables.parts import HOST
 
 
 def inline_layers(

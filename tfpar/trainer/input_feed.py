@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from tfpar.compat._tf import OwnedMultiDeviceIterator
 from tfpar.engine import micro_batch
-from tfpar.variables.logical import HOST
+from tfpar.variables.parts import HOST
 
 
 class Feed:

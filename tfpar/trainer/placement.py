@@ -13,11 +13,15 @@ from keras import tree
 from tfpar.compat import _keras, _keras_parts
 from tfpar.engine.description import Description
 from tfpar.engine.engine import Engine
-from tfpar.errors import ScopeError
+from tfpar.errors import Caught, ScopeError, TfparError
 from tfpar.planning.plan import Plan
 from tfpar.planning.sharding import UNSHARDED
 from tfpar.trainer.planner import planned
-from tfpar.variables.logical import HOST, Home, LogicalVariable
+from tfpar.variables.logical import LogicalVariable
+from tfpar.variables.parts import HOST, Home
+
+FEW_BYTES = 2**28  # of weights, which may as well wait in host memory
+ROWS = 32  # samples of a batch, while none is known
 
 
 def prepared(
@@ -49,6 +53,25 @@ def uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
         if caught:
             before(*caught[0])
+
+
+def place_before_loading(strategy: Description, model: keras.Model):
+    """Give the weights of a model that have no values yet a place, so that what is loaded goes there at once.
+
+    Not for good: another model of which this one is a part may have better ones.
+    """
+    waiting = [v for v in map(_keras.stored, model.variables) if isinstance(v, LogicalVariable) and v.is_waiting]
+    if strategy.mesh.size == 1 or sum(v.shape.num_elements() * v.dtype.size for v in waiting) < FEW_BYTES:
+        return
+    try:
+        engine = planned(strategy, model, (None, None, None), ROWS)
+    except TfparError as error:  # it will be said when the model is used
+        Caught.log.debug("planning %s before its weights are loaded failed", model.name, exc_info=error)
+        return
+    for v, variable in enumerate(engine.graph.variables):
+        if isinstance(_keras.stored(variable), LogicalVariable):
+            home, follow = homes(strategy, engine, v)
+            _keras.stored(variable).place(*home, follow, settle=False)
 
 
 @uninterrupted()
@@ -111,8 +134,9 @@ def replicate(strategy: Description, variable: keras.Variable, weight: keras.Var
 
 def move(variable: keras.Variable, home: Home, follow: Home | None = None):
     """Place a variable that is still waiting, and later what follows it."""
-    if isinstance(_keras.stored(variable), LogicalVariable) and len(_keras.stored(variable).copies) == 1:
-        _keras.stored(variable).place(*home, follow)
+    stored = _keras.stored(variable)
+    if isinstance(stored, LogicalVariable) and (not stored.is_settled or len(stored.copies) == 1):
+        stored.place(*home, follow)
 
 
 def check_scope(strategy: Description, variable: keras.Variable):

@@ -31,7 +31,8 @@ from tfpar.tensor_parallel.inline_layers import inline_layers
 from tfpar.tensor_parallel.loss_parallel import CrossEntropy, crossentropy_of
 from tfpar.tensor_parallel.parallelize import divided
 from tfpar.tensor_parallel.rank_graph import RankGraph, exchanges, is_collective
-from tfpar.variables.logical import HOST, LogicalVariable
+from tfpar.variables.logical import LogicalVariable
+from tfpar.variables.parts import HOST
 
 SAMPLES = 3  # of the first batch, with which an opened model is checked
 
@@ -262,8 +263,9 @@ def hardware(strategy: Description) -> Hardware:
 
 
 def is_placed(variable: keras.Variable) -> bool:
-    """Whether lanes have copies or parts of a variable already."""
-    return isinstance(_keras.stored(variable), LogicalVariable) and len(_keras.stored(variable).copies) > 1
+    """Whether lanes have copies or parts of a variable already, for good."""
+    stored = _keras.stored(variable)
+    return isinstance(stored, LogicalVariable) and stored.is_settled and len(stored.copies) > 1
 
 
 def few(array: Any) -> tf.Tensor:

@@ -12,7 +12,8 @@ import tensorflow as tf
 
 from tfpar.compat import _keras, _keras_calls, _keras_parts
 from tfpar.errors import Caught, FileError, brief
-from tfpar.variables.logical import HOST, LogicalVariable, as_host_variables
+from tfpar.variables.logical import LogicalVariable, as_host_variables
+from tfpar.variables.parts import HOST
 
 
 def save(model: keras.Model, filepath: Any, overwrite: bool = True, zipped: bool | None = None, **options: Any):

@@ -6,18 +6,21 @@ from typing import Any
 
 import tensorflow as tf
 
+from tfpar.compat import _keras
 from tfpar.compat._keras_run import running_replicas
 from tfpar.compat._tf import (
     LogicalReplica,
     MirroredExtended,
     PerReplica,
+    empty_variable,
     replica_of,
     select_replica,
     update_regroup,
 )
 from tfpar.planning.mesh import Mesh
 from tfpar.planning.sharding import UNSHARDED
-from tfpar.variables.logical import HOST, Home, LogicalVariable, parts_of
+from tfpar.variables.logical import LogicalVariable
+from tfpar.variables.parts import HOST, Home, parts_of
 
 
 class Extended(MirroredExtended):
@@ -33,6 +36,7 @@ class Extended(MirroredExtended):
         # variables of stages and ranks wait in host memory until a plan says where they belong
         self.has_copies = on_all
         self.new_variables_on = self.replicas if on_all else (HOST,)
+        self.before_loading: Callable[[LogicalVariable], None] = lambda variable: None
 
     @property
     def strategy(self) -> tf.distribute.Strategy:
@@ -81,6 +85,11 @@ class Extended(MirroredExtended):
         follows = isinstance(reference, LogicalVariable)
         devices, sharding = reference.follow if follows else Home(self.new_variables_on, UNSHARDED)
         aggregation = kwargs.get("aggregation") or tf.VariableAggregation.NONE
+        known = None if follows or devices != (HOST,) else _keras.initial_shape(kwargs["initial_value"])
+        if known is not None:
+            with tf.device(HOST):
+                empty = empty_variable(known, kwargs["dtype"], kwargs["trainable"], kwargs["name"])
+            return LogicalVariable(self.strategy, [empty], aggregation, initial=kwargs["initial_value"])
         copies, shape = [], None
         with tf.init_scope():
             if len(devices) > 1 and callable(kwargs["initial_value"]):

@@ -1,9 +1,8 @@
 """One logical variable, wherever its value lives."""
 
 import contextlib
-import weakref
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -11,20 +10,17 @@ import tensorflow as tf
 from tfpar.compat import _keras
 from tfpar.compat._tf import (
     LogicalReplica,
-    MirroredVariable,
-    ResourceVariable,
     number_of,
     record_gradient,
     replica_of,
     saveable,
-    set_container,
     unrecorded,
 )
-from tfpar.errors import ModelError, ScopeError
-from tfpar.planning.mesh import AXES, FIRST, Coordinate, dividing
+from tfpar.errors import ModelError
+from tfpar.planning.mesh import FIRST, Coordinate, dividing
 from tfpar.planning.sharding import UNSHARDED, Sharding
-
-HOST = "CPU:0"
+from tfpar.variables.parts import HOST, copy_on_device, of_shards, parts_of, sparse_part
+from tfpar.variables.placed import PlacedVariable, on_host
 
 
 class AsNumber:
@@ -46,29 +42,35 @@ class AsNumber:
         return bool(self.numpy())
 
 
-class LogicalVariable(AsNumber, MirroredVariable):
+class LogicalVariable(AsNumber, PlacedVariable):
     """A variable that keeps its identity wherever its value lives: on one device, or copied or divided over several.
 
     One whose place depends on the plan is created in host memory and waits there, so that a model larger than one
-    device never touches one. To `tf.distribute`, Keras and checkpoints it is a `MirroredVariable`. Outside of replicas
-    and ranks, reading gives the whole value and writing writes all of it; it needs no scope.
+    device never touches one; without a value, if it is known how to make it when it is needed. To `tf.distribute`,
+    Keras and checkpoints it is a `MirroredVariable`. Outside of replicas and ranks, reading gives the whole value and
+    writing writes all of it; it needs no scope.
 
     Args:
         strategy: the strategy in whose scope it was created.
         values: the `tf.Variable`s that hold the value, one for each lane, or one for all.
         aggregation: what becomes of the values that replicas assign in `strategy.run`.
         sharding: how the value is divided over `values`.
+        initial: makes the value, if `values` have none yet.
     """
 
     def __init__(
-        self, strategy, values, aggregation=tf.VariableAggregation.NONE, var_policy=None, sharding=UNSHARDED, shape=None
+        self,
+        strategy,
+        values,
+        aggregation=tf.VariableAggregation.NONE,
+        var_policy=None,
+        sharding=UNSHARDED,
+        shape=None,
+        initial: Callable[[], Any] | None = None,
     ):
-        self._sharding, self._whole_shape = sharding, values[0].shape if shape is None else tf.TensorShape(shape)
-        super().__init__(strategy, values, aggregation, var_policy)
+        self._whole_shape = values[0].shape if shape is None else tf.TensorShape(shape)
+        super().__init__(strategy, values, aggregation, var_policy, sharding, initial)
         self._key = self._primary._unique_id
-        self._followers: list[weakref.ref[LogicalVariable]] = []
-        self._follow = Home((), sharding)
-        self._settled = len(values) > 1
 
     @property
     def _unique_id(self):
@@ -79,30 +81,21 @@ class LogicalVariable(AsNumber, MirroredVariable):
         """The name, without the number of an output."""
         return self._common_name
 
-    @property
-    def copies(self) -> tuple:
-        """The variables that hold the value or a part of it, by lane."""
-        return self._values
+    def assign(self, value, *args, **kwargs):
+        if not self.is_waiting or not tf.executing_eagerly():
+            return super().assign(value, *args, **kwargs)
+        self._distribute_strategy.extended.before_loading(self)
+        if self.is_waiting:
+            value = tf.ensure_shape(tf.convert_to_tensor(value, self.dtype), self.shape)
+            self._initial = None
+            self._fill(value)
+            return self
+        return super().assign(value, *args, **kwargs)
 
     @property
     def sharding(self) -> Sharding:
         """How the value is divided."""
         return self._sharding
-
-    @property
-    def is_divided(self) -> bool:
-        """Whether the value, or that of a slot of an optimizer that follows it, is in parts."""
-        return self._sharding.divides or self.slot_sharding.divides
-
-    @property
-    def slot_sharding(self) -> Sharding:
-        """How a slot of an optimizer for this variable is divided."""
-        return self._follow.sharding if self._follow.devices else self._sharding
-
-    @property
-    def follow(self) -> "Home":
-        """Where a slot of an optimizer for this variable is to be."""
-        return self._follow if self._follow.devices else Home(tuple(c.device for c in self._values), self._sharding)
 
     @property
     def shape(self):
@@ -123,6 +116,8 @@ class LogicalVariable(AsNumber, MirroredVariable):
         bound = getattr(replica, "bound", None)
         if bound:
             return bound[id(self)]
+        if tf.executing_eagerly() or not _keras.in_program():  # else it is read for the shapes of what comes of it
+            self._begin()
         if not tf.executing_eagerly() and not _keras.in_program():
             self._settled = True  # a function holds on to the value where it is
         return self.copy_of(self._sharding.replica(number_of(replica), len(self._values)) if replica else FIRST)
@@ -159,7 +154,7 @@ class LogicalVariable(AsNumber, MirroredVariable):
         if len(self._values) == 1 or (replica is not None and replica.copy is not None):
             return update_fn(self._copy(), value, **kwargs)
         updates = []
-        for copy, given in zip(self._values, self.divided(value), strict=True):
+        for copy, given in zip(self.copies, self.divided(value), strict=True):
             with tf.device(copy.device):
                 updates.append(update_fn(copy, given, **kwargs))
         return updates[0]
@@ -175,7 +170,7 @@ class LogicalVariable(AsNumber, MirroredVariable):
 
     def copy_of(self, at: Coordinate) -> tf.Variable:
         """The variable that holds the value, or a part of it, for a lane."""
-        return self._values[self._sharding.number(at) if len(self._values) > 1 else 0]
+        return self.copies[self._sharding.number(at) if len(self._values) > 1 else 0]
 
     @property
     def lanes(self) -> list[Coordinate]:
@@ -193,57 +188,14 @@ class LogicalVariable(AsNumber, MirroredVariable):
                 f"{self._common_name} is divided between devices, and a SavedModel holds whole variables: use "
                 "model.export, which puts them together"
             )
+        self._begin()
         return super()._export_to_saved_model_graph(*args, **kwargs)
 
     def _gather_saveables_for_checkpoint(self):
+        self._begin()
         if not self._sharding.divides:
             return super()._gather_saveables_for_checkpoint()
         return saveable(self.read_value, self.assign, self.dtype, self._common_name)
-
-    @property
-    def followers(self) -> list["LogicalVariable"]:
-        """What moves along."""
-        return [variable for follower in self._followers if (variable := follower()) is not None]
-
-    def followed_by(self, other: "LogicalVariable"):
-        """From now on `other`, an optimizer's slot for instance, moves along."""
-        self._followers.append(weakref.ref(other))
-
-    def hold(self, values: tuple, sharding: Sharding):
-        """From now on these variables hold the value."""
-        self._values, self._sharding = values, sharding
-
-    def hand_over(self, strategy: tf.distribute.Strategy):
-        """Move the value to host memory, where it waits for the plan of another strategy."""
-        self.hold((on_host(self),), UNSHARDED)
-        self._distribute_strategy, self._follow, self._settled = strategy, Home((), UNSHARDED), False
-
-    def place(self, devices: Sequence[str], sharding: Sharding = UNSHARDED, follow: "Home | None" = None):
-        """Move the value, and that of each follower, to these devices, for good: a copy or a part for each.
-
-        Once it has its place, or a function has been traced that reads it, it stays: the function would go on with
-        the old value. Another model that uses the variable reads it from there.
-
-        Args:
-            follow: where slots of optimizers go, if not to the same places.
-
-        Raises:
-            ScopeError: such a function was traced before several devices got their copies or parts.
-        """
-        with tf.init_scope():
-            old = self._copy()
-            settled, self._settled = self._settled, True
-            if not settled:
-                if len(devices) > 1 or not is_on(old, devices[0]):
-                    self.hold(copies_of(self, old, devices, sharding), sharding)
-                self._follow = follow or Home(tuple(devices), sharding)
-            elif not self._follow.devices and len(devices) > len(self._values) == 1:
-                raise ScopeError(
-                    f"a tf.function read {self._common_name} before its model was used, and would go on with the value "
-                    f"that it saw, while {len(devices)} devices are to have it: call fit, evaluate or predict first"
-                )
-        for variable in self.followers:
-            variable.place(*self.follow.of(variable.shape == self.shape))
 
 
 @contextlib.contextmanager
@@ -258,87 +210,6 @@ def as_host_variables(variables: Sequence[LogicalVariable]) -> Iterator[None]:
         for variable, (values, sharding, settled) in zip(variables, before, strict=True):
             variable.hold(values, sharding)
             variable._settled = settled
-
-
-def on_host(variable: LogicalVariable) -> tf.Variable:
-    """A new variable in host memory with all of the value of another."""
-    old = variable.copies[0]
-    with tf.init_scope(), tf.device(HOST):
-        new = ResourceVariable(
-            variable.read_value(), trainable=old.trainable, name=variable.common_name, dtype=old.dtype
-        )
-    set_container(new, variable)
-    return new
-
-
-class Home(NamedTuple):
-    """Where copies or parts of a variable live.
-
-    Args:
-        devices: one for each.
-        sharding: which part each has.
-    """
-
-    devices: tuple[str, ...]
-    sharding: Sharding
-
-    def of(self, alike: bool) -> "Home":
-        """The same for a variable that has this shape or, if not, another: it is copied."""
-        return self if alike else Home(self.devices, UNSHARDED)
-
-
-def of_shards(parts: Sequence[tf.Tensor], sharding: Sharding) -> tf.Tensor:
-    """The value of which lanes have these parts."""
-    return sharding.joined(dict(zip(sharding.lanes(len(parts)), parts, strict=True)), tf.concat, *AXES)
-
-
-def copy_on_device(variable: tf.Variable) -> tf.Tensor:
-    """A variable's value on the current device; TensorFlow reads it only where it lives."""
-    with tf.device(variable.device):
-        value = unrecorded(lambda: tf.convert_to_tensor(variable))
-    return tf.identity(value)
-
-
-def is_on(variable: tf.Variable, device: str) -> bool:
-    """Whether a variable lives on this device."""
-    with tf.device(device):
-        return tf.DeviceSpec.from_string(variable.device) == tf.DeviceSpec.from_string(tf.identity(0).device)
-
-
-def copies_of(variable: LogicalVariable, old: tf.Variable, devices: Sequence[str], sharding: Sharding) -> tuple:
-    """New variables with the value of an old one, or with a part of it each."""
-    with tf.device(old.device):
-        value = old.read_value()
-        parts = parts_of(value, sharding, len(devices))
-    found = []
-    for number, (device, part) in enumerate(zip(devices, parts, strict=True)):
-        name = f"{variable.common_name}/rank_{number}" if number else variable.common_name
-        with tf.device(device):
-            found.append(ResourceVariable(part, trainable=old.trainable, name=name, dtype=old.dtype))
-        set_container(found[-1], variable)
-    return tuple(found)
-
-
-def parts_of(value: Any, sharding: Sharding, lanes: int) -> list[Any]:
-    """What each of so many lanes has of a value."""
-    if not sharding.divides:
-        return [value] * lanes
-    value = tf.convert_to_tensor(value)
-    return [region_of(value, sharding.region(value.shape.as_list(), at)) for at in sharding.lanes(lanes)]
-
-
-def region_of(value: Any, region: Sequence[tuple[int, int]]) -> Any:
-    """A part of a tensor."""
-    return value[tuple(slice(start, stop) for start, stop in region)]
-
-
-def sparse_part(value: tf.IndexedSlices, region: Sequence[tuple[int, int]]) -> tf.IndexedSlices:
-    """A part of rows to scatter."""
-    (start, stop), *inside = region
-    here = tf.where((value.indices >= start) & (value.indices < stop))[:, 0]
-    rows = tf.gather(value.indices, here) - tf.cast(start, value.indices.dtype)
-    values = region_of(tf.gather(value.values, here), [(0, None), *inside])
-    return tf.IndexedSlices(values, rows, tf.constant([stop - start for start, stop in region]))
 
 
 def follower_bytes(variable: LogicalVariable) -> int:

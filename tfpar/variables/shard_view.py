@@ -6,7 +6,8 @@ from typing import Any
 import tensorflow as tf
 
 from tfpar.planning.mesh import Coordinate, dividing
-from tfpar.variables.logical import LogicalVariable, region_of
+from tfpar.variables.logical import LogicalVariable
+from tfpar.variables.parts import region_of
 
 
 class ShardView:
