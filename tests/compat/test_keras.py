@@ -39,6 +39,13 @@ def test_initial_shape():
     assert [_keras.initial_shape(value) for value in made] == [(2, 3), None, None, None, None]
 
 
+def test_is_quantized():
+    model = build()
+    assert not _keras.is_quantized(model)
+    model.layers[1].quantize("int8")
+    assert _keras.is_quantized(model)
+
+
 # ---- models
 
 

@@ -201,6 +201,11 @@ def initial_shape(make: Any) -> tuple[int, ...] | None:
 INITIALIZERS = "keras.src.initializers."
 
 
+def is_quantized(model: keras.Model) -> bool:
+    """Whether a layer has weights of few bits."""
+    return any(getattr(layer, "quantization_mode", None) for layer in layers_in(model))
+
+
 def clear_losses(operation: Any):
     """Forget the added losses of a layer, which Keras keeps by `id`."""
     if isinstance(operation, keras.layers.Layer):

@@ -150,8 +150,12 @@ def of_other(layer: keras.layers.Layer, graph: KerasGraph, other: keras.layers.L
 
 
 def has_rule(layer: keras.layers.Layer) -> bool:
-    """Whether there is a rule for a layer."""
-    return rules.rule_of(layer) is not None
+    """Whether there is a rule for a layer, with what LoRA has added to it."""
+    adapted = any(getattr(part, "lora_enabled", False) for part in _keras.layers_in(layer))
+    return rules.rule_of(layer) is not None and (not adapted or isinstance(layer, WITH_LORA))
+
+
+WITH_LORA = (keras.layers.Dense, keras.layers.EinsumDense)  # whose rules divide its matrices, too
 
 
 def can_be_opened(layer: Any) -> bool:

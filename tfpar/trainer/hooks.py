@@ -197,6 +197,7 @@ class KerasHooks:
 
     def train_step(self, data: micro_batch.Batch, parts: micro_batch.Parts) -> Any:
         """Keras' `train_step`, scheduled where its loss allows, or the user's."""
+        check_trainable(self.model)
         step = TrainingStep(self, data, parts)
         if step.is_scheduled():
             return step.run()[0]
@@ -230,6 +231,19 @@ class KerasHooks:
                 run = partial(call, hooks, parts, self.seen, losses, data.rows is None)
                 stack.enter_context(_keras_calls.running(hooks.model, run, losses))
             yield
+
+
+def check_trainable(model: keras.Model):
+    """Check that a model of few bits has something that gradients can change.
+
+    Raises:
+        ModelError: it has not; and what to do.
+    """
+    if not model.trainable_weights and _keras.is_quantized(model):
+        raise ModelError(
+            f"{model.name} is quantized, and has no weights that can be trained: add adapters with enable_lora "
+            "(backbones of KerasHub have it, and Dense, EinsumDense and Embedding), and compile again"
+        )
 
 
 def for_iterator(traced: StepFunction, iterator: Iterator[Any]) -> Any:

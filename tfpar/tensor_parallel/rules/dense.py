@@ -127,10 +127,8 @@ def dense(site: Site) -> Iterator[Option]:
 
 @rule(keras.layers.EinsumDense)
 def einsum_dense(site: Site) -> Iterator[Option]:
-    """The kernel along any letter of the equation."""
+    """The kernel along any letter of the equation, the LoRA matrix that has this letter accordingly."""
     layer = site.layer
-    if layer.lora_enabled:
-        return
     source, kernel, target = letters(layer.equation, len(site.inputs[0]), len(site.outputs[0]))
     bias = (
         {} if layer.bias is None else dict(zip(bias_letters(layer, target), range(len(layer.bias.shape)), strict=False))
@@ -139,6 +137,8 @@ def einsum_dense(site: Site) -> Iterator[Option]:
         if not site.divides(kernel_of(layer).shape[at]) or source.find(letter) == 0:
             continue
         weights = [(kernel_of(layer), at)]
+        if layer.lora_enabled:
+            weights.append((layer.lora_kernel_b, 1) if at == len(kernel) - 1 else (layer.lora_kernel_a, at))
         if letter in target:
             if letter in bias:  # else it is the same for every part
                 weights.append((layer.bias, bias[letter]))
