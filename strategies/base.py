@@ -167,7 +167,7 @@ class Strategy(MirroredStrategy):
             elif any(_keras.stored(v) is variable for v in hooks.model.variables):
                 self._not_loaded.remove(reference)
                 with self.planning(), hooks.announced():
-                    return place_before_loading(self, hooks.model)
+                    return place_before_loading(self, hooks.model, hooks.seen)
 
     def schedule(self, micro_batches: int) -> Schedule:
         """The order of actions on the devices along `stage`, for so many micro-batches.

@@ -39,11 +39,18 @@ def test_initial_shape():
     assert [_keras.initial_shape(value) for value in made] == [(2, 3), None, None, None, None]
 
 
-def test_is_quantized():
-    model = build()
-    assert not _keras.is_quantized(model)
-    model.layers[1].quantize("int8")
-    assert _keras.is_quantized(model)
+def test_in_symbolic_call():
+    seen = []
+
+    class Layer(keras.layers.Layer):
+        def call(self, x):
+            seen.append(_keras.in_symbolic_call())
+            return x
+
+    layer = Layer()
+    layer(keras.Input((2,)))
+    layer(tf.ones((1, 2)))
+    assert seen == [True, False]
 
 
 # ---- models

@@ -71,6 +71,46 @@ def test_weights_wait_until_they_are_needed(mesh):
     assert not any(variable.is_waiting for variable in stored(other))
 
 
+class Scale(keras.layers.Layer):
+    """A layer that Keras must run to know what comes of it."""
+
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(shape[-1],), initializer="glorot_uniform", name="scale")
+
+    def call(self, x):
+        return keras.ops.vectorized_map(lambda row: row * self.scale, x)
+
+
+def test_symbolic_calls_need_no_values(mesh):
+    """They read weights for their shapes."""
+
+    def model():
+        keras.utils.set_random_seed(1)
+        x = keras.Input((6,))
+        return keras.Model(x, keras.layers.Dense(3)(Scale()(keras.layers.Dense(6)(x))))
+
+    with mesh.scope():
+        other = model()
+    assert all(variable.is_waiting for variable in stored(other))
+    x, _ = data()
+    np.testing.assert_allclose(other.predict(x, verbose=0), model().predict(x, verbose=0), rtol=1e-5)
+
+
+def test_a_first_value_that_was_interrupted(mesh, monkeypatch):
+    """It is made when it is needed next."""
+    one, other = compiled(), compiled(mesh)
+    variable = stored(other)[0]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("tfpar.variables.placed.parts_of", raising)
+        variable.numpy()
+    assert variable.is_waiting
+    np.testing.assert_array_equal(variable, one.layers[1].kernel)
+
+
+def raising(*args):
+    raise KeyboardInterrupt
+
+
 def test_functions_and_checkpoints_see_weights_that_wait(strategy, tmp_path):
     one, other = compiled(), compiled(strategy)
     x, _ = data()

@@ -12,6 +12,7 @@ import tensorflow as tf
 from keras import tree
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
+from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 from keras.src.backend.common.variables import AutocastScope
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 from keras.src.losses.loss import Loss, apply_mask
@@ -176,6 +177,11 @@ def in_program() -> bool:
     return in_stateless_scope()
 
 
+def in_symbolic_call() -> bool:
+    """Whether Keras runs a layer for the shapes and dtypes of its outputs, in a graph that is never run."""
+    return in_symbolic_scope()
+
+
 def stored(variable: keras.Variable) -> tf.Variable:
     """What a Keras variable holds; `value` is a tensor where a layer's autocast scope is open."""
     return variable._value
@@ -199,11 +205,6 @@ def initial_shape(make: Any) -> tuple[int, ...] | None:
 
 
 INITIALIZERS = "keras.src.initializers."
-
-
-def is_quantized(model: keras.Model) -> bool:
-    """Whether a layer has weights of few bits."""
-    return any(getattr(layer, "quantization_mode", None) for layer in layers_in(model))
 
 
 def clear_losses(operation: Any):

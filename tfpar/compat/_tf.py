@@ -25,12 +25,10 @@ from tensorflow.python.training.saving.saveable_object import SaveableObject, Sa
 __all__ = [
     "LogicalReplica", "MirroredExtended", "MirroredVariable", "OwnedMultiDeviceIterator", "PerReplica",
     "ResourceVariable", "awaited", "batch_reduce", "call_flat", "copied", "copied_for_tapes", "empty_variable",
-    "fingerprint",
-    "following_inputs",
-    "has_own_gradient", "has_shared_rows", "in_xla", "independent", "loops_of_functions", "recompute_inputs",
-    "number_of", "outside_replica",
-    "record_gradient", "recorded", "replica_of", "saveable", "select_replica", "set_container", "tape_watches",
-    "unfolded", "unrecorded", "update_regroup", "without_device",
+    "fingerprint", "following_inputs", "has_own_gradient", "has_shared_rows", "in_xla", "independent",
+    "loops_of_functions", "number_of", "outside_replica", "recompute_inputs", "record_gradient", "recorded",
+    "replica_of", "saveable", "select_replica", "set_container", "tape_watches", "unfolded", "unrecorded",
+    "update_regroup", "without_device",
 ]  # fmt: skip
 
 

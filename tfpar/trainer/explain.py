@@ -24,7 +24,7 @@ def explained(hooks: KerasHooks, batch_size: int | None = None) -> Plan:
         PartitionError, LayoutError, ScheduleError, ModelError: the model cannot be divided as its strategy says.
     """
     model, strategy = hooks.model, hooks.strategy
-    rows = batch_size or (hooks.engine.plan.rows if hooks.engine else 32)
+    rows = batch_size or (hooks.engine.plan.rows if hooks.engine else hooks.seen)
     engine = hooks.engine
     if engine is None:
         parts = [hooks.model for hooks in family(model) if hooks.engine]

@@ -239,7 +239,8 @@ def check_trainable(model: keras.Model):
     Raises:
         ModelError: it has not; and what to do.
     """
-    if not model.trainable_weights and _keras.is_quantized(model):
+    quantized = any(getattr(layer, "quantization_mode", None) for layer in _keras.layers_in(model))
+    if quantized and not model.trainable_weights:
         raise ModelError(
             f"{model.name} is quantized, and has no weights that can be trained: add adapters with enable_lora "
             "(backbones of KerasHub have it, and Dense, EinsumDense and Embedding), and compile again"

@@ -21,7 +21,6 @@ from tfpar.variables.logical import LogicalVariable
 from tfpar.variables.parts import HOST, Home
 
 FEW_BYTES = 2**28  # of weights, which may as well wait in host memory
-ROWS = 32  # samples of a batch, while none is known
 
 
 def prepared(
@@ -55,23 +54,24 @@ def uninterrupted() -> Iterator[None]:
             before(*caught[0])
 
 
-def place_before_loading(strategy: Description, model: keras.Model):
+def place_before_loading(strategy: Description, model: keras.Model, rows: int):
     """Give the weights of a model that have no values yet a place, so that what is loaded goes there at once.
 
     Not for good: another model of which this one is a part may have better ones.
+
+    Args:
+        rows: samples of a batch, as they are expected.
     """
     waiting = [v for v in map(_keras.stored, model.variables) if isinstance(v, LogicalVariable) and v.is_waiting]
     if strategy.mesh.size == 1 or sum(v.shape.num_elements() * v.dtype.size for v in waiting) < FEW_BYTES:
         return
     try:
-        engine = planned(strategy, model, (None, None, None), ROWS)
+        engine = planned(strategy, model, (None, None, None), rows)
     except TfparError as error:  # it will be said when the model is used
         Caught.log.debug("planning %s before its weights are loaded failed", model.name, exc_info=error)
         return
     for v, variable in enumerate(engine.graph.variables):
-        if isinstance(_keras.stored(variable), LogicalVariable):
-            home, follow = homes(strategy, engine, v)
-            _keras.stored(variable).place(*home, follow, settle=False)
+        move(variable, *homes(strategy, engine, v), settle=False)
 
 
 @uninterrupted()
@@ -132,11 +132,11 @@ def replicate(strategy: Description, variable: keras.Variable, weight: keras.Var
         _keras.set_value(variable, tf.Variable(value, trainable=False, name=variable.name))
 
 
-def move(variable: keras.Variable, home: Home, follow: Home | None = None):
-    """Place a variable that is still waiting, and later what follows it."""
+def move(variable: keras.Variable, home: Home, follow: Home | None = None, settle: bool = True):
+    """Place a variable that has no place for good, and later what follows it."""
     stored = _keras.stored(variable)
     if isinstance(stored, LogicalVariable) and (not stored.is_settled or len(stored.copies) == 1):
-        stored.place(*home, follow)
+        stored.place(*home, follow, settle)
 
 
 def check_scope(strategy: Description, variable: keras.Variable):

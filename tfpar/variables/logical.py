@@ -87,7 +87,6 @@ class LogicalVariable(AsNumber, PlacedVariable):
         self._distribute_strategy.extended.before_loading(self)
         if self.is_waiting:
             value = tf.ensure_shape(tf.convert_to_tensor(value, self.dtype), self.shape)
-            self._initial = None
             self._fill(value)
             return self
         return super().assign(value, *args, **kwargs)
@@ -116,11 +115,11 @@ class LogicalVariable(AsNumber, PlacedVariable):
         bound = getattr(replica, "bound", None)
         if bound:
             return bound[id(self)]
-        if tf.executing_eagerly() or not _keras.in_program():  # else it is read for the shapes of what comes of it
+        if tf.executing_eagerly() or not _keras.in_symbolic_call():  # there its shape alone is needed
             self._begin()
         if not tf.executing_eagerly() and not _keras.in_program():
             self._settled = True  # a function holds on to the value where it is
-        return self.copy_of(self._sharding.replica(number_of(replica), len(self._values)) if replica else FIRST)
+        return self._held(self._sharding.replica(number_of(replica), len(self._values)) if replica else FIRST)
 
     _get_cross_replica = _get_on_device_or_primary = _get
 
@@ -170,7 +169,12 @@ class LogicalVariable(AsNumber, PlacedVariable):
 
     def copy_of(self, at: Coordinate) -> tf.Variable:
         """The variable that holds the value, or a part of it, for a lane."""
-        return self.copies[self._sharding.number(at) if len(self._values) > 1 else 0]
+        self._begin()
+        return self._held(at)
+
+    def _held(self, at: Coordinate) -> tf.Variable:
+        """The same, which has no value as long as this one is waiting."""
+        return self._values[self._sharding.number(at) if len(self._values) > 1 else 0]
 
     @property
     def lanes(self) -> list[Coordinate]:

@@ -45,17 +45,17 @@ class PlacedVariable(MirroredVariable):
 
     def _begin(self):
         """Make the value, if there is none yet."""
-        initial, self._initial = self._initial, None
-        if initial is not None:
+        if self._initial is not None:
             with tf.init_scope(), tf.device(HOST):
-                self._fill(initial())
+                self._fill(self._initial())
 
     def _fill(self, value: Any):
-        """Give each copy what it has of the first value."""
+        """Give each copy what it has of the first value; it is still waiting if this is interrupted."""
         with tf.init_scope():
             for copy, part in zip(self._values, parts_of(value, self._sharding, len(self._values)), strict=True):
                 with tf.device(copy.device):
                     copy.assign(part)
+        self._initial = None
 
     @property
     def is_divided(self) -> bool:
@@ -115,6 +115,8 @@ class PlacedVariable(MirroredVariable):
                 with tf.init_scope():
                     self.hold(copies_of(self, devices, sharding), sharding)
             self._follow = follow or Home(tuple(devices), sharding)
+            if settle:
+                self._begin()
         elif not self._follow.devices and len(devices) > len(self._values) == 1:
             raise ScopeError(
                 f"a tf.function read {self._common_name} before its model was used, and would go on with the value "
@@ -131,13 +133,10 @@ class PlacedVariable(MirroredVariable):
 
 def on_host(variable: PlacedVariable) -> tf.Variable:
     """A new variable in host memory with all of the value of another."""
-    old = variable.copies[0]
-    with tf.init_scope(), tf.device(HOST):
-        new = ResourceVariable(
-            variable.read_value(), trainable=old.trainable, name=variable.common_name, dtype=old.dtype
-        )
-    set_container(new, variable)
-    return new
+    with tf.init_scope():
+        with tf.device(HOST):
+            value = variable.read_value()
+        return new_copy(variable, 0, HOST, value, variable.shape)
 
 
 def copies_of(variable: PlacedVariable, devices: Sequence[str], sharding: Sharding) -> tuple:
