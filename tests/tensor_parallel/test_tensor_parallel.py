@@ -19,7 +19,8 @@ from tfpar.planning.sharding import REPLICATED
 from tfpar.tensor_parallel.inline_layers import kind_of
 from tfpar.testing import assert_same, difference, planned_exchanges, traced_exchanges
 from tfpar.trainer.hooks import hooks_of
-from tfpar.variables import logical
+from tfpar.variables import logical, placed
+from tfpar.variables.parts import parts_of
 
 T, V, D = 6, 13, 12
 
@@ -260,8 +261,8 @@ def test_planted_bugs_are_caught(bug, monkeypatch):
     if bug == "no sum":
         monkeypatch.setitem(collectives.EXCHANGES, "all-reduce", collectives.identity)
     if bug == "parts in another order":
-        original = logical.parts_of
-        monkeypatch.setattr(logical, "parts_of", lambda *a: original(*a)[::-1])
+        for module in (logical, placed):
+            monkeypatch.setattr(module, "parts_of", lambda *a: parts_of(*a)[::-1])
     if bug == "whole gradient twice":
         original = collectives.Collective.back
         monkeypatch.setattr(
