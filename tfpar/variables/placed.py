@@ -123,7 +123,7 @@ class PlacedVariable(MirroredVariable):
                 f"that it saw, while {len(devices)} devices are to have it: call fit, evaluate or predict first"
             )
         for variable in self.followers:
-            variable.place(*self.follow.of(variable.shape == self.shape), settle=settle)
+            variable.place(*self.follow.of(variable.shape == self.shape), None, settle)
 
     def _is_at(self, devices: Sequence[str], sharding: Sharding) -> bool:
         """Whether the value is on these devices, in these parts."""
