@@ -1,7 +1,6 @@
 """The strategies: what the user puts around a model."""
 
-from tfpar.callbacks import CheckNumerics
-from tfpar.compat._keras_backup import BackupAndRestore
+from tfpar.callbacks import BackupAndRestore, CheckNumerics
 from tfpar.strategies.base import Strategy
 from tfpar.strategies.data_parallel import DataParallelStrategy
 from tfpar.strategies.layer_placement import LayerPlacementStrategy

@@ -20,6 +20,25 @@ def test_every_name_is_tested():
     assert [n for n in names if n not in mine] == []
 
 
+def test_outside_of_scope():
+    with keras.StatelessScope() as scope, pytest.raises(ValueError, match="stateless"):
+        _keras_parts.outside_of_scope(keras.Variable, 0.0)
+        keras.Variable(0.0)
+    assert not scope.state_mapping
+
+
+def test_saving_in_scope(tmp_path):
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(2)])
+    model.compile("adam", "mse")
+    model.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0)
+    with keras.StatelessScope([(v, tf.fill(v.shape, 3.0)) for v in model.trainable_weights]):
+        with pytest.raises(ValueError, match="stateless"):
+            model.save(tmp_path / "model.keras")
+        with _keras_parts.SAVING_IN_SCOPE.inside():
+            model.save(tmp_path / "model.keras")
+    assert all(np.all(w == 3.0) for w in keras.saving.load_model(tmp_path / "model.keras").get_weights())
+
+
 def built(layer, *shape):
     layer.build((None, *shape))
     return layer

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import keras
@@ -9,27 +10,30 @@ from tensorflow.io import gfile
 
 
 class BackupAndRestore(keras.callbacks.BackupAndRestore):
-    """`keras.callbacks.BackupAndRestore` that survives a kill at any moment, also while it saves.
+    """`keras.callbacks.BackupAndRestore` whose backup is the old one or the new one at any moment.
 
-    Keras writes the weights, and then the epoch that they are of; a process that dies in between goes on with weights
-    of one epoch and the number of another. Here both change at once. With a whole number as `save_freq` the epoch that
-    was interrupted begins anew, as with Keras. The folder may be a remote one, such as `"gs://bucket/backup"`.
-
-    Example:
-        >>> model.fit(x, y, epochs=90, callbacks=[tfpar.BackupAndRestore("backup")])  # doctest: +SKIP
+    With a whole number as `save_freq` the epoch that was interrupted begins anew, as with Keras.
     """
 
     def _save_model(self):
         folder, epoch, batch = str(self.backup_dir), self._current_epoch, self._last_batch_seen
         gfile.makedirs(folder)
-        before = gfile.glob(gfile.join(folder, "*.weights.h5"))
         weights = f"{epoch}-{batch}-{self.model.optimizer.iterations.numpy()}.weights.h5"
-        self.model.save_weights(gfile.join(folder, weights))
-        backup = json.dumps({"epoch": epoch, "batch": batch, "weights": weights})
-        write_at_once(str(self._training_metadata_path), backup)  # from here on, this is the backup
-        for old in before:
-            if not old.endswith("/" + weights):
-                remove(old)
+
+        def write():
+            before = gfile.glob(gfile.join(folder, "*.weights.h5"))
+            self.model.save_weights(gfile.join(folder, weights))
+            backup = json.dumps({"epoch": epoch, "batch": batch, "weights": weights})
+            write_at_once(str(self._training_metadata_path), backup)  # from here on, this is the backup
+            for old in before:
+                if not old.endswith("/" + weights):
+                    remove(old)
+
+        self.write(write)
+
+    def write(self, backup: Callable[[], None]):
+        """Make a backup; here, at once."""
+        backup()
 
     def _load_model(self):
         metadata = str(self._training_metadata_path)

@@ -11,13 +11,29 @@ import keras
 import numpy as np
 import tensorflow as tf
 from keras import tree
+from keras.src.backend.common import global_state
 from keras.src.backend.tensorflow import nn
 from keras.src.optimizers.multi_optimizer import MultiOptimizer
+from keras.src.saving import saving_lib
 
 from tfpar.compat._keras import Functional, Sequential, graph_of, layers_in
 from tfpar.compat._replaced import InThread
 
 backend_nn = nn  # what `keras.ops` calls
+
+
+def outside_of_scope(function: Callable, *args: Any) -> Any:
+    """Call a function outside of the `keras.StatelessScope`."""
+    scope = global_state.get_global_attribute("stateless_scope")
+    global_state.set_global_attribute("stateless_scope", None)
+    try:
+        return function(*args)
+    finally:
+        global_state.set_global_attribute("stateless_scope", scope)
+
+
+# while it saves, Keras makes objects to see which attributes all of them have; an optimizer has a variable
+SAVING_IN_SCOPE = InThread((saving_lib, "get_attr_skipset", outside_of_scope))
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from tfpar.compat._tf import (
     unrecorded,
 )
 from tfpar.errors import ModelError
-from tfpar.planning.mesh import FIRST, Coordinate, dividing
+from tfpar.planning.mesh import AXES, FIRST, Coordinate, dividing
 from tfpar.planning.sharding import UNSHARDED, Sharding
 from tfpar.variables.parts import HOST, copy_on_device, of_shards, parts_of, sparse_part
 from tfpar.variables.placed import PlacedVariable, on_host
@@ -185,6 +185,19 @@ class LogicalVariable(AsNumber, PlacedVariable):
         """The value, or the part of a rank, for a lane, on the current device."""
         shards = {lane: copy_on_device(self.copy_of(lane)) for lane in self._sharding.group(at)}
         return self._sharding.joined(shards, tf.concat, *dividing("samples"))
+
+    def kept(self) -> Callable[[], tf.Tensor]:
+        """A function that gives the value of now, later; its parts are in host memory."""
+        shape, sharding = self.shape.as_list(), self._sharding
+        distinct = {sharding.region(shape, at): at for at in reversed(self.lanes)}  # of copies, the first
+        with tf.device(HOST):
+            parts = {at: copy_on_device(self.copy_of(at)) for at in sorted(distinct.values())}
+
+        def value():
+            with tf.device(HOST):
+                return sharding.joined(parts, tf.concat, *AXES)
+
+        return value
 
     def _export_to_saved_model_graph(self, *args, **kwargs):
         if self._sharding.divides:
