@@ -7,6 +7,7 @@ another mesh, and generates the words that it would on one device.
 import json
 import pydoc
 import pydoc_data.topics
+import sys
 import tempfile
 
 import keras
@@ -55,7 +56,7 @@ def tokenizer(texts):
     return models.Llama3Tokenizer(vocabulary=found["vocab"], merges=merges)
 
 
-def main():
+def main(batches=70):
     logical_cpus(4)
     keras.utils.set_random_seed(0)
     to_learn, to_tune = manual(), descriptions()
@@ -70,14 +71,14 @@ def main():
         model = models.Llama3CausalLM(backbone=backbone, preprocessor=preprocessor)
         model.compile(keras.optimizers.Adam(4e-3), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     print(f"{len(to_learn)} paragraphs, on {strategy.mesh}")
-    model.fit(to_learn[: 32 * 70], batch_size=32, epochs=1, verbose=2)
+    model.fit(to_learn[: 32 * batches], batch_size=32, epochs=1, verbose=2)
 
     with strategy.scope():
         backbone.enable_lora(rank=8)
         model.compile(keras.optimizers.Adam(5e-3), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     weights, trained = (sum(w.shape.num_elements() for w in ws) for ws in (model.weights, model.trainable_weights))
     print(f"{len(to_tune)} descriptions; LoRA trains {trained:,} of {weights:,} weights")
-    model.fit(to_tune, batch_size=32, epochs=4, verbose=2)
+    model.fit(to_tune[: 32 * batches], batch_size=32, epochs=4, verbose=2)
 
     with tempfile.TemporaryDirectory() as folder:
         model.save_to_preset(folder)
@@ -93,4 +94,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(int, sys.argv[1:]))

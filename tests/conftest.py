@@ -9,7 +9,7 @@ os.dup2(silence, 2)  # TensorFlow's greetings, which pytest would print last
 import keras
 import pytest
 import tensorflow as tf
-from training import STRATEGIES, gradients_forgotten
+from training import STRATEGIES, gradients_forgotten, mostly
 
 from tfpar.testing import logical_cpus
 
@@ -18,9 +18,9 @@ tf.config.list_logical_devices()  # starts TensorFlow
 os.dup2(stderr, 2)
 
 
-@pytest.fixture(params=STRATEGIES)
+@pytest.fixture(params=mostly(list(STRATEGIES), ["pipeline"]))
 def strategy(request):
-    """Each strategy, on two devices."""
+    """Each strategy, on two devices; layers on devices, which is a pipeline of one micro-batch, by `-m every`."""
     return STRATEGIES[request.param]()
 
 

@@ -13,7 +13,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-SHORTER = {"quickstart.py": ["--epochs", "1"]}
+SHORTER = {"quickstart.py": ["--epochs", "1"], "07_fine_tune_and_generate.py": ["8"]}
 FILES = [f.relative_to(ROOT) for f in sorted((ROOT / "tfpar").rglob("*.py")) if f.stem != "__init__"]
 MODULES = [".".join(f.with_suffix("").parts) for f in FILES]
 

@@ -111,7 +111,7 @@ def places(first, way):
     return NAMES.index(first), list(WAYS).index(way)
 
 
-@pytest.mark.parametrize("first, way", mostly(PAIRS, [pair for pair in PAIRS if sum(places(*pair)) % 4 == 0]))
+@pytest.mark.parametrize("first, way", mostly(PAIRS, [pair for pair in PAIRS if sum(places(*pair)) % 5 == 1]))
 def test_saved_here_resumed_there(first, way, whole, tmp_path):
     save, load = WAYS[way]
     save(fit(fresh(first)), tmp_path)
