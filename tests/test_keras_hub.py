@@ -46,3 +46,12 @@ def test_equals_one_device(name, strategy, optimizer):
     rtol, atol = (1e-9, 1e-11) if exact else (1e-4, 1e-5)
     made = dict(build=lambda: zoo.model(name), optimizer=OPTIMIZERS[optimizer])
     check(STRATEGIES[strategy](), lambda model: use(model, name), rtol, atol, **made)
+
+
+@pytest.mark.parametrize("strategy", mostly(list(STRATEGIES), ["tensor"]))
+def test_mixed_precision(strategy):
+    """Layers that are opened read their weights in the dtype that Keras casts them to."""
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    made = dict(build=lambda: zoo.model("Llama"), optimizer=OPTIMIZERS["sgd"])
+    # not the accuracy: which of two equal logits is the larger one is chance
+    check(STRATEGIES[strategy](), lambda model: use(model, "Llama")[2], 2e-2, 2e-3, **made)

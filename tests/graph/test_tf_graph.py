@@ -62,6 +62,21 @@ def test_variables_are_read_in_their_dtype_and_cast_after():
     assert kinds(graph) == ["Read", "Cast", "MatMul"]
 
 
+def test_a_layer_casts_its_variables_when_its_precision_is_mixed():
+    class Scale(layers.Layer):
+        def build(self, shape):
+            self.scale = self.add_weight(shape=shape[-1:], initializer="random_normal")
+
+        def call(self, x):
+            return x * self.scale
+
+    layer, x = Scale(dtype="mixed_bfloat16"), tf.random.normal((5, 3))
+    expected = layer(x)
+    graph = traced(layer, symbols((None, 3)))
+    assert kinds(graph) == ["Cast", "Read", "Cast", "Mul"]
+    np.testing.assert_array_equal(graph.run([x], None), expected)
+
+
 def test_whole_numbers_are_computed_ahead():
     graph = traced(lambda x: tf.reshape(x, tf.concat([[-1], tf.constant([2]) * 2], 0)), symbols((None, 2, 2)))
     assert kinds(graph) == ["Reshape"]

@@ -54,7 +54,7 @@ class RecordingScope(keras.StatelessScope):
         self.writers[id(variable)] = self.call
         if variable.trainable and id(variable) in self.state_mapping:
             # the gradient of a weight is that of all that was read of it, not of what was assigned
-            before = tf.cast(self.state_mapping[id(variable)], variable.dtype)
+            before = tf.cast(self.state_mapping[id(variable)], value.dtype)
             value = tf.stop_gradient(value) + (before - tf.stop_gradient(before))
         else:
             value = tf.stop_gradient(value)  # what is read of a state has no gradient either

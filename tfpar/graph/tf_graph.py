@@ -39,14 +39,14 @@ class TensorFlowOp:
         self.eager: Any = None
 
     def __call__(self, *inputs: Any) -> Any:
+        given = [tf.convert_to_tensor(x, like.dtype) for x, like in zip(inputs, self.op.inputs, strict=True)]
         if tf.executing_eagerly():
             self.eager = self.eager or tf.function(self.emit, autograph=False)
-            return self.eager(*inputs)
-        return self.emit(*inputs)
+            return self.eager.get_concrete_function(*given)(*given)  # no warning of many shapes: they are few
+        return self.emit(*given)
 
-    def emit(self, *inputs: Any) -> Any:
+    def emit(self, *given: tf.Tensor) -> Any:
         """The same operation on these, in the present graph."""
-        given = [tf.convert_to_tensor(x, like.dtype) for x, like in zip(inputs, self.op.inputs, strict=True)]
         found = copied_for_tapes(self.op, given)
         return found[0] if len(found) == 1 else found
 
@@ -134,7 +134,7 @@ class Trace(RecordingScope):
         if value is not None:
             return value
         if id(variable) not in self.placeholders:
-            with self.graph.as_default():
+            with self.graph.as_default(), _keras.uncast():  # the dtype of its own, which Keras casts
                 placeholder = tf.compat.v1.placeholder(variable.dtype, variable.shape)
             self.placeholders[id(variable)], self.read[placeholder.name] = placeholder, variable
         return self.placeholders[id(variable)]
