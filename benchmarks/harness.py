@@ -223,7 +223,7 @@ def measured_fit(options, strategy, build, x, y, gpus, loss="mse", jit_compile="
 
     before = resident()
     keras.utils.set_random_seed(0)
-    data = tf.data.Dataset.from_tensors((tf.constant(x), tf.constant(y))).cache().repeat()
+    data = tf.data.Dataset.from_tensors(keras.tree.map_structure(tf.constant, (x, y))).cache().repeat()
     with strategy.scope() if strategy else contextlib.nullcontext():
         model = build(options)
         model.compile(optimizer or keras.optimizers.SGD(0.01), loss, jit_compile=jit_compile)
