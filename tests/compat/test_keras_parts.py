@@ -227,3 +227,28 @@ def test_flat_outputs():
 
 def make_model():
     return keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "bfloat16", "float64"])
+def test_own_dtype(policy):
+    class Read(layers.Layer):
+        def build(self, shape):
+            self.scale = self.add_weight(shape=())
+
+        def call(self, x):
+            return _keras_parts.own_dtype(self.scale), self.scale.dtype
+
+    expected = {"mixed_bfloat16": ("float32", "bfloat16")}.get(policy, (policy, policy))
+    layer = Read(dtype=policy)
+    layer.build((1,))
+    assert layer(tf.ones(1)) == expected
+
+
+def test_input_symbols():
+    inputs = {"a": keras.Input((3,)), "b": keras.Input((None,), dtype="int32")}
+    model = keras.Model(inputs, keras.layers.Dense(2)(inputs["a"]))
+    found = _keras_parts.input_symbols(model)
+    assert {name: (x.shape, x.dtype) for name, x in found.items()} == {
+        "a": ((None, 3), "float32"), "b": ((None, None), "int32"),
+    }  # fmt: skip
+    assert _keras_parts.input_symbols(keras.Sequential([keras.layers.Dense(2)])) is None

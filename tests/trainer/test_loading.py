@@ -157,6 +157,21 @@ def test_a_larger_model_may_have_other_places(mesh, large, tmp_path):
     assert_same(single, model, 1e-4, 1e-6)
 
 
+def test_weights_that_a_causal_lm_is_given_one_by_one(mesh, large):
+    """Its call is KerasHub's own, so that it is planned from the symbols of its inputs."""
+
+    def build():
+        return keras_hub.models.LlamaCausalLM(backbone=llama(), preprocessor=None)
+
+    one = build()
+    with mesh.scope():
+        other = build()
+    for weight, given in zip(other.weights, one.weights, strict=True):
+        weight.assign(given)
+    assert len(bytes_on(other)) == mesh.mesh.size
+    assert_same(one, other, 0)
+
+
 def test_small_models_wait_in_host_memory(mesh):
     """They need no plan before they are used."""
     other = compiled(mesh)

@@ -223,6 +223,17 @@ def loss_options(loss: Any) -> dict[str, Any]:
     return loss._fn_kwargs
 
 
+def own_dtype(variable: keras.Variable) -> str:
+    """The dtype in which a variable is stored, whatever layers read it in now."""
+    return variable._dtype
+
+
+def input_symbols(model: keras.Model) -> Any:
+    """The symbolic inputs of a model's graph in their structure; `None` for a model that has no graph."""
+    function = graph_of(model) if isinstance(model, Functional | Sequential) else None
+    return function._inputs_struct if function is not None else None
+
+
 def flat_outputs(model: keras.Model) -> list[Any]:
     """The symbolic outputs of a model's graph; none for a model that has no graph."""
     function = graph_of(model) if isinstance(model, Functional | Sequential) else None

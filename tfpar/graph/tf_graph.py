@@ -134,8 +134,8 @@ class Trace(RecordingScope):
         if value is not None:
             return value
         if id(variable) not in self.placeholders:
-            with self.graph.as_default(), _keras.uncast():  # the dtype of its own, which Keras casts
-                placeholder = tf.compat.v1.placeholder(variable.dtype, variable.shape)
+            with self.graph.as_default():
+                placeholder = tf.compat.v1.placeholder(_keras_parts.own_dtype(variable), variable.shape)
             self.placeholders[id(variable)], self.read[placeholder.name] = placeholder, variable
         return self.placeholders[id(variable)]
 

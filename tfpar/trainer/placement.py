@@ -65,8 +65,11 @@ def place_before_loading(strategy: Description, model: keras.Model, rows: int):
     waiting = [v for v in map(_keras.stored, model.variables) if isinstance(v, LogicalVariable) and v.is_waiting]
     if strategy.mesh.size == 1 or sum(v.shape.num_elements() * v.dtype.size for v in waiting) < FEW_BYTES:
         return
+    symbols = _keras_parts.input_symbols(model)
+    if symbols is None:  # it takes what its `call` takes, which is not known yet
+        return
     try:
-        engine = planned(strategy, model, (None, None, None), rows)
+        engine = planned(strategy, model, (symbols, None, None), rows)
     except TfparError as error:  # it will be said when the model is used
         Caught.log.debug("planning %s before its weights are loaded failed", model.name, exc_info=error)
         return

@@ -270,8 +270,9 @@ def is_placed(variable: keras.Variable) -> bool:
 
 def few(array: Any) -> tf.Tensor:
     """The first samples of an array; random ones for a tensor that is only a symbol yet."""
-    if isinstance(array, tf.Tensor) and not hasattr(array, "numpy"):
-        return sample((None, *array.shape[1:]), array.dtype.name, np.random.default_rng(0))
+    if isinstance(array, keras.KerasTensor) or (isinstance(array, tf.Tensor) and not hasattr(array, "numpy")):
+        kind = keras.backend.standardize_dtype(array.dtype)
+        return sample((None, *array.shape[1:]), kind, np.random.default_rng(0))
     return micro_batch.sliced(micro_batch.tensor(array), 0, SAMPLES)
 
 
