@@ -16,8 +16,9 @@ from tfpar.engine.combination import needs_whole, of_operation
 from tfpar.engine.engine import copy_of, device_of, layout_of, read
 from tfpar.engine.executor import Execution
 from tfpar.engine.global_batch import TakeMoments
-from tfpar.engine.program import Component, Edge, selected
+from tfpar.engine.program import Component, Edge, restored, selected
 from tfpar.graph.batch_probe import Combine
+from tfpar.graph.keras_graph import KerasGraph
 from tfpar.planning.mesh import FIRST, Coordinate
 from tfpar.planning.sharding import REPLICATED
 from tfpar.variables.parts import HOST
@@ -25,13 +26,20 @@ from tfpar.variables.parts import HOST
 
 def outputs(run: Execution) -> dict[int, Edge]:
     """The model's outputs for the whole batch, each on the device that made its first rows."""
-    found = {}
-    for t in selected(run.values[run.all[0]], tree.flatten(run.route.graph.outputs)):
-        source = run.graph.producer.get(t)
-        with tf.device(HOST if source is None else run.device(run.partition.stage_of[source])):
-            parts = [run.values[m][t] for m in run.firsts]
-            found[t] = micro_batch.joined(parts) if run.route.graph.is_batched(t) else parts[0]
-    return found
+    return {t: output(run, t) for t in selected(run.values[run.all[0]], tree.flatten(run.route.graph.outputs))}
+
+
+def output(run: Execution, t: int) -> Edge:
+    """A tensor for the whole batch, on the device that made its first rows."""
+    source = run.graph.producer.get(t)
+    with tf.device(HOST if source is None else run.device(run.partition.stage_of[source])):
+        parts = [run.values[m][t] for m in run.firsts]
+        return micro_batch.joined(parts) if run.route.graph.is_batched(t) else parts[0]
+
+
+def structured(graph: KerasGraph, outputs: dict[int, Edge]) -> Any:
+    """The model's outputs as Keras expects them: in their structure, with their masks and logits."""
+    return tree.map_structure(lambda t: restored(t, outputs, graph), graph.outputs)
 
 
 def added_losses(run: Execution) -> dict[tuple[int, int], tf.Tensor]:

@@ -86,6 +86,7 @@ class ExecutionGraph:
         global_batch: segments that take the parts of all replicas at once.
         drawn: states of random numbers from which the ranks of a replica draw differently.
         loss: scalars, if it ends with the loss: the weighted sum, and each output's.
+        metrics: what each compiled metric finds of the samples, if it ends with that in the place of the outputs.
         gangs: for each segment, who runs it at once and exchanges tensors in it, if its collectives are in it.
         lane: the input that is the number of the lane, if collectives need it.
         cut_segments: then the segment of each operation if programs ended at collectives.
@@ -97,6 +98,7 @@ class ExecutionGraph:
     global_batch: Set[int] = frozenset()
     drawn: Set[int] = frozenset()
     loss: tuple[int, ...] = ()
+    metrics: tuple[int, ...] | None = None
     gangs: tuple[Gang, ...] = ()
     lane: int | None = None
     cut_segments: tuple[int, ...] = ()
@@ -218,6 +220,10 @@ class Engine:
         """The way of a pass."""
         return self.training if training else self.inference
 
+    def before_loss(self, training: bool) -> tuple[CrossEntropy | None, ExecutionGraph]:
+        """The way to what the loss is computed from, and what ranks have found of it then."""
+        return (self.loss_parallel if training else None) or (None, self.route(training))
+
     def program(self, route: ExecutionGraph, segment: int, training: bool | None) -> Program:
         """The program of a segment of one of the ways, made once."""
         key = route, segment, training
@@ -239,8 +245,9 @@ class Engine:
         """The same model, in which a call has the variables that it was found to use."""
         for route, inside in self.inside.items():  # the same operations
             unknown.graph = route.graph if inside.graph is unknown.graph else unknown.graph
-        if any(route.graph is unknown.graph for route in self.losses.values()):  # which begins with the way without
-            unknown.graph = (self.loss_parallel[1] if self.loss_parallel else self.training).graph
+        for (*_, training), route in self.losses.items():  # which begins with the way without
+            if route.graph is unknown.graph:
+                unknown.graph = self.before_loss(training)[1].graph
         training, inference = self.training.knowing(unknown), self.inference.knowing(unknown)
         parallel = self.loss_parallel and (self.loss_parallel[0], self.loss_parallel[1].knowing(unknown))
         cut = self.plan.partition

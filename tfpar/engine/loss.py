@@ -12,12 +12,13 @@ from keras import tree
 
 from tfpar.compat import _keras
 from tfpar.compat._tf import unfolded
-from tfpar.engine import micro_batch
+from tfpar.engine import metrics, micro_batch
+from tfpar.engine.batch_results import structured
 from tfpar.engine.engine import Engine, ExecutionGraph
 from tfpar.engine.executor import Execution
-from tfpar.engine.program import Edge, restored
+from tfpar.engine.program import Edge
 from tfpar.graph.batch_probe import Combine, loss_combination, reads_variables
-from tfpar.graph.keras_graph import Call, KerasGraph, Ref, Rewriting
+from tfpar.graph.keras_graph import Call, Ref, Rewriting
 from tfpar.graph.recording import HasMask
 from tfpar.planning.op_graph import Op, Tensor
 from tfpar.planning.partition import Partition
@@ -50,11 +51,6 @@ def separable(engine: Engine, data: Any, parts: int) -> bool:
     if any(reads_variables(c.loss, c.y_true, c.y_pred) for c in calls):
         return False
     return parts == 1 or all(loss_combination(c.loss, c.y_true, c.y_pred) is Combine.ROWS for c in calls)
-
-
-def structured(graph: KerasGraph, outputs: dict[int, Edge]) -> Any:
-    """The model's outputs as Keras expects them: in their structure, with their masks and logits."""
-    return tree.map_structure(lambda t: restored(t, outputs, graph), graph.outputs)
 
 
 class Loss:
@@ -106,26 +102,36 @@ def has_mask(x: Any) -> bool:
     return _keras.get_keras_mask(x) is not None
 
 
-def with_loss(engine: Engine, y: Any, sample_weight: Any, several: bool) -> ExecutionGraph:
-    """The way through the model in training to the loss; targets, their weights and totals are its last inputs.
+def with_loss(engine: Engine, y: Any, sample_weight: Any, several: bool, training: bool) -> ExecutionGraph:
+    """The way through the model to the loss and, if possible, what metrics find of samples.
+
+    Targets, their weights and totals are its last inputs; the model's outputs are there only if metrics need them.
 
     Args:
         several: whether these are parts of a batch.
     """
     symbols, masked = tree.map_structure(_keras.symbolic, (y, sample_weight)), has_masks(engine)
-    key = str(tree.map_structure(lambda s: None if s is None else (s.shape, s.dtype), symbols)), several, masked
+    key = (
+        str(tree.map_structure(lambda s: None if s is None else (s.shape, s.dtype), symbols)),
+        several,
+        masked,
+        training,
+    )
     if key not in engine.losses:
-        number = len(symbolic_calls(engine, y, sample_weight))
-        engine.losses[key] = extended(engine, *symbols, number, several, masked)
+        loss, base = engine.before_loss(training)
+        y_pred = tree.map_structure(lambda t: engine.graph.symbols[t], engine.graph.outputs)
+        found = metrics.values_of_samples(engine, symbols[0], y_pred)
+        end, number = Loss(engine.model, loss, masked), len(symbolic_calls(engine, y, sample_weight))
+        engine.losses[key] = extended(base, end, *symbols, number, several, found)
     return engine.losses[key]
 
 
 def extended(
-    engine: Engine, y: Any, sample_weight: Any, number: int, several: bool, masked: bool
+    base: ExecutionGraph, end: Loss, y: Any, sample_weight: Any, number: int, several: bool,
+    found: list[keras.KerasTensor] | None,
 ) -> ExecutionGraph:  # fmt: skip
-    """The way through the model in training, with so many losses of these symbols at its end."""
-    loss, base = engine.loss_parallel or (None, engine.training)
-    new, scalar = Rewriting(base.graph), keras.KerasTensor((), _keras.loss_dtype(engine.model))
+    """The same way with so many losses of these symbols at its end, and what metrics find."""
+    new, scalar = Rewriting(base.graph), keras.KerasTensor((), _keras.loss_dtype(end.model))
     new.ops, new.calls = list(base.graph.graph.ops), list(base.graph.calls)
 
     def tensor(symbol: keras.KerasTensor) -> int:
@@ -140,15 +146,26 @@ def extended(
 
     targets = tree.map_structure(given, (y, sample_weight))
     totals = [given(scalar) for _ in range(number)] if several else None
-    y_pred = Ref(base.graph.graph.outputs[-1]) if loss else tree.map_structure(Ref, base.graph.outputs)
+    y_pred = Ref(base.graph.graph.outputs[-1]) if end.loss else tree.map_structure(Ref, base.graph.outputs)
     made = tuple(tensor(scalar) for _ in range(1 + number))
     new.ends += made
-    call = Call(Loss(engine.model, loss, masked), (y_pred, *targets, totals), {}, made)
+    call = Call(end, (y_pred, *targets, totals), {}, made)
     new.add(Op(NAME, call.inputs, made, stage=base.stages[-1]), call)
-    graph, last = new.finish(), base.partition.stages - 1
+    last = base.partition.stages - 1
     alone = last in base.collectives or last in base.global_batch
-    cut = Partition(graph.graph, (*base.partition.stage_of, last + alone))
-    return replace(base, graph=graph, partition=cut, loss=made)
+    values = None
+    if found is not None:
+        values = tuple(map(tensor, found))
+        arguments = tree.map_structure(Ref, base.graph.outputs), targets[0]
+        call = Call(metrics.Metrics(end.model), arguments, {}, values)
+        new.add(Op(metrics.NAME, call.inputs, values, stage=base.stages[-1]), call)
+        new.ends += values
+    graph = new.finish()
+    if found is not None:
+        graph = replace(graph, graph=replace(graph.graph, outputs=tuple(new.ends)))
+    added = len(graph.calls) - len(base.graph.calls)
+    cut = Partition(graph.graph, (*base.partition.stage_of, *[last + alone] * added))
+    return replace(base, graph=graph, partition=cut, loss=made, metrics=values)
 
 
 def has_masks(engine: Engine) -> bool:
@@ -157,16 +174,17 @@ def has_masks(engine: Engine) -> bool:
 
 
 def totals(
-    engine: Engine, y: Any, sample_weight: Any, inputs: Sequence[Sequence[Edge]], training: bool | None
-) -> list[tf.Tensor]:
+    engine: Engine, y: Any, sample_weight: Any, inputs: Sequence[Sequence[Edge]], training: bool | None,
+    loss: CrossEntropy | None,
+) -> list[tf.Tensor]:  # fmt: skip
     """What each loss's mean over the whole batch divides by, before any part of it is through.
 
     It depends on shapes, weights and masks, not on predictions: zeros stand for those.
 
     Args:
         inputs: of the model, flat, for each part.
+        loss: what ranks find together.
     """
-    loss = engine.loss_parallel[0] if engine.loss_parallel else None
     source = engine.training.source
     outputs, like = source.graph.outputs, {}
     with tf.device(HOST):

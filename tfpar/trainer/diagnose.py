@@ -40,8 +40,8 @@ def explained(
     where, cause = of_weights(hooks) if finite else None, error
     with hooks.strategy.extended.as_one():
         try:
-            step = TrainingStep(hooks, data, parts)
-            run = step.execution(training, training and step.is_scheduled(), alone=True)
+            step = TrainingStep(hooks, data, parts, training)
+            run = step.execution(training, step.is_scheduled(), alone=True)
             if where is None:
                 where, found = located(run, hooks.engine.schedule(hooks.strategy, parts, run.route), finite)
                 if isinstance(error, tf.errors.CancelledError):  # that of a device which another's error stopped

@@ -11,7 +11,7 @@ import keras
 import tensorflow as tf
 from keras import tree
 
-from tfpar.compat import _keras, _keras_calls, _keras_parts
+from tfpar.compat import _keras, _keras_calls
 from tfpar.compat._keras_run import is_one_of_several
 from tfpar.compat._tf import following_inputs, in_xla
 from tfpar.engine import micro_batch
@@ -26,7 +26,7 @@ from tfpar.trainer.generating import make_generate_function
 from tfpar.trainer.model_call import call
 from tfpar.trainer.placement import build_losses, place_variables, prepared
 from tfpar.trainer.step_function import StepFunction
-from tfpar.trainer.training_step import TrainingStep, stop_if_not_finite
+from tfpar.trainer.training_step import TrainingStep, checked_loss
 
 USED: weakref.WeakSet["KerasHooks"] = weakref.WeakSet()  # those that have an engine
 FILES = (saving.save, saving.save_weights, saving.load_weights, saving.export)
@@ -201,19 +201,14 @@ class KerasHooks:
         step = TrainingStep(self, data, parts)
         if step.is_scheduled():
             return step.run()[0]
-        with self.running(data, parts), self.checking():
+        with self.running(data, parts), checked_loss(self.model) if self.checks else contextlib.nullcontext():
             return self.model.train_step(data.whole)
 
-    def checking(self) -> contextlib.AbstractContextManager:
-        """Inside, a loss that Keras computes is checked, if this is asked for."""
-        original = self.model.compute_loss
-        checks = _keras_parts.given_method(
-            self.model, "compute_loss", lambda *a, **k: stop_if_not_finite(original(*a, **k))
-        )
-        return checks if self.checks else contextlib.nullcontext()
-
     def test_step(self, data: micro_batch.Batch, parts: micro_batch.Parts) -> Any:
-        """Keras' `test_step`, or the user's."""
+        """Keras' `test_step`, scheduled where its loss allows, or the user's."""
+        step = TrainingStep(self, data, parts, training=False)
+        if step.is_scheduled():
+            return step.evaluate()
         with self.running(data, parts):
             return self.model.test_step(data.whole)
 

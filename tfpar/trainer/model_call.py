@@ -13,11 +13,11 @@ from tfpar.comm.gradients import SharedRows, folded, is_sparse, of_parts, plain,
 from tfpar.compat import _keras, _keras_calls
 from tfpar.compat._tf import record_gradient, recorded, tape_watches, unrecorded
 from tfpar.engine import batch_results, micro_batch
+from tfpar.engine.batch_results import structured
 from tfpar.engine.combination import shares_rows
 from tfpar.engine.device_order import DeviceOrder
 from tfpar.engine.engine import copy_of, device_of, layout_of, read
 from tfpar.engine.executor import Execution
-from tfpar.engine.loss import structured
 from tfpar.engine.program import Component, Edge
 from tfpar.errors import ModelError
 from tfpar.planning.mesh import FIRST, Coordinate

@@ -1,0 +1,129 @@
+"""Compiled metrics under strategies, against one device: in the programs where they can be, on the whole batch else."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from training import check
+
+import tfpar
+from tfpar.compat._keras_metrics import MetricCall
+from tfpar.engine.metrics import NAME
+
+STRATEGIES = {
+    "data": lambda: tfpar.DataParallelStrategy(["CPU:0", "CPU:1"]),
+    "pipeline": lambda: tfpar.PipelineStrategy(["CPU:0", "CPU:1"], micro_batches=3),
+    "tensor": lambda: tfpar.TensorParallelStrategy(["CPU:0", "CPU:1"]),
+    "mesh": lambda: tfpar.MeshStrategy(tfpar.Mesh(data=2, tensor=2)),
+}
+OWN = {
+    "accuracy": lambda: ["accuracy"],
+    "several": lambda: [
+        keras.metrics.SparseTopKCategoricalAccuracy(3),
+        keras.metrics.SparseCategoricalCrossentropy(),
+        "accuracy",
+    ],
+}
+
+
+def words(masked):
+    """A classifier of each word of a text, of which some are padding."""
+    x = inputs = keras.Input((6,), dtype="int32")
+    x = keras.layers.Embedding(20, 8, mask_zero=masked)(x)
+    x = keras.layers.Dense(16, "relu")(x)
+    return keras.Model(inputs, keras.layers.Dense(5, "softmax")(x))
+
+
+def texts(rows=18):
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 20, (rows, 6)), rng.integers(0, 5, (rows, 6)), rng.uniform(size=(rows, 6))
+
+
+def in_program(model):
+    """Whether the metrics of its training, and of its evaluation, were part of the programs."""
+    (found,) = {NAME in [op.name for op in way.graph.graph.ops] for way in model._tfpar_hooks.engine.losses.values()}
+    return found
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("masked, weighted", [(False, False), (True, True), (True, False)])
+@pytest.mark.parametrize("chosen", OWN)
+def test_means_of_samples_are_found_in_programs(strategy, masked, weighted, chosen):
+    x, y, weights = texts()
+    weights = weights if weighted else None
+
+    def use(model):
+        history = model.fit(x, y, sample_weight=weights, batch_size=7, epochs=2, shuffle=False, verbose=0).history
+        return history, model.evaluate(x, y, sample_weight=weights, batch_size=7, verbose=0)
+
+    made = dict(build=lambda: words(masked), metrics=OWN[chosen], weighted_metrics=["accuracy"])
+    _, other = check(STRATEGIES[strategy](), use, **made)
+    assert in_program(other)
+
+
+class OwnMetrics(keras.Model):
+    """Its metrics are what it says."""
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        found = super().compute_metrics(x, y, y_pred, sample_weight)
+        return {**found, "largest": keras.ops.max(y_pred)}
+
+
+def own(y_true, y_pred):
+    return keras.ops.mean(keras.ops.cast(y_true, y_pred.dtype) - y_pred[..., 0])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    "model, metrics",
+    [(keras.Model, lambda: [own]), (OwnMetrics, lambda: ["accuracy"]),
+     (keras.Model, lambda: [keras.metrics.MeanIoU(5, sparse_y_pred=False), "accuracy"])],
+    ids=["function", "method", "class"],
+)  # fmt: skip
+def test_others_get_the_whole_batch(strategy, model, metrics):
+    x, y, _ = texts()
+
+    def build():
+        made = words(False)
+        return model(made.inputs, made.outputs)
+
+    def use(model):
+        return model.fit(x, y, batch_size=7, shuffle=False, verbose=0).history
+
+    _, other = check(STRATEGIES[strategy](), use, build=build, metrics=metrics)
+    assert not in_program(other)
+
+
+def test_two_outputs_by_name():
+    """Each with metrics of its own, one of them weighted, and an output without."""
+    x, y, weights = texts()
+
+    def build():
+        inputs = keras.Input((6,), dtype="int32")
+        h = keras.layers.Embedding(20, 8)(inputs)
+        ends = {name: keras.layers.Dense(5, "softmax", name=name)(h) for name in "abc"}
+        return keras.Model(inputs, ends)
+
+    def use(model):
+        data = dict(y={n: (y + k) % 5 for k, n in enumerate("abc")}, sample_weight=dict.fromkeys("abc", weights))
+        return model.fit(x, **data, batch_size=7, shuffle=False, verbose=0).history
+
+    losses = dict.fromkeys("abc", "sparse_categorical_crossentropy")
+    made = dict(loss=losses, metrics=lambda: {"c": ["accuracy", "sparse_top_k_categorical_accuracy"]})
+    _, other = check(STRATEGIES["mesh"](), use, build=build, **made, weighted_metrics={"a": ["accuracy"]})
+    assert in_program(other)
+
+
+def shifted(original):
+    return lambda self: original(self)[::-1]
+
+
+def unmasked(original):
+    return lambda self: tf.identity(original(self))
+
+
+@pytest.mark.parametrize("bug", [shifted, unmasked])
+def test_finds_planted_bugs(bug, monkeypatch):
+    monkeypatch.setattr(MetricCall, "values", bug(MetricCall.values))
+    with pytest.raises(AssertionError):
+        test_means_of_samples_are_found_in_programs("data", True, True, "accuracy")
