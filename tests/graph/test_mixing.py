@@ -9,8 +9,9 @@ from keras import layers, ops
 import tfpar
 from tfpar.errors import Caught
 from tfpar.graph import mixing, samples
+from tfpar.graph.alike import config_of
 from tfpar.graph.batch_probe import Probe
-from tfpar.graph.keras_graph import config_of, graph_from
+from tfpar.graph.keras_graph import graph_from
 from tfpar.graph.mixing import check_independence, followed
 from tfpar.graph.samples import GUESSES, SMALL, candidates, first_that_works
 from tfpar.planning import progress

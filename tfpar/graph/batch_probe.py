@@ -16,7 +16,8 @@ from keras import tree
 
 from tfpar.compat import _keras
 from tfpar.errors import Caught
-from tfpar.graph.keras_graph import KerasGraph, config_of
+from tfpar.graph.alike import attributes, config_of
+from tfpar.graph.keras_graph import KerasGraph
 from tfpar.graph.recording import RecordingScope
 from tfpar.graph.samples import DRAWS, PARTS, SIZES, candidates, first_that_works, sample, sized
 
@@ -273,7 +274,7 @@ def key_of(graph: KerasGraph, index: int) -> Any:
     if not isinstance(call.operation, keras.layers.Layer):
         return type(call.operation), getattr(call.operation, "function", call.operation), arguments
     config = None if isinstance(call.operation, keras.layers.Lambda) else config_of(call.operation)
-    return f"{config} {arguments}" if isinstance(config, dict) else (id(call.operation), arguments)
+    return f"{config} {arguments}" if isinstance(config, dict) else (str(attributes(call.operation)), arguments)
 
 
 def spec_of(symbol: keras.KerasTensor, shape: tuple, batched: bool, rows: int) -> tf.TensorSpec:

@@ -14,7 +14,6 @@ from keras import tree
 
 from tfpar.compat import _keras, _keras_calls
 from tfpar.compat._keras_layers import ToldTraining, is_told_training
-from tfpar.errors import Caught
 from tfpar.graph.flops import flops
 from tfpar.graph.recording import UnknownVariables
 from tfpar.planning.op_graph import Op, OpGraph, Tensor, Variable
@@ -363,33 +362,3 @@ def one_call(model: keras.Model, x: Any) -> KerasGraph:
 
     outputs = builder.add(model.name, OwnCall(model), (refs,), {}, tree.flatten(spec), False)
     return builder.finish(inputs, tree.pack_sequence_as(spec, outputs))
-
-
-def config_of(layer: keras.layers.Layer) -> Any:
-    """The configuration of a layer without names; something that no other layer has, if that does not tell it apart."""
-    try:
-        return without_names(layer.get_config()) if all(map(tells_apart, _keras.layers_in(layer))) else id(layer)
-    except NotImplementedError:  # as Keras says of a class that does not have one
-        return id(layer)
-    except Exception as error:
-        Caught.theirs(error, f"{layer.name}.get_config")
-        return id(layer)
-
-
-def tells_apart(layer: keras.layers.Layer) -> bool:
-    """Whether a layer's configuration has all that its class is told: one that it inherits may leave out a flag."""
-    kinds = type(layer).__mro__
-    if next(kind for kind in kinds if "get_config" in vars(kind)) is keras.layers.Layer:
-        return True  # Keras has noted what it was told
-    own = [kind for kind in kinds if not kind.__module__.startswith(("keras.", "keras_hub.", "builtins"))]
-    made = [inspect.signature(vars(kind)["__init__"]) for kind in own if "__init__" in vars(kind)]
-    told = [p for signature in made for p in list(signature.parameters.values())[1:]]
-    named = {p.name for p in told if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    return not named or named <= layer.get_config().keys()
-
-
-def without_names(config: Any) -> Any:
-    """A configuration without the names of layers."""
-    if isinstance(config, dict):
-        return {k: without_names(v) for k, v in config.items() if k not in ("name", "shared_object_id")}
-    return [without_names(v) for v in config] if isinstance(config, list | tuple) else config

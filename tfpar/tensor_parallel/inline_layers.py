@@ -2,18 +2,17 @@
 
 # t: tensor of the graph, i: operation
 
-import inspect
 from collections.abc import Set
 from dataclasses import replace
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 from keras import tree
 
 from tfpar.compat import _keras, _keras_calls, _keras_parts
 from tfpar.errors import Caught, ModelError, brief
+from tfpar.graph.alike import attributes
 from tfpar.graph.keras_graph import Call, KerasGraph, Rewriting
 from tfpar.graph.tf_graph import traced
 from tfpar.tensor_parallel import rules
@@ -106,32 +105,6 @@ def kind_of(graph: KerasGraph, i: int) -> Any:
     call, op = graph.calls[i], graph.graph.ops[i]
     shapes = [(graph.symbols[t].shape, graph.symbols[t].dtype) for t in op.inputs]
     return str((shapes, attributes(call.arguments(lambda ref: "tensor")), attributes(call.operation)))
-
-
-def attributes(value: Any, around: tuple[int, ...] = ()) -> Any:
-    """What a layer, or another object, holds, as far as it can be compared; else something that no other has.
-
-    Args:
-        around: the `id`s of objects that hold it.
-    """
-    if id(value) in around:
-        return len(around) - around.index(id(value))
-    around += (id(value),)
-    if isinstance(value, keras.layers.Layer):
-        own = {name: attributes(x, around) for name, x in _keras_parts.own_attributes(value).items()}
-        return type(value), value.dtype_policy.name, own
-    if isinstance(value, keras.Variable):
-        return value.shape, value.dtype, value.trainable
-    if isinstance(value, dict):
-        return {key: attributes(x, around) for key, x in value.items()}
-    if isinstance(value, list | tuple):
-        return [attributes(x, around) for x in value]
-    if isinstance(value, np.ndarray):
-        return value.shape, value.dtype, value.tobytes()
-    if isinstance(value, keras.initializers.Initializer | keras.regularizers.Regularizer | keras.DTypePolicy):
-        return keras.saving.serialize_keras_object(value)
-    plain = value is None or isinstance(value, bool | int | float | str | np.generic | type)
-    return value if plain or (inspect.isfunction(value) and not value.__closure__) else id(value)
 
 
 def of_other(layer: keras.layers.Layer, graph: KerasGraph, other: keras.layers.Layer) -> KerasGraph:

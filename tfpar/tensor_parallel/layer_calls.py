@@ -14,13 +14,14 @@ from keras import tree
 from tfpar.comm.in_program import Gang, of_equal_parts
 from tfpar.compat import _keras_calls, _keras_parts
 from tfpar.errors import ModelError
+from tfpar.graph.alike import attributes
 from tfpar.graph.keras_graph import KerasGraph
 from tfpar.graph.recording import RecordingScope
 from tfpar.graph.tf_graph import traced
 from tfpar.planning.cost import Hardware
 from tfpar.planning.sharding import REPLICATED, Layout
-from tfpar.tensor_parallel.inline_layers import attributes, has_rule, of_other
-from tfpar.tensor_parallel.parallelize import with_caches
+from tfpar.tensor_parallel.inline_layers import has_rule, of_other
+from tfpar.tensor_parallel.parallelize import Choice, with_caches
 from tfpar.tensor_parallel.rank_graph import in_program, is_collective
 
 LANE = -1  # stands for the number of the lane among the tensors of a graph
@@ -87,6 +88,7 @@ class LayerPlans:
         self.layouts, self.gang, self.hardware = layouts, gang, hardware
         self.plans: dict[Any, tuple[KerasGraph, Any]] = {}
         self.traces: dict[Any, tuple[Any, KerasGraph]] = {}  # of layers that are alike, the first
+        self.choices: dict[Any, Choice] = {}  # of layers that are alike, too
         self.caches: dict[Any, tuple[tuple, Layout]] = {}  # by layer, argument and shape of a part, the whole's
 
     def of(
@@ -108,7 +110,11 @@ class LayerPlans:
             names = zip(graph.graph.inputs, flat, symbols, strict=True)
             caches = {t for t, (name, _), symbol in names if "cache" in name and len(symbol.shape) > 1}
             layout = next((layout for _, layout in known if layout), None)
-            local, layout = with_caches(graph, self.gang.mesh.tensor, self.hardware, layouts, caches, layout)
+            alike = self.alike(layer, kind), str(layouts), layout
+            local, self.choices[alike] = with_caches(
+                graph, self.gang.mesh.tensor, self.hardware, layouts, caches, layout, self.choices.get(alike)
+            )
+            layout = self.choices[alike].layout
             self.check_exchanges(layer, local)
             inputs = zip(graph.graph.inputs, local.graph.inputs, mine, known, strict=True)
             of_inputs = {}
@@ -127,11 +133,15 @@ class LayerPlans:
             left = iter(values)
             return layer(**tree.map_structure(lambda x: next(left) if tf.is_tensor(x) else x, arguments))
 
-        alike = str((attributes(layer), kind))
+        alike = self.alike(layer, kind)
         if alike not in self.traces:
             with _keras_calls.telling(layer, False):
                 self.traces[alike] = layer, traced(run, symbols, has_rule)
         return of_other(*self.traces[alike], layer)
+
+    def alike(self, layer: Any, kind: Any) -> str:
+        """What tells apart layers that run something else for arguments of a kind."""
+        return str((attributes(layer), kind))
 
     def check_exchanges(self, layer: Any, graph: KerasGraph):
         """Check that the exchanges of a layer can be in a program.

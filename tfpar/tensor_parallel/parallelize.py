@@ -5,6 +5,7 @@
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from types import MappingProxyType
+from typing import NamedTuple
 
 from tfpar.errors import LayoutError
 from tfpar.graph.keras_graph import KerasGraph
@@ -15,6 +16,18 @@ from tfpar.planning.sharding import REPLICATED, Layout
 from tfpar.tensor_parallel import rules
 from tfpar.tensor_parallel.loss_parallel import CrossEntropy, add_loss
 from tfpar.tensor_parallel.rank_graph import RankGraph, RankGraphBuilder
+
+
+class Choice(NamedTuple):
+    """How a layer is run by ranks.
+
+    Args:
+        options: of each operation, the number of the one that was chosen.
+        layout: of its caches.
+    """
+
+    options: Sequence[int]
+    layout: Layout
 
 
 def divided(
@@ -68,31 +81,53 @@ def with_caches(
     given: Mapping[int, Layout],
     caches: Set[int],
     layout: Layout | None = None,
-) -> tuple[KerasGraph, Layout]:
+    before: Choice | None = None,
+) -> tuple[KerasGraph, Choice]:
     """What each rank runs of a layer whose caches may be divided, they and what they become alike.
 
     Args:
         given: the layouts of variables.
         caches: inputs that are; outputs of their shape are what they become.
         layout: theirs, if it is known.
+        before: what was chosen for a layer that is alike.
 
     Returns:
-        The graph, and the layout of caches.
+        The graph, and what was chosen.
     """
     sites = [rules.Site(graph, i, ranks) for i in range(len(graph.calls))]
     fit = [fitting(site, list(rules.options(site)), given) for site in sites]
+    if before is None:
+        before = chosen_with_caches(graph, fit, ranks, hardware, caches, layout)
+    local = RankGraphBuilder(graph, ranks, ends_of(alike(graph, caches), before.layout))
+    for i, n in enumerate(before.options):
+        local.follow(i, fit[i][n])
+    return local.finish(dict(given)).graph, before
+
+
+def alike(graph: KerasGraph, caches: Set[int]) -> list[int]:
+    """Caches, and what they become."""
     shapes = {graph.symbols[t].shape for t in caches}
-    alike = [t for t in (*graph.graph.inputs, *graph.graph.outputs) if graph.symbols[t].shape in shapes]
+    return [t for t in (*graph.graph.inputs, *graph.graph.outputs) if graph.symbols[t].shape in shapes]
+
+
+def chosen_with_caches(
+    graph: KerasGraph, fit: Sequence[list[Option]], ranks: int, hardware: Hardware, caches: Set[int],
+    layout: Layout | None,
+) -> Choice:  # fmt: skip
+    """The cheapest way of a layer whose caches are divided as it is best, or known."""
+    shapes = {graph.symbols[t].shape for t in caches}
     dims = range(1, min(map(len, shapes), default=1))
     equal = [d for d in dims if all(shape[d] and not shape[d] % ranks for shape in shapes)]
     ways = [layout] if layout else [REPLICATED, *map(Layout, equal)]
-    found = [choose(graph.graph, fit, ranks, hardware, False, ends_of(alike, way)) for way in ways]
+    ends = alike(graph, caches)
+    found = [choose(graph.graph, fit, ranks, hardware, False, ends_of(ends, way)) for way in ways]
     costs = [cost for _, cost in found]
     n = costs.index(min(costs))
-    local = RankGraphBuilder(graph, ranks, ends_of(alike, ways[n]))
-    for i, option in enumerate(found[n][0]):
-        local.follow(i, option)
-    return local.finish(dict(given)).graph, ways[n]
+    numbers = [
+        next(k for k, known in enumerate(options) if known is option)
+        for options, option in zip(fit, found[n][0], strict=True)
+    ]
+    return Choice(numbers, ways[n])
 
 
 def ends_of(tensors: Sequence[int], layout: Layout) -> dict[int, Layout]:
