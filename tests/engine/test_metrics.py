@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from training import check, mostly
+from training import Own, check, data, mostly
 
 import tfpar
 from tfpar.compat._keras_metrics import MetricCall
@@ -39,6 +39,12 @@ def words(masked):
 def texts(rows=18):
     rng = np.random.default_rng(0)
     return rng.integers(0, 20, (rows, 6)), rng.integers(0, 5, (rows, 6)), rng.uniform(size=(rows, 6))
+
+
+def own_step():
+    """A model with a training step of its own."""
+    x = keras.Input((6,))
+    return Own(x, keras.layers.Dense(3, "softmax")(keras.layers.Dense(4)(x)))
 
 
 def in_program(model):
@@ -74,6 +80,10 @@ class OwnMetrics(keras.Model):
         return {**found, "largest": keras.ops.max(y_pred)}
 
 
+def largest_of_batch(y_true, y_pred):
+    return keras.ops.max(y_pred, 0)[:, 0]
+
+
 def own(y_true, y_pred):
     return keras.ops.mean(keras.ops.cast(y_true, y_pred.dtype) - y_pred[..., 0])
 
@@ -82,8 +92,9 @@ def own(y_true, y_pred):
 @pytest.mark.parametrize(
     "model, metrics",
     [(keras.Model, lambda: [own]), (OwnMetrics, lambda: ["accuracy"]),
-     (keras.Model, lambda: [keras.metrics.MeanIoU(5, sparse_y_pred=False), "accuracy"])],
-    ids=["function", "method", "class"],
+     (keras.Model, lambda: [keras.metrics.MeanIoU(5, sparse_y_pred=False), "accuracy"]),
+     (keras.Model, lambda: [keras.metrics.MeanMetricWrapper(largest_of_batch, "largest")])],
+    ids=["function", "method", "class", "wrapper"],
 )  # fmt: skip
 def test_others_get_the_whole_batch(strategy, model, metrics):
     x, y, _ = texts()
@@ -132,3 +143,43 @@ def test_finds_planted_bugs(bug, monkeypatch):
     monkeypatch.setattr(MetricCall, "values", bug(MetricCall.values))
     with pytest.raises(AssertionError):
         test_means_of_samples_are_found_in_programs("accuracy", (True, True), "data")
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [lambda: keras.metrics.CosineSimilarity(axis=0), lambda: "hinge", lambda: keras.metrics.MeanSquaredError()],
+)
+@pytest.mark.parametrize("strategy", ["data", "pipeline"])
+def test_functions_of_keras_that_look_at_the_whole_batch(strategy, metric):
+    """Hinge losses ask whether all labels are 0 or 1; the first batch has both, its first rows have no -1."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(14, 6)), np.repeat([[0.0], [1.0], [-1.0], [1.0], [-1.0], [1.0], [-1.0]], 2, 0)
+
+    def build():
+        return keras.Sequential([keras.Input((6,)), keras.layers.Dense(4), keras.layers.Dense(1)])
+
+    def use(model):
+        history = model.fit(x, y, batch_size=14, shuffle=False, verbose=0).history
+        return history, model.evaluate(x, y, batch_size=14, verbose=0)
+
+    check(STRATEGIES[strategy](), use, build=build, loss="mse", metrics=lambda: [metric()])
+
+
+def test_methods_that_a_model_is_given():
+    """One model has them, not its class."""
+    x, y, _ = texts()
+
+    def use(model):
+        model.train_on_batch(x, y)
+        model.compute_metrics = lambda x, y, y_pred, sample_weight=None: {"sum": keras.ops.sum(y_pred[..., 0])}
+        found = model.evaluate(x, y, batch_size=18, verbose=0, return_dict=True)
+        model.compute_loss = lambda x, y, y_pred, sample_weight=None, training=False: keras.ops.mean(y_pred[..., 1])
+        model.make_test_function(force=True)
+        return found, model.evaluate(x, y, batch_size=18, verbose=0, return_dict=True)
+
+    check(STRATEGIES["data"](), use, build=lambda: words(False))
+
+
+def test_evaluating_before_a_loss_was_built():
+    x, y = data()
+    check(STRATEGIES["pipeline"](), lambda model: model.evaluate(x, y, batch_size=6, verbose=0), build=own_step)

@@ -40,9 +40,9 @@ LOSSES = "compute_loss", "_compute_loss"  # the methods that find a model's loss
 
 
 def overrides(model: keras.Model, *methods: str) -> str | None:
-    """The first of these methods of Keras' trainer that the model's class replaces."""
-    keras_own = {**vars(Trainer), **vars(TensorFlowTrainer)}
-    return next((m for m in methods if getattr(type(model), m) is not keras_own[m]), None)
+    """The first of these methods of Keras' trainer that the model's class replaces, or the model itself."""
+    keras_own, of_model = {**vars(Trainer), **vars(TensorFlowTrainer)}, {m for m in vars(model) if m[:5] != "make_"}
+    return next((m for m in methods if getattr(type(model), m) is not keras_own[m] or m in of_model), None)
 
 
 def is_graph(model: Any) -> bool:

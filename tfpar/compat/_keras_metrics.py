@@ -15,6 +15,17 @@ from tfpar.compat._keras_parts import given_method
 __all__ = ["MetricCall", "are_means_of_samples", "given_values", "metric_calls"]
 
 
+OF_SAMPLES = tuple(
+    getattr(keras.metrics, name)
+    for name in (
+        "binary_accuracy", "categorical_accuracy", "sparse_categorical_accuracy", "top_k_categorical_accuracy",
+        "sparse_top_k_categorical_accuracy", "binary_crossentropy", "categorical_crossentropy",
+        "sparse_categorical_crossentropy", "mean_squared_error", "mean_absolute_error",
+        "mean_absolute_percentage_error", "mean_squared_logarithmic_error", "kl_divergence", "poisson",
+    )
+)  # fmt: skip
+
+
 class MetricCall(NamedTuple):
     """One of the compiled metrics with the arguments that Keras resolved for it."""
 
@@ -42,9 +53,9 @@ def compiled_metrics(model: keras.Model) -> list[Metric]:
 
 
 def are_means_of_samples(model: keras.Model) -> bool:
-    """Whether all compiled metrics are means, over samples, of a function of Keras of each sample.
+    """Whether all compiled metrics are means, over samples, of one of `OF_SAMPLES`.
 
-    That of a user may be anything: it gets the whole batch.
+    Other functions, also of Keras, may look at the whole batch: hinge losses ask whether all of it is 0 or 1.
     """
     compiled = model._compile_metrics
     if overrides(model, "compute_metrics") or (compiled is not None and not compiled.built):
@@ -52,8 +63,8 @@ def are_means_of_samples(model: keras.Model) -> bool:
     return all(
         isinstance(metric, MeanMetricWrapper)
         and type(metric).update_state is MeanMetricWrapper.update_state
-        and getattr(metric._fn, "__module__", "").startswith("keras.src.")
-        and hasattr(metric._fn, "__name__")  # not a loss, which has taken the mean already
+        and any(metric._fn is known for known in OF_SAMPLES)
+        and metric._fn_kwargs.get("axis", -1) == -1
         for metric in compiled_metrics(model)
     )
 

@@ -41,7 +41,7 @@ def separable(engine: Engine, data: Any, parts: int) -> bool:
     They are if each reduces as Keras does, reads no variables, and gives each sample a value of its own; that is tried
     on random numbers.
     """
-    if _keras.compilation(engine.model)[0] is None:
+    if _keras.compilation(engine.model)[0] is None or not _keras.is_compiled_built(engine.model):
         return False
 
     _, y, sample_weight = _keras.unpack_x_y_sample_weight(data)

@@ -21,7 +21,7 @@ def attributes(value: Any, around: tuple[int, ...] = ()) -> Any:
     around += (id(value),)
     if isinstance(value, keras.layers.Layer):
         own = {name: attributes(x, around) for name, x in _keras_parts.own_attributes(value).items()}
-        return type(value), value.dtype_policy.name, own
+        return id(type(value)), value.dtype_policy.name, own  # classes of one factory have one name
     if isinstance(value, keras.Variable):
         return value.shape, value.dtype, value.trainable
     if isinstance(value, dict):
@@ -30,7 +30,8 @@ def attributes(value: Any, around: tuple[int, ...] = ()) -> Any:
         return [attributes(x, around) for x in value]
     if isinstance(value, np.ndarray):
         return value.shape, value.dtype, value.tobytes()
-    if isinstance(value, keras.initializers.Initializer | keras.regularizers.Regularizer | keras.DTypePolicy):
+    own = isinstance(value, keras.initializers.Initializer | keras.regularizers.Regularizer | keras.DTypePolicy)
+    if own and type(value).__module__.startswith("keras."):  # others may leave out what tells them apart
         return keras.saving.serialize_keras_object(value)
     plain = value is None or isinstance(value, bool | int | float | str | np.generic | type)
     return value if plain or (inspect.isfunction(value) and not value.__closure__) else id(value)
