@@ -261,3 +261,49 @@ def measured_fit(options, strategy, build, x, y, gpus, loss="mse", jit_compile="
         "loss": clock.loss, "memory": memory, "planned": planned(strategy, model), "host": resident(peak=True) - before,
         "weights": sum(math.prod(w.shape) for w in model.trainable_weights),
     }  # fmt: skip
+
+
+def measured_on_jax(options, build, data):
+    """The numbers of a run under Keras on JAX; the batch of the options is for each GPU.
+
+    Args:
+        build: makes the compiled model.
+        data: makes what it is trained on, of the options.
+    """
+    import jax
+    import numpy as np
+
+    began = time.time()
+    model = build(options)
+    options.batch *= jax.device_count() if options.run == "DataParallel" else 1
+    x, y = data(options)
+    model.train_on_batch(x, y)
+    first, steps = time.time() - began, []
+    for _ in range(options.steps):
+        began = time.perf_counter()
+        loss = float(np.ravel(model.train_on_batch(x, y))[0])  # waits for the step
+        steps.append(time.perf_counter() - began)
+    memory = most_memory_on_jax()
+    return {"step": min(steps), "first": first, "loss": loss, "memory": memory, "batch": options.batch}
+
+
+def most_memory_on_jax():
+    """The most memory of a GPU, of what JAX has had."""
+    import jax
+
+    return max((device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices())
+
+
+def distribution_on_jax(run, layout_map):
+    """That of `keras.distribution` over all devices.
+
+    Args:
+        layout_map: makes that of ModelParallel, of a mesh of which the axis "model" has all devices.
+    """
+    import keras
+
+    devices = keras.distribution.list_devices()
+    if run == "DataParallel":
+        return keras.distribution.DataParallel(devices=devices)
+    mesh = keras.distribution.DeviceMesh((1, len(devices)), ("batch", "model"), devices)
+    return keras.distribution.ModelParallel(layout_map=layout_map(mesh), batch_dim_name="batch")

@@ -9,55 +9,38 @@ as KerasHub's own layout for it says.
 import argparse
 import json
 import os
-import time
+import pathlib
+import sys
 
 os.environ["KERAS_BACKEND"] = "jax"
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-import jax
+import harness
 import keras
 import keras_hub
 import models
-import numpy as np
 
 
-def distribution(run):
-    """That of `keras.distribution`."""
-    devices = keras.distribution.list_devices()
-    if run == "DataParallel":
-        return keras.distribution.DataParallel(devices=devices)
-    mesh = keras.distribution.DeviceMesh((1, len(devices)), ("batch", "model"), devices)
-    layout = keras_hub.models.LlamaBackbone.get_layout_map(mesh)
-    return keras.distribution.ModelParallel(layout_map=layout, batch_dim_name="batch")
-
-
-def trained(options):
-    """Seconds of a step, and of the first."""
-    began = time.time()
+def build(options):
+    """The compiled model."""
     model = models.causal_lm(options)
     model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    options.batch *= jax.device_count() if options.run == "DataParallel" else 1
-    x, y = models.texts(options)
-    model.train_on_batch(x, y)
-    first, steps = time.time() - began, []
-    for _ in range(options.steps):
-        began = time.perf_counter()
-        loss = float(np.ravel(model.train_on_batch(x, y))[0])  # waits for the step
-        steps.append(time.perf_counter() - began)
-    tokens = options.batch * options.tokens / min(steps)
-    return {"step": min(steps), "first": first, "loss": loss, "batch": options.batch, "tokens": tokens}
+    return model
 
 
 def main(options):
     """Measure, and print."""
     keras.utils.set_random_seed(0)
     if options.run != "one":
-        keras.distribution.set_distribution(distribution(options.run))
+        chosen = harness.distribution_on_jax(options.run, keras_hub.models.LlamaBackbone.get_layout_map)
+        keras.distribution.set_distribution(chosen)
     if options.task == "train":
-        found = trained(options)
+        found = harness.measured_on_jax(options, build, models.texts)
+        found["tokens"] = options.batch * options.tokens / found["step"]
     else:
         model = models.filled(options)
         found = {f"at {n}": models.tokens_in_a_second(options, model, n) for n in options.prompts}
-    found["memory"] = max((device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices())
+        found["memory"] = harness.most_memory_on_jax()
     print(json.dumps({"run": options.run, **found}))
 
 

@@ -11,22 +11,16 @@ import json
 import os
 import pathlib
 import sys
-import time
 
 os.environ["KERAS_BACKEND"] = "jax"
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 import harness
-import jax
 import keras
 
 
-def distribution(run, blocks):
-    """That of `keras.distribution`; its ModelParallel divides attention by heads, and dense layers in pairs."""
-    devices = keras.distribution.list_devices()
-    if run == "DataParallel":
-        return keras.distribution.DataParallel(devices=devices)
-    mesh = keras.distribution.DeviceMesh((1, len(devices)), ("batch", "model"), devices)
+def layout_map(mesh, blocks):
+    """Divides attention by heads, and dense layers in pairs."""
     layout = keras.distribution.LayoutMap(mesh)
     layout["(query|key|value).*kernel"] = (None, "model", None)
     layout["(query|key|value).*bias"] = ("model", None)
@@ -35,7 +29,14 @@ def distribution(run, blocks):
     for up, down in zip(names[1::2], names[::2], strict=True):  # of a block, Keras makes the second before the first
         layout[f"{up}/kernel"], layout[f"{up}/bias"] = (None, "model"), ("model",)
         layout[f"{down}/kernel"] = ("model", None)
-    return keras.distribution.ModelParallel(layout_map=layout, batch_dim_name="batch")
+    return layout
+
+
+def build(options):
+    """The compiled model."""
+    model = harness.tokens(options)
+    model.compile(keras.optimizers.SGD(0.01), "sparse_categorical_crossentropy")
+    return model
 
 
 def main(options):
@@ -43,21 +44,9 @@ def main(options):
     keras.config.set_dtype_policy("mixed_bfloat16")
     keras.utils.set_random_seed(0)
     if options.run != "one":
-        keras.distribution.set_distribution(distribution(options.run, options.blocks))
-    began = time.time()
-    model = harness.tokens(options)
-    model.compile(keras.optimizers.SGD(0.01), "sparse_categorical_crossentropy")
-    options.batch *= jax.device_count() if options.run == "DataParallel" else 1
-    x, y = harness.words(options)
-    model.train_on_batch(x, y)
-    first, steps = time.time() - began, []
-    for _ in range(options.steps):
-        began = time.perf_counter()
-        loss = float(model.train_on_batch(x, y))  # waits for the step
-        steps.append(time.perf_counter() - began)
-    memory = max((device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices())
-    found = {"step": min(steps), "first": first, "loss": loss, "memory": memory, "batch": options.batch}
-    print(json.dumps(found))
+        chosen = harness.distribution_on_jax(options.run, lambda mesh: layout_map(mesh, options.blocks))
+        keras.distribution.set_distribution(chosen)
+    print(json.dumps(harness.measured_on_jax(options, build, harness.words)))
 
 
 if __name__ == "__main__":

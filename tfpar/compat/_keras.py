@@ -39,19 +39,18 @@ def set_functions(model: keras.Model, auto_jit: Callable, build: Callable):
 LOSSES = "compute_loss", "_compute_loss"  # the methods that find a model's loss
 
 
-def overrides(model: keras.Model, *methods: str) -> str | None:
-    """The first of these methods of Keras' trainer that the model's class replaces, or the model itself."""
-    keras_own, of_model = {**vars(Trainer), **vars(TensorFlowTrainer)}, {m for m in vars(model) if m[:5] != "make_"}
-    return next((m for m in methods if getattr(type(model), m) is not keras_own[m] or m in of_model), None)
+def overrides(model: Any, *methods: str) -> str | None:
+    """The first of these methods of Keras' trainer that a model, or a class of models, replaces."""
+    keras_own, found = {**vars(Trainer), **vars(TensorFlowTrainer)}, {m: getattr(model, m) for m in methods}
+    return next((m for m, method in found.items() if getattr(method, "__func__", method) is not keras_own[m]), None)
 
 
 def is_graph(model: Any) -> bool:
     """Whether calling this layer is running its graph of layers and nothing else."""
     return (
-        isinstance(model, Functional | Sequential)
+        graph_of(model) is not None
         and type(model).call in (Functional.call, Sequential.call)
         and type(model).__call__ is keras.layers.Layer.__call__
-        and graph_of(model) is not None
         and not model.supports_masking
         and model.activity_regularizer is None
         and model._remat_mode is None
@@ -59,9 +58,11 @@ def is_graph(model: Any) -> bool:
     )
 
 
-def graph_of(model: Functional | Sequential) -> Functional | None:
-    """The Functional model behind a Sequential one; `None` before it has seen an input."""
-    return model._functional if isinstance(model, Sequential) else model
+def graph_of(model: Any) -> Functional | None:
+    """The Functional model that a model is, or a Sequential one has once it has seen an input; `None` of others."""
+    if isinstance(model, Sequential):
+        return model._functional
+    return model if isinstance(model, Functional) else None
 
 
 def output_structure(function: Any) -> Any:
@@ -88,7 +89,7 @@ def converted_inputs(model: keras.Model, inputs: Any) -> Any:
 
 def graph_inputs(model: keras.Model, inputs: Any) -> list[Any]:
     """The flat inputs of the graph behind `model`, as its `call` makes them of its argument."""
-    function = graph_of(model) if isinstance(model, Functional | Sequential) else None
+    function = graph_of(model)
     return function._standardize_inputs(inputs) if function is not None else tree.flatten(inputs)
 
 

@@ -16,7 +16,7 @@ from keras.src.backend.tensorflow import nn
 from keras.src.optimizers.multi_optimizer import MultiOptimizer
 from keras.src.saving import saving_lib
 
-from tfpar.compat._keras import Functional, Sequential, graph_of, layers_in
+from tfpar.compat._keras import graph_of, layers_in
 from tfpar.compat._replaced import InThread
 
 backend_nn = nn  # what `keras.ops` calls
@@ -230,11 +230,11 @@ def own_dtype(variable: keras.Variable) -> str:
 
 def input_symbols(model: keras.Model) -> Any:
     """The symbolic inputs of a model's graph in their structure; `None` for a model that has no graph."""
-    function = graph_of(model) if isinstance(model, Functional | Sequential) else None
+    function = graph_of(model)
     return function._inputs_struct if function is not None else None
 
 
 def flat_outputs(model: keras.Model) -> list[Any]:
     """The symbolic outputs of a model's graph; none for a model that has no graph."""
-    function = graph_of(model) if isinstance(model, Functional | Sequential) else None
+    function = graph_of(model)
     return tree.flatten(function._outputs_struct) if function is not None else []

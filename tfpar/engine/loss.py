@@ -30,9 +30,8 @@ NAME = "the loss"  # of the operation
 
 def symbolic_calls(engine: Engine, y: Any, sample_weight: Any) -> list[Any]:
     """What the compiled losses would be called with, as symbols."""
-    y_pred = tree.map_structure(lambda t: engine.graph.symbols[t], engine.graph.outputs)
     y, sample_weight = tree.map_structure(_keras.symbolic, (y, sample_weight))
-    return _keras.loss_calls(engine.model, y, y_pred, sample_weight)
+    return _keras.loss_calls(engine.model, y, engine.graph.output_symbols, sample_weight)
 
 
 def separable(engine: Engine, data: Any, parts: int) -> bool:
@@ -119,8 +118,7 @@ def with_loss(engine: Engine, y: Any, sample_weight: Any, several: bool, trainin
     )
     if key not in engine.losses:
         loss, base = engine.before_loss(training)
-        y_pred = tree.map_structure(lambda t: engine.graph.symbols[t], engine.graph.outputs)
-        found = metrics.values_of_samples(engine, symbols[0], y_pred)
+        found = metrics.values_of_samples(engine, symbols[0])
         end, number = Loss(engine.model, loss, masked), len(symbolic_calls(engine, y, sample_weight))
         engine.losses[key] = extended(base, end, *symbols, number, several, found)
     return engine.losses[key]
@@ -170,7 +168,7 @@ def extended(
 
 def has_masks(engine: Engine) -> bool:
     """Whether outputs have masks, as far as it is known."""
-    return engine.has_masks or any(has_mask(engine.graph.symbols[t]) for t in tree.flatten(engine.graph.outputs))
+    return engine.has_masks or any(map(has_mask, tree.flatten(engine.graph.output_symbols)))
 
 
 def totals(

@@ -28,16 +28,16 @@ class Metrics:
         return [call.values() for call in _keras_metrics.metric_calls(self.model, y, y_pred)]
 
 
-def values_of_samples(engine: Engine, y: Any, y_pred: Any) -> list[keras.KerasTensor] | None:
+def values_of_samples(engine: Engine, y: Any) -> list[keras.KerasTensor] | None:
     """Symbols of what each metric finds of samples; `None` if a metric is not a mean of such values.
 
     Args:
-        y, y_pred: symbols.
+        y: symbols of the targets.
     """
     if not _keras_metrics.are_means_of_samples(engine.model):
         return None
     batch = engine.graph.symbols[engine.graph.graph.inputs[0]].shape[:1]
-    specs = [call.spec() for call in _keras_metrics.metric_calls(engine.model, y, y_pred)]
+    specs = [call.spec() for call in _keras_metrics.metric_calls(engine.model, y, engine.graph.output_symbols)]
     if not all(spec.shape for spec in specs):
         return None
     return [keras.KerasTensor((*batch, *spec.shape[1:]), spec.dtype) for spec in specs]

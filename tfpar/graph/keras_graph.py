@@ -121,6 +121,11 @@ class KerasGraph:
         shape, batch = self.symbols[tensor].shape, self.symbols[self.graph.inputs[0]].shape
         return bool(shape) and bool(batch) and shape[0] == batch[0]
 
+    @property
+    def output_symbols(self) -> Any:
+        """The symbols of the model's outputs, in their structure."""
+        return tree.map_structure(lambda t: self.symbols[t], self.outputs)
+
     def in_stages(self, stage_of: Sequence[int]) -> "KerasGraph":
         """The same graph, each operation with its stage, those of earlier stages first."""
         order = sorted(range(len(stage_of)), key=lambda i: stage_of[i])

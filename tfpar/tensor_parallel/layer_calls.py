@@ -105,16 +105,17 @@ class LayerPlans:
         others = attributes(tree.map_structure(lambda x: "tensor" if tf.is_tensor(x) else x, arguments))
         kind = str(([(s.shape, s.dtype) for s in symbols], others))
         if (id(layer), kind) not in self.plans:
-            graph = self.traced(layer, arguments, symbols, kind)
+            alike = str((attributes(layer), kind))
+            graph = self.traced(layer, arguments, symbols, alike)
             layouts = {v: self.layouts.get(id(variable), REPLICATED) for v, variable in enumerate(graph.variables)}
             names = zip(graph.graph.inputs, flat, symbols, strict=True)
             caches = {t for t, (name, _), symbol in names if "cache" in name and len(symbol.shape) > 1}
             layout = next((layout for _, layout in known if layout), None)
-            alike = self.alike(layer, kind), str(layouts), layout
-            local, self.choices[alike] = with_caches(
-                graph, self.gang.mesh.tensor, self.hardware, layouts, caches, layout, self.choices.get(alike)
+            choice = alike, str(layouts), layout
+            local, self.choices[choice] = with_caches(
+                graph, self.gang.mesh.tensor, self.hardware, layouts, caches, layout, self.choices.get(choice)
             )
-            layout = self.choices[alike].layout
+            layout = self.choices[choice].layout
             self.check_exchanges(layer, local)
             inputs = zip(graph.graph.inputs, local.graph.inputs, mine, known, strict=True)
             of_inputs = {}
@@ -126,22 +127,17 @@ class LayerPlans:
             self.plans[id(layer), kind] = replace(local, calls=calls), of_inputs
         return self.plans[id(layer), kind]
 
-    def traced(self, layer: Any, arguments: Any, symbols: Sequence[Any], kind: Any) -> KerasGraph:
-        """What a layer runs for such arguments."""
+    def traced(self, layer: Any, arguments: Any, symbols: Sequence[Any], alike: str) -> KerasGraph:
+        """What a layer runs for such arguments, as all do of which `alike` is the same."""
 
         def run(*values):
             left = iter(values)
             return layer(**tree.map_structure(lambda x: next(left) if tf.is_tensor(x) else x, arguments))
 
-        alike = self.alike(layer, kind)
         if alike not in self.traces:
             with _keras_calls.telling(layer, False):
                 self.traces[alike] = layer, traced(run, symbols, has_rule)
         return of_other(*self.traces[alike], layer)
-
-    def alike(self, layer: Any, kind: Any) -> str:
-        """What tells apart layers that run something else for arguments of a kind."""
-        return str((attributes(layer), kind))
 
     def check_exchanges(self, layer: Any, graph: KerasGraph):
         """Check that the exchanges of a layer can be in a program.

@@ -41,7 +41,7 @@ def explained(
     with hooks.strategy.extended.as_one():
         try:
             step = TrainingStep(hooks, data, parts, training)
-            run = step.execution(training, step.is_scheduled(), alone=True)
+            run = step.execution(step.is_scheduled(), alone=True)
             if where is None:
                 where, found = located(run, hooks.engine.schedule(hooks.strategy, parts, run.route), finite)
                 if isinstance(error, tf.errors.CancelledError):  # that of a device which another's error stopped

@@ -58,7 +58,7 @@ class KerasHooks:
         _keras.set_strategy(self.model, strategy_for_keras)
         vars(self.model)["_tfpar_hooks"] = self
         makers = {f"make_{kind}_function": partial(self.make, kind) for kind in ("train", "test", "predict")}
-        vars(self.model).update({h: make for h, make in makers.items() if not _keras.overrides(self.model, h)})
+        vars(self.model).update({h: make for h, make in makers.items() if not _keras.overrides(type(self.model), h)})
         if hasattr(type(self.model), "make_generate_function"):
             vars(self.model)["make_generate_function"] = partial(make_generate_function, self)
         _keras.set_functions(self.model, self.auto_jit, self.build_later)

@@ -8,7 +8,6 @@ from typing import Any
 
 import keras
 import tensorflow as tf
-from keras import tree
 
 from tfpar.compat import _keras, _keras_parts
 from tfpar.engine.description import Description
@@ -117,7 +116,7 @@ def build_losses(strategy: Description, engine: Engine, data: Any):
     overridden = _keras.overrides(model, "train_step", "test_step", *_keras.LOSSES)
     if y is not None and not overridden:
         with strategy.planning(), strategy.extended.creating_on(plan.device(plan.partition.stages - 1)):
-            _keras.build(model, data, tree.map_structure(lambda t: engine.graph.symbols[t], engine.graph.outputs))
+            _keras.build(model, data, engine.graph.output_symbols)
 
 
 def replicate(strategy: Description, variable: keras.Variable, weight: keras.Variable | None):

@@ -58,7 +58,7 @@ class TrainingStep:
         with following_inputs():
             scale = model.optimizer.scale_loss(tf.ones((), _keras.loss_dtype(model)))
             run = self.execution(
-                True, True, differentiate=True, loss_cotangent=scale, clock=clock, in_parts=hooks.update.in_parts
+                True, differentiate=True, loss_cotangent=scale, clock=clock, in_parts=hooks.update.in_parts
             )
             run.run(hooks.engine.schedule(hooks.strategy, self.parts, run.route), Kind.FORWARD, Kind.BACKWARD)
             loss = self.tracked_loss(run)
@@ -73,7 +73,7 @@ class TrainingStep:
     def evaluate(self) -> Any:
         """The logs of the step, which learns nothing."""
         with following_inputs():
-            run = self.execution(False, True)
+            run = self.execution(True)
             run.run(self.hooks.engine.schedule(self.hooks.strategy, self.parts, run.route), Kind.FORWARD)
             self.tracked_loss(run)
             batch_results.write_state(run)
@@ -94,7 +94,7 @@ class TrainingStep:
             tracker.update_state(value, sample_weight=self.data.rows)  # as Keras: the static size, if there is one
         return loss
 
-    def execution(self, training: bool, loss: bool, alone: bool = False, **options: Any) -> Execution:
+    def execution(self, loss: bool, alone: bool = False, **options: Any) -> Execution:
         """The batch before its first action.
 
         Args:
@@ -102,7 +102,7 @@ class TrainingStep:
             alone: whether actions are run one by one: the loss of a part is its own, and no program waits for others.
             options: of `Execution`.
         """
-        model, engine = self.hooks.model, self.hooks.engine
+        model, engine, training = self.hooks.model, self.hooks.engine, self.training
         pieces = [_keras.unpack_x_y_sample_weight(part) for part in self.data.parts(self.parts.count)]
         inputs = [
             list(map(Edge, _keras.graph_inputs(model, _keras.converted_inputs(model, part)))) for part, *_ in pieces
