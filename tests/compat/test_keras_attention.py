@@ -9,10 +9,13 @@ import pytest
 import tensorflow as tf
 from keras import layers, ops
 from keras.src.backend.tensorflow import nn
+from training import check, history, mostly
 
+from tfpar import TensorParallelStrategy
 from tfpar.comm.devices import largest_fused_head
 from tfpar.compat import _cudnn_attention, _keras_attention
-from tfpar.compat._keras_attention import FORMULA, fused
+from tfpar.compat._keras_attention import ATTENTION, fused
+from tfpar.trainer import planner
 
 pytestmark = pytest.mark.fast
 
@@ -29,11 +32,20 @@ def formula(query, key, value, bias, scale, causal):
     return tf.cast(tf.einsum("bnts,bsnh->btnh", tf.nn.softmax(logits), tf.repeat(v, groups, 2)), query.dtype)
 
 
+class Calls(list):
+    """Of cuDNN: what kind each is, and how many heads of queries they have."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = set()
+
+
 @pytest.fixture(autouse=True)
 def in_place_of_cudnn(monkeypatch):
-    calls = []
+    calls = Calls()
 
     def forward(query, key, value, bias, scale, causal):
+        calls.heads.add(query.shape[2])
         calls.append("causal" if causal else "bias" if bias is not None else "plain")
         return formula(query, key, value, bias, scale, causal), tf.zeros(query.shape[:3])
 
@@ -169,7 +181,7 @@ def test_layers(make, kind, options, in_place_of_cudnn):
 def test_keras_is_touched_only_inside():
     original = nn.dot_product_attention
     with fused(256, print):
-        assert nn.dot_product_attention is not original and FORMULA.users == 1
+        assert nn.dot_product_attention is not original and ATTENTION.users == 1
     assert nn.dot_product_attention is original
     assert largest_fused_head(["CPU:0"]) == 0
 
@@ -208,29 +220,30 @@ QWEN_MOE = {
     "moe_intermediate_dim": 32, "shared_expert_intermediate_dim": 32, "head_dim": 8, "num_experts": 2, "top_k": 1,
     "norm_top_k_prob": True,
 }  # fmt: skip
-MODELS = {  # of KerasHub: the class, what it is made with, and whether its formula alone keeps to its window
-    "llama": ("Llama", GROUPS, False),
-    "mistral": ("Mistral", GROUPS, False),
-    "mixtral": ("Mixtral", {**GROUPS, "num_experts": 2, "top_k": 1}, False),
-    "phi3": ("Phi3", GROUPS, False),
-    "gpt neo x": ("GPTNeoX", {"num_heads": 4, "hidden_dim": 32, "intermediate_dim": 32}, False),
-    "qwen": ("Qwen", GROUPS, False),
-    "qwen, window": ("Qwen", {**GROUPS, "use_sliding_window_attention": True, "sliding_window_size": 2}, True),
-    "qwen3": ("Qwen3", {**GROUPS, "head_dim": 8}, False),
-    "qwen3, window": ("Qwen3", {**GROUPS, "head_dim": 8, "sliding_window_size": 2}, True),
-    "qwen moe": ("QwenMoe", {**GROUPS, **QWEN_MOE}, False),
+NOT_OPENED = "Mixtral", "QwenMoe"  # they add losses
+MODELS = {  # of KerasHub: the class, and what it is made with
+    "llama": ("Llama", GROUPS),
+    "mistral": ("Mistral", GROUPS),
+    "mixtral": ("Mixtral", {**GROUPS, "num_experts": 2, "top_k": 1}),
+    "phi3": ("Phi3", GROUPS),
+    "gpt neo x": ("GPTNeoX", {"num_heads": 4, "hidden_dim": 32, "intermediate_dim": 32}),
+    "qwen": ("Qwen", GROUPS),
+    "qwen, window": ("Qwen", {**GROUPS, "use_sliding_window_attention": True, "sliding_window_size": 2}),
+    "qwen3": ("Qwen3", {**GROUPS, "head_dim": 8}),
+    "qwen3, window": ("Qwen3", {**GROUPS, "head_dim": 8, "sliding_window_size": 2}),
+    "qwen moe": ("QwenMoe", {**GROUPS, **QWEN_MOE}),
     "qwen moe, window": (
-        "QwenMoe", {**GROUPS, **QWEN_MOE, "use_sliding_window_attention": True, "sliding_window_size": 2}, True,
+        "QwenMoe", {**GROUPS, **QWEN_MOE, "use_sliding_window_attention": True, "sliding_window_size": 2},
     ),
-    "gemma": ("Gemma", {**GROUPS, "head_dim": 8}, False),
+    "gemma": ("Gemma", {**GROUPS, "head_dim": 8}),
     "gemma2, window": (
-        "Gemma", {**GROUPS, "head_dim": 8, "use_sliding_window_attention": True, "sliding_window_size": 2}, False,
+        "Gemma", {**GROUPS, "head_dim": 8, "use_sliding_window_attention": True, "sliding_window_size": 2},
     ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name, made_with, forgets", MODELS.values(), ids=MODELS)
-def test_models_of_keras_hub(name, made_with, forgets, in_place_of_cudnn, monkeypatch):
+@pytest.mark.parametrize("name, made_with", MODELS.values(), ids=MODELS)
+def test_models_of_keras_hub(name, made_with, in_place_of_cudnn, monkeypatch):
     """In float32: what they compute in bfloat16 differs by its rounding."""
     monkeypatch.setattr(_keras_attention, "LARGE", {tf.float32: -1e9})
     for of in ("gemma", "mixtral", "qwen_moe"):
@@ -246,8 +259,36 @@ def test_models_of_keras_hub(name, made_with, forgets, in_place_of_cudnn, monkey
         found.append([y, *(tf.convert_to_tensor(g) for g in gradients if g is not None)])
     for a, b in zip(*found, strict=True):
         assert np.abs(a - b).max() < 1e-4 * max(1.0, np.abs(a).max())
-    assert len(told) == (0 if forgets else 2) and not any(told)
+    assert len(told) == 2 and not any(told)
     assert len(in_place_of_cudnn) == len(told)
+
+
+@pytest.mark.parametrize("name, made_with", mostly(list(MODELS.values()), [MODELS["llama"]]))
+@pytest.mark.parametrize("keys", mostly([2, 1], [2]))
+def test_models_whose_layers_are_opened(name, made_with, keys, in_place_of_cudnn, monkeypatch):
+    """Ranks have cuDNN compute their own heads."""
+    monkeypatch.setattr(_keras_attention, "LARGE", {tf.float32: -1e9})
+    for of in ("gemma", "mixtral", "qwen_moe"):
+        monkeypatch.setattr(f"keras_hub.src.models.{of}.{of}_attention.running_on_gpu", lambda: True)
+    monkeypatch.setattr(planner, "largest_fused_head", lambda devices: 256)
+    if "num_key_value_heads" in made_with:
+        made_with = {**made_with, "num_key_value_heads": keys}
+
+    def build():
+        backbone = getattr(keras_hub.models, f"{name}Backbone")(vocabulary_size=50, num_layers=2, **made_with)
+        return keras.Model(backbone.inputs, layers.Dense(50)(backbone.output))
+
+    x = {"token_ids": np.arange(72).reshape(6, 12) % 50, "padding_mask": np.arange(12) < np.array([[12], [9]] * 3)}
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    strategy = TensorParallelStrategy(["CPU:0", "CPU:1"])
+    _, model = check(
+        strategy, history(x, x["token_ids"], batch_size=3, epochs=2), 1e-4, 1e-4,
+        build=build, loss=loss, jit_compile=True,
+    )  # fmt: skip
+    told = dict(strategy.explain(model).attention)
+    opened = [at for at in told if at.endswith("dot_product_attention")]
+    assert len(told) == 2 and not any(told.values()) and opened == ([] if name in NOT_OPENED else list(told))
+    assert in_place_of_cudnn.heads == {2} or keys == 1 or not opened
 
 
 def test_other_threads_are_left_alone(in_place_of_cudnn):

@@ -25,6 +25,17 @@ CASES = {  # what is traced, the shapes of its tensors (None for a size that is 
     "cast": (lambda x: tf.cast(x, tf.int32), (A,), 3),
     "softmax": (tf.nn.softmax, (A,), 2),
     "silu": (lambda x: keras.ops.silu(x), (A,), 3),
+    "attention": (lambda q, k, v: keras.ops.dot_product_attention(q, k, v), (A,) * 3, 1),
+    "attention, groups": (
+        lambda q, k, v, mask: keras.ops.dot_product_attention(q, k, v, mask=mask > 0),
+        (A, (3, 5, 2, 6), (3, 5, 2, 6), (3, 1, 4, 5)),
+        None,
+    ),
+    "attention, biases": (
+        lambda q, k, v, b: keras.ops.dot_product_attention(q, k, v, bias=b, is_causal=True),
+        (A, A, A, (1, 8, 4, 4)),
+        1,
+    ),
     "sum": (lambda x: tf.reduce_sum(x, [2]), (A,), 2),
     "mean, kept": (lambda x: tf.reduce_mean(x, -1, keepdims=True), (A,), 2),
     "argmax": (lambda x: tf.argmax(x, 2), (A,), 2),

@@ -7,6 +7,7 @@ On TensorFlow, Keras computes attention by its formula alone, with all products 
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import keras
@@ -31,21 +32,23 @@ def fused(head: int, tell: Callable[[str | None], None]) -> Iterator[None]:
     if not head:
         yield
         return
-    with FORMULA.inside((head, tell)), _keras_hub.fused():
+    with ATTENTION.inside(partial(attention, head, tell)), _keras_hub.fused(head):
         yield
 
 
 def attention(
-    formula: Callable, query: Any, key: Any, value: Any, bias: Any = None, mask: Any = None, scale: Any = None,
+    largest: int, tell: Callable[[str | None], None], formula: Callable,
+    query: Any, key: Any, value: Any, bias: Any = None, mask: Any = None, scale: Any = None,
     is_causal: bool = False, flash_attention: bool | None = None, attn_logits_soft_cap: Any = None,
 ) -> tf.Tensor:  # fmt: skip
     """`keras.ops.dot_product_attention`, by cuDNN inside `fused`."""
     query, key, value = map(tf.convert_to_tensor, (query, key, value))
     bias = bias if bias is None else tf.cast(bias, query.dtype)
-    largest, tell = FORMULA.given.get()
+    mask = _keras_hub.with_window(mask)
     why = why_not(largest, query, key, value, bias, mask, scale, flash_attention, attn_logits_soft_cap)
     tell(why)
     if why:
+        key, value = repeated(query, key, value)
         output = formula(query, key, value, bias, mask, scale, is_causal, None, attn_logits_soft_cap)
     else:
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
@@ -53,7 +56,27 @@ def attention(
     return _keras_hub.as_in_formula(output, mask)
 
 
-FORMULA = InThread((nn, "dot_product_attention", attention))
+def handled(formula: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Attention as who is inside wants it."""
+    return ATTENTION.given.get()(formula, *args, **kwargs)
+
+
+def repeated(query: Any, key: Any, value: Any) -> tuple[Any, Any]:
+    """Keys and values with as many heads as Keras' formula takes: it repeats several, but not a single one."""
+    heads, one = query.shape[2], key.shape[2] == 1
+    return (tf.repeat(key, heads, 2), tf.repeat(value, heads, 2)) if one and heads != 1 else (key, value)
+
+
+def kept(
+    query: Any, key: Any, value: Any, bias: Any, mask: Any, scale: Any, causal: bool, flash: bool | None, cap: Any
+) -> tf.Tensor:
+    """`keras.ops.dot_product_attention`, where it was found in what a layer runs."""
+    if ATTENTION.given.get() is None:
+        key, value = repeated(query, key, value)
+    return keras.ops.dot_product_attention(query, key, value, bias, mask, scale, causal, flash, cap)
+
+
+ATTENTION = InThread((nn, "dot_product_attention", handled))
 
 
 def why_not(

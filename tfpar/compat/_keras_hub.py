@@ -17,12 +17,19 @@ import tensorflow as tf
 from tfpar.compat._replaced import InThread
 
 MODELS, SWITCH, METHOD = "keras_hub.src.models.", "fused_attention_op_available", "_compute_attention"
-CALL: contextvars.ContextVar[tuple[Any, Any] | None] = contextvars.ContextVar("call", default=None)
+CALL: contextvars.ContextVar[tuple[Any, int] | None] = contextvars.ContextVar("call", default=None)
 
 
 @contextlib.contextmanager
-def fused() -> Iterator[None]:
-    """Inside, in this thread, KerasHub's attention layers call `keras.ops.dot_product_attention`."""
+def fused(head: int) -> Iterator[None]:
+    """Inside, in this thread, KerasHub's attention layers call `keras.ops.dot_product_attention`.
+
+    Args:
+        head: the largest head that is computed otherwise than by the formula; if it is 0, nothing changes.
+    """
+    if not head:
+        yield
+        return
     with contextlib.ExitStack() as stack:
         for name, module in list(sys.modules.items()):
             if name.startswith(MODELS) and hasattr(module, SWITCH):
@@ -39,8 +46,8 @@ def replacement(module: ModuleType) -> InThread:
 
 
 def within(function: Callable, layer: Any, *args: Any, **kwargs: Any) -> Any:
-    """A layer's method, by which the switch knows who asks, and of how many keys."""
-    token = CALL.set((layer, args[1].shape[1] if len(args) > 1 else None))
+    """A layer's method, by which it is known who asks for attention, and from which query on."""
+    token = CALL.set((layer, kwargs.get("cache_update_index") or 0))
     try:
         return function(layer, *args, **kwargs)
     finally:
@@ -49,16 +56,24 @@ def within(function: Callable, layer: Any, *args: Any, **kwargs: Any) -> Any:
 
 def available(function: Callable) -> bool:
     """Whether a layer is to call `keras.ops.dot_product_attention`."""
-    call = CALL.get()
-    return function() if call is None else not forgets_window(*call)
+    return CALL.get() is not None or function()
 
 
-def forgets_window(layer: Any, keys: int | None) -> bool:
-    """Whether only a layer's own formula keeps to its sliding window, as in Qwen, and there are more keys than that."""
-    if not any(owner.__module__.startswith(f"{MODELS}qwen") for owner in type(layer).__mro__):
-        return False
+def with_window(mask: Any) -> Any:
+    """The mask that a layer gives `keras.ops.dot_product_attention`, with its sliding window.
+
+    Qwen's layers keep to it in their own formula only.
+
+    Args:
+        mask: `(batch, 1, queries, keys)`, boolean.
+    """
+    layer, start = CALL.get() or (None, 0)
+    if mask is None or not any(owner.__module__.startswith(f"{MODELS}qwen") for owner in type(layer).__mro__):
+        return mask
     window = getattr(layer, "use_sliding_window_attention", True) and layer.sliding_window_size
-    return bool(window) and (keys is None or keys > window)
+    if not window or (mask.shape[3] is not None and mask.shape[3] <= window):
+        return mask
+    return tf.expand_dims(layer._mask_sliding_window(mask[:, 0], cache_update_index=start), 1)
 
 
 def as_in_formula(output: tf.Tensor, mask: Any) -> tf.Tensor:

@@ -11,7 +11,7 @@ import keras
 import tensorflow as tf
 from keras import tree
 
-from tfpar.compat import _keras, _keras_parts
+from tfpar.compat import _keras, _keras_attention, _keras_hub, _keras_parts
 from tfpar.compat._keras_parts import LAYER_CALLS
 from tfpar.compat._replaced import InThread
 from tfpar.compat._tf import copied_for_tapes, has_own_gradient
@@ -70,15 +70,13 @@ class Kept:
 
     Args:
         function: the function.
-
-    Attributes:
         type: its name.
     """
 
     variables = ()
 
-    def __init__(self, function: Callable):
-        self.function, self.type = function, function.__name__
+    def __init__(self, function: Callable, type: str):
+        self.function, self.type = function, type
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
@@ -311,7 +309,12 @@ def traced(
     graph = tf.__internal__.FuncGraph("traced")
     with graph.as_default():
         inputs = [tf.compat.v1.placeholder(s.dtype, s.shape) for s in symbols]
-        with Trace(graph) as trace, FUNCTIONS.inside(trace), LAYER_CALLS.inside(partial(layer_called, trace, keeps)):
+        with (
+            Trace(graph) as trace,
+            FUNCTIONS.inside(trace),
+            _keras_attention.ATTENTION.inside(partial(attention_kept, trace)),
+            LAYER_CALLS.inside(partial(layer_called, trace, keeps)),
+        ):
             results = function(*inputs)
             trace.has_masks |= any(map(has_mask, tree.flatten(results)))
             outputs = tree.map_structure(tf.identity, results)
@@ -334,7 +337,26 @@ def has_mask(x: Any) -> bool:
 def function_kept(function: Callable, *args: Any, **kwargs: Any) -> Any:
     """A function of Keras with a gradient of its own, as it is."""
     trace = FUNCTIONS.given.get()
-    return trace.whole(lambda: function(*args, **kwargs), Kept(function), args, kwargs, function.__name__)
+    return trace.whole(
+        lambda: function(*args, **kwargs), Kept(function, function.__name__), args, kwargs, function.__name__
+    )
+
+
+def attention_kept(
+    trace: Trace, formula: Callable, query: Any, key: Any, value: Any, bias: Any = None, mask: Any = None,
+    scale: Any = None, is_causal: bool = False, flash_attention: bool | None = None, attn_logits_soft_cap: Any = None,
+) -> tf.Tensor:  # fmt: skip
+    """`keras.ops.dot_product_attention` as it is, so that programs can have cuDNN compute it."""
+
+    mask = _keras_hub.with_window(mask)
+
+    def by_formula():
+        keys, values = _keras_attention.repeated(query, key, value)
+        return formula(query, keys, values, bias, mask, scale, is_causal, None, attn_logits_soft_cap)
+
+    args = query, key, value, bias, mask, scale, is_causal, flash_attention, attn_logits_soft_cap
+    operation = Kept(_keras_attention.kept, formula.__name__)
+    return _keras_hub.as_in_formula(trace.whole(by_formula, operation, args, {}, formula.__name__), mask)
 
 
 FUNCTIONS = InThread((_keras_parts.backend_nn, "silu", function_kept))

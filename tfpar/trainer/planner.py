@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras import tree
 
 from tfpar.comm.devices import each_gpu_is_one_device, inter_op_threads, largest_fused_head
-from tfpar.compat import _keras, _keras_calls, _moments
+from tfpar.compat import _keras, _keras_calls, _keras_hub, _moments
 from tfpar.engine import micro_batch
 from tfpar.engine.description import Description
 from tfpar.engine.engine import Engine, ExecutionGraph, layout_of
@@ -68,9 +68,11 @@ def planned(
         names[0] = names[0] | hidden_normalizations(graphs[0])
     if strategy.parts.micro_batches > 1:
         check_independence(graphs[0], probes[0])
+    fused_head = largest_fused_head(mesh.devices) if model.jit_compile and not model.run_eagerly else 0
     if mesh.tensor > 1:
         ways = zip(graphs, told_in_steps(model), names, strict=True)
-        graphs = [inline_layers(graph, training, closed, whole) for graph, training, whole in ways]
+        with _keras_hub.fused(fused_head):
+            graphs = [inline_layers(graph, training, closed, whole) for graph, training, whole in ways]
         probes = of_distinct(graphs, Probe)
     names = [sharing_state(graph, found) for graph, found in zip(graphs, names, strict=True)]
     warn_of(names[0])
@@ -96,8 +98,7 @@ def planned(
         plan, model, training, inference, bool(model.jit_compile), model.run_eagerly,
         loss_parallel=(loss, with_loss[0]) if with_loss else None,
         cross_device_ops=strategy.cross_device_ops, cut_because=cut_because(strategy, model),
-        fused_head=largest_fused_head(strategy.mesh.devices) if model.jit_compile and not model.run_eagerly else 0,
-        reduce_dtype=strategy.reduce_dtype, buckets=strategy.buckets, **between,
+        fused_head=fused_head, reduce_dtype=strategy.reduce_dtype, buckets=strategy.buckets, **between,
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from tfpar.planning.sharding import REPLICATED, Layout, bounds
 from tfpar.tensor_parallel.rank_graph import RankGraphBuilder, with_tensors
 from tfpar.tensor_parallel.rules import Site, rule
 from tfpar.tensor_parallel.rules.dense import End
+from tfpar.tensor_parallel.rules.tensorflow_ops import Operands
 
 
 class OfHeads(ToldTraining):
@@ -112,3 +113,14 @@ def grouped_query_attention(site: Site) -> Iterator[Option]:
         yield from by_heads(site, [*queries, *projections(layer, "key", "value")])
     else:
         yield from by_heads(site, queries, OfQueryHeads)
+
+
+@rule("tf.dot_product_attention")
+def products(site: Site) -> Iterator[Option]:
+    """Heads of queries with their own of keys and values: one of each, or groups."""
+    of = Operands(site)
+    queries, keys = of.shapes[0][2], of.shapes[1][2]
+    groups = queries is not None and keys is not None and not queries % site.ranks and not keys % site.ranks
+    if (queries == keys or groups) and of.divides(of.shapes[0], 2):
+        added = [len(s) - 3 if len(s) > 2 and s[-3] != 1 else None for s in of.shapes[3:5]]  # a bias and a mask
+        yield from of.option("heads", [2, 2, 2, *added], [2])
