@@ -182,7 +182,7 @@ def norms_of_parts(patch):
 BUGS = [None, no_sum_over_replicas, no_sum_over_ranks, first_part_for_all, norms_of_parts]
 
 
-@pytest.mark.parametrize("bug", some_fast(BUGS, None))
+@pytest.mark.parametrize("bug", mostly(BUGS, [None, no_sum_over_ranks, norms_of_parts], [None]))
 def test_planted_bugs_are_caught(bug, monkeypatch):
     keras.config.set_floatx("float64")
     keras.config.set_dtype_policy("float64")
