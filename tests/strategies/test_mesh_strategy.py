@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from training import OPTIMIZERS, Own, Spy, check, compiled, data, deep, history, mostly, some_fast
+from training import OPTIMIZERS, Own, Spy, check, compiled, data, deep, history, mostly
 
 import tfpar
 from tfpar import Mesh
