@@ -252,6 +252,8 @@ def test_sums():
     assert np.allclose(add(SHARED, tf.ones((6, 4), tf.float64)), 1 + dense(ROWS))
     one = folded(add(ROWS, ROWS), 2)
     assert np.array_equal(one.indices, ROWS.indices) and np.array_equal(one.values, 2 * VALUES)
+    wide = tf.IndexedSlices(ROWS.values, tf.cast(ROWS.indices, "int64"), ROWS.dense_shape)
+    assert np.allclose(dense(add(wide, ROWS)), 2 * dense(ROWS)) and np.allclose(dense(add(ROWS, wide)), 2 * dense(ROWS))
 
 
 @pytest.mark.fast

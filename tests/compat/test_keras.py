@@ -474,7 +474,7 @@ def test_running():
     with _keras_calls.running(model, lambda x, training=None: x * 2.0, [tf.constant(7.0)]):
         assert np.array_equal(model(X, training=True), X * 2.0)
         assert [float(v) for v in model.losses] == [7.0]
-        assert _keras_calls.own_call(model, X, True).shape == (8, 3)
+        assert _keras_calls.own_call(model, X, training=True).shape == (8, 3)
     assert model(X).shape == (8, 3) and model.losses == []
 
 

@@ -13,7 +13,7 @@ from training import check, history, mostly
 
 from tfpar import TensorParallelStrategy
 from tfpar.comm.devices import largest_fused_head
-from tfpar.compat import _cudnn_attention, _keras_attention
+from tfpar.compat import _cudnn_attention, _keras_attention, _keras_hub
 from tfpar.compat._keras_attention import ATTENTION, fused
 from tfpar.trainer import planner
 
@@ -302,3 +302,12 @@ def test_other_threads_are_left_alone(in_place_of_cudnn):
         assert told == [None] and len(in_place_of_cudnn) == 1
     ops.dot_product_attention(x, x, x)
     assert len(told) == 1
+
+
+@pytest.mark.fast
+def test_a_cache_that_is_updated_from_a_place_that_is_a_tensor():
+    @tf.function
+    def place(index):
+        return _keras_hub.within(lambda layer, **kwargs: _keras_hub.CALL.get()[1], None, cache_update_index=index)
+
+    assert place(tf.constant(3)) == 3

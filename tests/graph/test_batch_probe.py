@@ -127,6 +127,27 @@ def test_look_ups_of_alike_layers_are_traced_once(monkeypatch):
     assert set(traced) == {0, 2, 5}  # a table, one that is not trained, and a layer
 
 
+class Positions(layers.Layer):
+    """Learned positions of exactly so many tokens, or of the frames that follow each other in dim 0."""
+
+    def __init__(self, count, of_frames=False):
+        super().__init__()
+        self.table, self.of_frames, self.count = layers.Embedding(count, 3), of_frames, count
+
+    def call(self, x):
+        found = self.table(ops.arange(self.count))
+        if not self.of_frames:
+            return ops.expand_dims(x, -1) + found
+        return ops.reshape(ops.reshape(x, (-1, self.count, 3)) + found, (-1, 3))
+
+
+@pytest.mark.parametrize("layer, shape", [(Positions(11), (None,)), (Positions(7, of_frames=True), (3,))])
+def test_look_ups_that_take_only_some_sizes(layer, shape):
+    x = layers.Input(shape)
+    graph = graph_from(keras.Model(x, layer(x)))
+    assert Probe(graph).rows(0, graph.variables[0]) == Combine.SAME
+
+
 class Table(layers.Embedding):
     """Looks up places, or what is there: that is not in its configuration."""
 

@@ -677,6 +677,54 @@ def test_composites_that_do_more(kind):
     assert_same(one, other, 1e-5 if kind is Counts else 2e-3, 1e-7)
 
 
+@keras.saving.register_keras_serializable()
+class Affine(layers.Layer):
+    """Weights without dimensions."""
+
+    def build(self, shape):
+        self.scale, self.bias = (self.add_weight(shape=(), initializer=start) for start in ("ones", "zeros"))
+
+    def call(self, x):
+        return self.scale * x + self.bias
+
+
+@pytest.mark.fast
+def test_scalar_weights_of_what_is_divided():
+    def build():
+        x = layers.Input((T, D))
+        return keras.Model(x, layers.Dense(D)(Affine()(layers.Dense(8 * D)(x))))
+
+    x, y = reals()
+    strategy = ranks(2)
+    one, other = (trained(s, build, x=x, y=y) for s in (None, strategy))
+    assert_same(one, other, 1e-5, 1e-7)
+    assert strategy.explain(other).parameter_bytes(0) < 0.6 * one.count_params() * 4
+
+
+@keras.saving.register_keras_serializable()
+class Branches(layers.Layer):
+    """Decides by a size that is not known before there is data."""
+
+    def build(self, shape):
+        self.none, self.some = layers.Dense(D), layers.Dense(D)
+        self.none.build(shape)
+        self.some.build(shape)
+
+    def call(self, x):
+        return ops.cond(ops.greater(ops.shape(x)[1], 0), lambda: self.some(x), lambda: self.none(x))
+
+
+@pytest.mark.fast
+def test_layers_in_branches():
+    def build():
+        x = layers.Input((None, D))
+        return keras.Model(x, layers.Dense(D)(Branches()(x)))
+
+    x, y = reals()
+    one, other = (trained(s, build, x=x, y=y) for s in (None, ranks(2)))
+    assert_same(one, other, 1e-5, 1e-7)
+
+
 class Normed(layers.Dense):
     """Another kernel behind an unchanged call."""
 

@@ -36,6 +36,11 @@ CASES = {  # what is traced, the shapes of its tensors (None for a size that is 
         (A, A, A, (1, 8, 4, 4)),
         1,
     ),
+    "attention, a scale for each head": (
+        lambda q, k, v, s: keras.ops.dot_product_attention(q, k, v, scale=s),
+        (A, A, A, (8, 1, 1)),
+        1,
+    ),
     "sum": (lambda x: tf.reduce_sum(x, [2]), (A,), 2),
     "mean, kept": (lambda x: tf.reduce_mean(x, -1, keepdims=True), (A,), 2),
     "argmax": (lambda x: tf.argmax(x, 2), (A,), 2),
@@ -95,6 +100,14 @@ def test_parts_are_those_of_the_whole(name, ranks):
         known = [n for call, n in zip(graph.calls, tried, strict=True) if not is_about_sizes(call)]
         assert min(known, default=tried[0]) > 0
         assert ways is None or max(tried) == ways
+
+
+@pytest.mark.parametrize("mask", [(3, None, 4, 4), (None, 4, 4)])
+def test_a_mask_that_may_be_of_heads_or_not(mask):
+    """Which, is known when there is data: it is broadcast where it has one of them."""
+    function = lambda q, k, v, b: keras.ops.dot_product_attention(q, k, v, bias=b)  # noqa: E731
+    graph = traced(function, [keras.KerasTensor(shape, "float32") for shape in (A, A, A, mask)])
+    assert len(list(rules.options(rules.Site(graph, 0, 2)))) == 1
 
 
 def is_about_sizes(call):

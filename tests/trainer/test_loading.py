@@ -71,6 +71,17 @@ def test_weights_wait_until_they_are_needed(mesh):
     assert not any(variable.is_waiting for variable in stored(other))
 
 
+def test_planning_a_language_model_needs_few_values(mesh, large):
+    """All of a large one would be more than the host has. One of the decoders may be tried, for all that are alike."""
+    with mesh.scope():
+        model = keras_hub.models.LlamaCausalLM(llama(), preprocessor=None)
+    embedding, *others = model.variables
+    embedding.assign(np.ones(embedding.shape))
+    began = [variable.path for variable in others if not _keras.stored(variable).is_waiting]
+    assert not _keras.stored(embedding).is_waiting
+    assert all(path.startswith("transformer_layer_0/") for path in began)
+
+
 class Scale(keras.layers.Layer):
     """A layer that Keras must run to know what comes of it."""
 

@@ -44,8 +44,9 @@ def add(a: Any, b: Any) -> Any:
         return a._replace(values=a.values + b.values)
     a, b = plain(a), plain(b)
     if isinstance(a, tf.IndexedSlices) and isinstance(b, tf.IndexedSlices):
-        values, indices = tf.concat([a.values, b.values], 0), tf.concat([a.indices, b.indices], 0)
-        return tf.IndexedSlices(values, indices, a.dense_shape)
+        values = tf.concat([a.values, b.values], 0)
+        indices = [g.indices if a.indices.dtype == b.indices.dtype else tf.cast(g.indices, "int64") for g in (a, b)]
+        return tf.IndexedSlices(values, tf.concat(indices, 0), a.dense_shape)
     return tf.convert_to_tensor(a) + tf.convert_to_tensor(b)
 
 

@@ -21,6 +21,8 @@ from keras.src.models.sequential import Sequential
 from keras.src.trainers.data_adapters.data_adapter_utils import unpack_x_y_sample_weight
 from keras.src.trainers.trainer import Trainer, model_supports_jit
 
+from tfpar.compat import _keras_hub
+
 __all__ = ["get_keras_mask", "set_keras_mask", "unpack_x_y_sample_weight"]
 
 # ---- models: construction, what of Keras they override, what Keras does before it calls them
@@ -50,7 +52,7 @@ def is_graph(model: Any) -> bool:
     return (
         graph_of(model) is not None
         and type(model).call in (Functional.call, Sequential.call)
-        and type(model).__call__ is keras.layers.Layer.__call__
+        and _keras_hub.is_plain(type(model).__call__)
         and not model.supports_masking
         and model.activity_regularizer is None
         and model._remat_mode is None

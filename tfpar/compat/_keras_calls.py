@@ -56,10 +56,10 @@ def training_argument(model: keras.Model, training: bool | None) -> dict[str, An
     return {"training": training} if model._call_has_training_arg else {}
 
 
-def own_call(model: keras.Model, inputs: Any, training: bool | None) -> Any:
+def own_call(model: keras.Model, *args: Any, training: bool | None, **kwargs: Any) -> Any:
     """What the model's class computes, whatever `running` has put in its place."""
     with telling(model, training), own_calls():
-        return type(model).call(model, inputs, **training_argument(model, training))
+        return type(model).call(model, *args, **kwargs, **training_argument(model, training))
 
 
 @contextlib.contextmanager

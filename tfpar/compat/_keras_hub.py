@@ -1,4 +1,4 @@
-"""Private names of KerasHub that fused attention needs. Checked against KerasHub 0.32.
+"""Private names of KerasHub that its tasks and fused attention need. Checked against KerasHub 0.32.
 
 Its attention layers write the formula themselves on TensorFlow, and call `keras.ops.dot_product_attention` elsewhere.
 """
@@ -16,8 +16,14 @@ import tensorflow as tf
 
 from tfpar.compat._replaced import InThread
 
+PIPELINE_MODEL = "keras_hub.src.utils.pipeline_model"
 MODELS, SWITCH, METHOD = "keras_hub.src.models.", "fused_attention_op_available", "_compute_attention"
 CALL: contextvars.ContextVar[tuple[Any, int] | None] = contextvars.ContextVar("call", default=None)
+
+
+def is_plain(call: Callable) -> bool:
+    """Whether a class' `__call__` is that of Keras, or that of KerasHub's tasks, which looks for strings before it."""
+    return call is keras.layers.Layer.__call__ or getattr(call, "__module__", None) == PIPELINE_MODEL
 
 
 @contextlib.contextmanager
@@ -47,7 +53,8 @@ def replacement(module: ModuleType) -> InThread:
 
 def within(function: Callable, layer: Any, *args: Any, **kwargs: Any) -> Any:
     """A layer's method, by which it is known who asks for attention, and from which query on."""
-    token = CALL.set((layer, kwargs.get("cache_update_index") or 0))
+    start = kwargs.get("cache_update_index")
+    token = CALL.set((layer, 0 if start is None else start))
     try:
         return function(layer, *args, **kwargs)
     finally:

@@ -4,6 +4,7 @@ Asked of numbers, not of code: the function is run on some random samples, and o
 """
 
 import enum
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,9 +18,11 @@ from keras import tree
 from tfpar.compat import _keras
 from tfpar.errors import Caught
 from tfpar.graph.alike import attributes, config_of
-from tfpar.graph.keras_graph import KerasGraph
+from tfpar.graph.keras_graph import Call, KerasGraph
 from tfpar.graph.recording import RecordingScope
-from tfpar.graph.samples import DRAWS, PARTS, SIZES, candidates, first_that_works, sample, sized
+from tfpar.graph.samples import DRAWS, GUESSES, PARTS, SIZES, candidates, first_that_works, sample, sized
+
+OF_FRAMES = 5040  # has all numbers up to 10 as factors: dim 0 can be samples times frames
 
 
 class Combine(enum.Enum):
@@ -58,6 +61,11 @@ def combination(whole: Any, parts: Sequence[Any], base: Any = 0) -> Combine | No
     return None
 
 
+def guesses_for(call: Call) -> list[int]:
+    """For dimensions that the model leaves open: also the sizes of a call's weights, such as a table of positions."""
+    return list(dict.fromkeys([*GUESSES, *(n for v in call.variables for n in v.shape if n < max(GUESSES))]))
+
+
 def agreed(kinds: Sequence[Combine | None]) -> Combine | None:
     """The one way on which all draws that tell something agree."""
     return kinds[0] if kinds and len(set(kinds)) == 1 else None
@@ -94,7 +102,7 @@ class Probe:
             op = self.graph.graph.ops[index]
             tensors = list(dict.fromkeys(op.inputs))
             symbols, batched = [self.graph.symbols[t] for t in tensors], [self.graph.is_batched(t) for t in tensors]
-            attempts = candidates([s.shape for s in symbols], batched)
+            attempts = candidates([s.shape for s in symbols], batched, guesses=guesses_for(self.graph.calls[index]))
 
             def run(shapes: list[tuple]) -> dict[int, tuple]:
                 found = dict(zip(tensors, shapes, strict=True))
@@ -189,13 +197,16 @@ class Probe:
         symbols = {t: self.graph.symbols[t] for t in self.graph.graph.ops[index].inputs}
         batched = [self.graph.is_batched(t) for t in symbols]
 
-        def of(shapes: list[tuple]) -> list[dict[int, int | None]]:
+        def of(attempt: tuple[int, list[tuple]]) -> list[dict[int, int | None]]:
+            times, shapes = attempt
             kinds = zip(symbols.values(), shapes, batched, strict=True)
             specs = [partial(spec_of, s, shape, is_batched) for s, shape, is_batched in kinds]
-            return [self.traced_rows(index, variables, [spec(rows) for spec in specs]) for rows in SIZES]
+            return [self.traced_rows(index, variables, [spec(times * rows) for spec in specs]) for rows in SIZES]
 
+        guesses = guesses_for(self.graph.calls[index])
+        found = list(candidates([s.shape for s in symbols.values()], batched, guesses=guesses))
         with tf.init_scope():
-            return first_that_works(candidates([s.shape for s in symbols.values()], batched), of)
+            return first_that_works(itertools.product((1, OF_FRAMES), found), of)
 
     def traced_rows(
         self, index: int, variables: Sequence[keras.Variable], inputs: list[tf.TensorSpec]

@@ -29,7 +29,7 @@ def opened(model: keras.Model, x: Any, training: bool) -> KerasGraph:
     flat = tree.flatten(x)
 
     def call(*values):
-        return _keras_calls.own_call(model, tree.pack_sequence_as(x, values), training)
+        return _keras_calls.own_call(model, tree.pack_sequence_as(x, values), training=training)
 
     symbols = [_keras.symbolic(a) for a in flat]
     small = small_samples(symbols, [True] * len(flat), len(flat[0]), own=False)

@@ -354,7 +354,7 @@ class OwnCall(ToldTraining):
         self.model, self.variables = model, model.variables
 
     def __call__(self, inputs, training=None):
-        return _keras_calls.own_call(self.model, inputs, training)
+        return _keras_calls.own_call(self.model, inputs, training=training)
 
 
 def one_call(model: keras.Model, x: Any) -> KerasGraph:

@@ -22,18 +22,21 @@ DRAWS: tuple[Callable[[np.random.Generator, Sequence[int]], np.ndarray], ...] = 
 Shape = tuple[int | None, ...]
 
 
-def candidates(shapes: Sequence[Shape], batched: Sequence[bool], own: bool = True) -> Iterator[list[Shape]]:
+def candidates(
+    shapes: Sequence[Shape], batched: Sequence[bool], own: bool = True, guesses: Sequence[int] = GUESSES
+) -> Iterator[list[Shape]]:
     """For tensors of these shapes, shapes to try an operation with: small ones, then their own.
 
     Equal sizes stay equal. Where `batched`, dim 0 is left open.
 
     Args:
         own: whether to try their own, if they are not small.
+        guesses: for dimensions that the model leaves open.
     """
     inner = [shape[1:] if b else shape for shape, b in zip(shapes, batched, strict=True)]
     large = sorted({n for shape in inner for n in shape if n is not None and n > SMALL})
     small = {n: SMALL // 2 + 1 + k for k, n in enumerate(large)}
-    guesses = GUESSES if any(None in shape for shape in inner) else GUESSES[:1]
+    guesses = guesses if any(None in shape for shape in inner) else guesses[:1]
 
     def sized(shape: Shape, guess: int, kept: int) -> Shape:
         """With its last `kept` sizes, the others small."""
@@ -69,7 +72,8 @@ def sample(
     shape = sized(shape, sum(SIZES) if batched else None)
     if tf.as_dtype(dtype).is_floating:
         values = draw(rng, shape)
-        values[: SIZES[0]] *= 0.3  # so that the parts are not alike
+        if batched:
+            values[: SIZES[0]] *= 0.3  # so that the parts are not alike
         return tf.cast(values, dtype)
     return tf.cast(rng.integers(0, 2, shape), dtype)
 

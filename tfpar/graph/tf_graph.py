@@ -139,7 +139,9 @@ class Trace(RecordingScope):
 
     def whole(self, function: Callable, operation: Callable, args: tuple, kwargs: dict, name: str) -> Any:
         """What `function` returns, traced as one call of `operation`."""
-        if self.inside:
+        if (
+            self.inside or tf.compat.v1.get_default_graph() is not self.graph
+        ):  # of a branch or a loop, a graph of its own
             return function()
         before, self.inside = len(self.graph.get_operations()), True
         try:

@@ -127,7 +127,8 @@ class RankGraphBuilder:
         shape, dtype = self.full[x], self.symbols[x].dtype
         y = self.tensor(shape, dtype, layout)
         kind = forward if forward not in LOCAL else f"{backward}-of-gradient"
-        self.add(Call(Collective(forward, backward, dim, shape[dim]), (Ref(x),), {}, (y,)), f"{self.name}/{kind}")
+        extent = shape[dim] if shape else None  # a scalar is on all ranks
+        self.add(Call(Collective(forward, backward, dim, extent), (Ref(x),), {}, (y,)), f"{self.name}/{kind}")
         self.converted[key] = y
         return y
 

@@ -34,11 +34,12 @@ def call(
     likely: int,
     losses: list[tf.Tensor],
     is_open: bool,
-    inputs: Any,
+    *args: Any,
     training: bool | None = None,
     mask: Any = None,
+    **more: Any,
 ) -> Any:
-    """What the model makes of a batch.
+    """What the model makes of a batch; one that takes more than one input, or is in a program, runs as it is.
 
     Args:
         hooks: of the model; gives `model`, `strategy` and `prepared(data, rows)`.
@@ -49,8 +50,10 @@ def call(
             known size only, so that outputs then must not have one, as they would in compiled programs.
     """
     model, training = hooks.model, _keras_calls.told() if training is None else training
-    if _keras.in_program():
-        return _keras_calls.own_call(model, inputs, training)
+    if _keras.in_program() or len(args) != 1 or more:
+        given = more if mask is None else {**more, "mask": mask}
+        return _keras_calls.own_call(model, *args, training=training, **given)
+    (inputs,) = args
     rows = micro_batch.count(inputs)
     engine = hooks.prepared((inputs,), rows if isinstance(rows, int) else likely)
     flat = _keras.graph_inputs(model, inputs)

@@ -121,6 +121,8 @@ def products(site: Site) -> Iterator[Option]:
     of = Operands(site)
     queries, keys = of.shapes[0][2], of.shapes[1][2]
     groups = queries is not None and keys is not None and not queries % site.ranks and not keys % site.ranks
-    if (queries == keys or groups) and of.divides(of.shapes[0], 2):
-        added = [len(s) - 3 if len(s) > 2 and s[-3] != 1 else None for s in of.shapes[3:5]]  # a bias and a mask
+    broadcast = of.shapes[3:6]  # a bias, a mask and a scale
+    known = all(len(s) < 3 or s[-3] is not None for s in broadcast)
+    if known and (queries == keys or groups) and of.divides(of.shapes[0], 2):
+        added = [len(s) - 3 if len(s) > 2 and s[-3] != 1 else None for s in broadcast]
         yield from of.option("heads", [2, 2, 2, *added], [2])
