@@ -287,6 +287,11 @@ FLOAT32_INSIDE = {
 }  # fmt: skip
 # Nor evaluated: 9 rows with 8 boxes each happen to fit.
 NOT_TRAINED = {"SAM3PromptableConcept": "its geometry encoder gives attention a mask (rows, boxes + 1)"}
+# Statistics over a batch, losses that layers add, and a mask that mixes samples are not those of micro-batches.
+OF_WHOLE_BATCHES = {
+    "BASNet", "CSPNet", "DFine", "DeepLabV3", "DenseNet", "EfficientNet", "HGNetV2", "Mixtral", "MobileNet",
+    "Qwen3Moe", "Qwen3_5Moe", "QwenMoe", "ResNet", "RetinaNet", "SegFormer", "XLNet", "Xception",
+}  # fmt: skip
 # A part of the path of the weights that have no gradient.
 UNUSED = dict(DepthAnything="stage_0/residual_layer1", SAM="no_mask_embed", XLNet="mask_emb")
 

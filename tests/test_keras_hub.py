@@ -18,6 +18,15 @@ STRATEGIES = {
     "zero 3": lambda: tfpar.MeshStrategy(Mesh(data=4), zero=3),
     "mesh": lambda: tfpar.MeshStrategy(Mesh(data=2, tensor=2)),
 }
+
+
+def strategy_for(name, kind):
+    """A strategy; a pipeline of one micro-batch for models whose numbers are those of whole batches."""
+    if kind == "pipeline" and name in zoo.OF_WHOLE_BATCHES:
+        return tfpar.LayerPlacementStrategy(["CPU:0", "CPU:1"])
+    return STRATEGIES[kind]()
+
+
 OPTIMIZERS = {
     "sgd": lambda: keras.optimizers.SGD(0.01, momentum=0.9),
     "adam": lambda: keras.optimizers.Adam(1e-3, epsilon=1e-3),
@@ -44,7 +53,7 @@ def test_equals_one_device(name, strategy, optimizer):
     exact = dtype == "float64" and name not in zoo.FLOAT32_INSIDE
     rtol, atol = (1e-9, 1e-11) if exact else (1e-4, 1e-5)
     made = dict(build=lambda: zoo.model(name), optimizer=OPTIMIZERS[optimizer])
-    check(STRATEGIES[strategy](), lambda model: use(model, name), rtol, atol, **made)
+    check(strategy_for(name, strategy), lambda model: use(model, name), rtol, atol, **made)
 
 
 @pytest.mark.parametrize("strategy", mostly(list(STRATEGIES), ["tensor"]))

@@ -28,7 +28,7 @@ def parser():
 
 def measure(name, optimizer):
     """What each strategy does with a model, and how its numbers differ from those of one device."""
-    from test_keras_hub import OPTIMIZERS, STRATEGIES, use
+    from test_keras_hub import OPTIMIZERS, STRATEGIES, strategy_for, use
     from training import compiled
 
     import tfpar
@@ -42,7 +42,7 @@ def measure(name, optimizer):
     found = {}
     for run in (None, *STRATEGIES):
         try:
-            strategy = STRATEGIES[run]() if run else None
+            strategy = strategy_for(name, run) if run else None
             model, numbers = trained(strategy)
             if run is None:
                 whole = numbers
