@@ -82,6 +82,17 @@ def test_planning_a_language_model_needs_few_values(mesh, large):
     assert all(path.startswith("transformer_layer_0/") for path in began)
 
 
+def test_only_training_creates_slots(mesh):
+    """Adam's are twice the weights, which a model that predicts need not have room for."""
+    one, other = compiled(optimizer="adam"), compiled(mesh, optimizer="adam")
+    for model in (one, other):
+        model.predict(data()[0], verbose=0)
+        model.evaluate(*data(), verbose=0)
+        assert not model.optimizer.built
+        history(*data(), batch_size=10)(model)
+    assert_same(one, other, 1e-5, 1e-7)
+
+
 class Scale(keras.layers.Layer):
     """A layer that Keras must run to know what comes of it."""
 

@@ -61,7 +61,7 @@ class Generation:
         """
         inputs = {name: np.asarray(x) for name, x in inputs.items()}
         lengths = checked(self.hooks.model, inputs, stop_token_ids)
-        engine = self.hooks.prepared((tree.map_structure(tf.convert_to_tensor, inputs),), len(lengths))
+        engine = self.hooks.prepared((tree.map_structure(tf.convert_to_tensor, inputs),), len(lengths), learns=False)
         stop = None if stop_token_ids is None else tuple(int(token) for token in stop_token_ids)
         work = Work(lengths, self.parts(engine), self.speeds, is_compiled(engine))
         found: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []

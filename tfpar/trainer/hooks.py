@@ -24,7 +24,7 @@ from tfpar.planning.progress import announced
 from tfpar.trainer import saving
 from tfpar.trainer.generating import make_generate_function
 from tfpar.trainer.model_call import call
-from tfpar.trainer.placement import build_losses, place_variables, prepared
+from tfpar.trainer.placement import build_losses, build_optimizer, place_variables, prepared
 from tfpar.trainer.step_function import StepFunction
 from tfpar.trainer.training_step import TrainingStep, checked_loss
 
@@ -135,8 +135,8 @@ class KerasHooks:
             setattr(self.model, name, partial(for_list if kind == "predict" else for_iterator, traced))
         return getattr(self.model, name)
 
-    def prepared(self, data: Any, rows: int) -> Engine:
-        """The engine, made when the model is first used and again when it was compiled since."""
+    def prepared(self, data: Any, rows: int, learns: bool = True) -> Engine:
+        """The engine, made when the model is first used and again when it was compiled since; slots, if it `learns`."""
         ranks = self.strategy.mesh.tensor > 1
         targets = ranks and _keras.unpack_x_y_sample_weight(data)[1] is not None  # the loss is a part of what ranks run
         if self.engine is None or self.compiled_as != self.compilation() or targets > self.has_targets:
@@ -150,8 +150,11 @@ class KerasHooks:
                         f"{replicas}",
                         stacklevel=user_level(),
                     )
-                self.use(prepared(self.strategy, self.model, data, rows, before, frozenset(self.global_batch)))
+                known = frozenset(self.global_batch)
+                self.use(prepared(self.strategy, self.model, data, rows, before, known, learns))
             self.compiled_as = self.compilation()
+        elif learns:
+            build_optimizer(self.strategy, self.engine)
         build_losses(self.strategy, self.engine, data)
         return self.engine
 

@@ -42,7 +42,7 @@ def call(
     """What the model makes of a batch; one that takes more than one input, or is in a program, runs as it is.
 
     Args:
-        hooks: of the model; gives `model`, `strategy` and `prepared(data, rows)`.
+        hooks: of the model; gives `model`, `strategy` and `prepared(data, rows, learns)`.
         parts: how to divide the batch.
         likely: samples that the model is planned for, where it gets an unknown number of them.
         losses: is set to what the step reads as `model.losses`.
@@ -55,7 +55,7 @@ def call(
         return _keras_calls.own_call(model, *args, training=training, **given)
     (inputs,) = args
     rows = micro_batch.count(inputs)
-    engine = hooks.prepared((inputs,), rows if isinstance(rows, int) else likely)
+    engine = hooks.prepared((inputs,), rows if isinstance(rows, int) else likely, learns=training is not False)
     flat = _keras.graph_inputs(model, inputs)
     parts = parts.fit(rows) if isinstance(rows, int) else parts
     masks = [None] * len(flat) if mask is None else tree.flatten(mask)

@@ -23,17 +23,26 @@ FEW_BYTES = 2**28  # of weights, which may as well wait in host memory
 
 
 def prepared(
-    strategy: Description, model: keras.Model, data: Any, rows: int, before: Plan | None, global_batch: Set[str]
+    strategy: Description,
+    model: keras.Model,
+    data: Any,
+    rows: int,
+    before: Plan | None,
+    global_batch: Set[str],
+    learns: bool,
 ) -> Engine:
     """Create all that Keras would create in its first step, plan, and move every variable to its device.
 
     Args:
         strategy: as for `planned`; gives `zero` and `offload` too.
         data, rows, before, global_batch: as for `planned`.
+        learns: whether the step trains; others leave an optimizer without variables as it is.
     """
     _keras.build(model, data)
     engine = planned(strategy, model, data, rows, before, global_batch)
     place_variables(strategy, engine)
+    if learns:
+        build_optimizer(strategy, engine)
     return engine
 
 
@@ -78,7 +87,7 @@ def place_before_loading(strategy: Description, model: keras.Model, rows: int):
 
 @uninterrupted()
 def place_variables(strategy: Description, engine: Engine):
-    """Move the model's variables, its metrics' and its optimizer's, creating the latter where they belong."""
+    """Move the model's variables, its metrics' and its optimizer's, if that has some."""
     model, plan = engine.model, engine.plan
     for v, variable in enumerate(engine.graph.variables):
         check_scope(strategy, variable)
@@ -88,15 +97,29 @@ def place_variables(strategy: Description, engine: Engine):
             move(variable, Home((plan.device(plan.partition.stages - 1),), UNSHARDED))
         if model.optimizer is not None:
             _keras.give_strategy(model.optimizer, strategy)
-            if not model.optimizer.built:
-                model.optimizer.build(model.trainable_variables)
-            if strategy.mesh.size > 1 or strategy.offload:
-                of = {id(slot): weight for slot, weight in _keras_parts.slots_of(model.optimizer)}
-                home = Home((HOST,) * strategy.mesh.size if strategy.offload else plan.mesh.devices, UNSHARDED)
-                for variable in model.optimizer.variables:
-                    replicate(strategy, variable, of.get(id(variable)))
-                    if id(variable) not in of:
-                        move(variable, home)
+            if model.optimizer.built:
+                place_optimizer(strategy, engine)
+
+
+@uninterrupted()
+def build_optimizer(strategy: Description, engine: Engine):
+    """Create the variables of the model's optimizer where they belong, if there are none."""
+    model = engine.model
+    if model.compiled and model.optimizer is not None and not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+        place_optimizer(strategy, engine)
+
+
+def place_optimizer(strategy: Description, engine: Engine):
+    """Move the variables of the model's optimizer."""
+    optimizer, mesh = engine.model.optimizer, strategy.mesh
+    if mesh.size > 1 or strategy.offload:
+        of = {id(slot): weight for slot, weight in _keras_parts.slots_of(optimizer)}
+        home = Home((HOST,) * mesh.size if strategy.offload else engine.plan.mesh.devices, UNSHARDED)
+        for variable in optimizer.variables:
+            replicate(strategy, variable, of.get(id(variable)))
+            if id(variable) not in of:
+                move(variable, home)
 
 
 def homes(strategy: Description, engine: Engine, v: int) -> tuple[Home, Home]:

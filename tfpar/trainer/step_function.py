@@ -85,9 +85,10 @@ class StepFunction:
         model, strategy = self.hooks.model, self.hooks.strategy
         pieces, rows, uniform = self.of(pieces)
         parts, self.hooks.seen = strategy.parts.fit(rows), rows
+        learns = self.step not in (self.hooks.test_step, self.hooks.predict_step)
         while True:
             if not self.lazy:
-                self.hooks.prepared(pieces[0], rows)
+                self.hooks.prepared(pieces[0], rows, learns)
             try:
                 if model.run_eagerly:
                     given = micro_batch.Batch(pieces, rows, uniform)
