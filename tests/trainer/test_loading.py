@@ -12,8 +12,10 @@ from training import build, compiled, data, history, mostly
 import tfpar
 from tfpar import Mesh
 from tfpar.compat import _keras
+from tfpar.planning.sharding import Sharding
 from tfpar.testing import assert_same
 from tfpar.trainer import placement
+from tfpar.variables.parts import parts_of
 
 pytestmark = pytest.mark.fast
 
@@ -91,6 +93,14 @@ def test_only_training_creates_slots(mesh):
         assert not model.optimizer.built
         history(*data(), batch_size=10)(model)
     assert_same(one, other, 1e-5, 1e-7)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_parts_do_not_hold_on_to_the_whole(dim):
+    """TensorFlow's rows of a tensor are a view of it: on the device where it was, all of it would stay."""
+    value = tf.random.normal((8, 64))  # small parts are copied anyway
+    parts = parts_of(value, Sharding({"tensor": dim}, Mesh(tensor=2)), 2)
+    assert not any(np.shares_memory(value._numpy(), part._numpy()) for part in parts)
 
 
 class Scale(keras.layers.Layer):

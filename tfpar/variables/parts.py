@@ -51,7 +51,11 @@ def parts_of(value: Any, sharding: Sharding, lanes: int) -> list[Any]:
     if not sharding.divides:
         return [value] * lanes
     value = tf.convert_to_tensor(value)
-    return [region_of(value, sharding.region(value.shape.as_list(), at)) for at in sharding.lanes(lanes)]
+    regions = [sharding.region(value.shape.as_list(), at) for at in sharding.lanes(lanes)]
+    if not tf.executing_eagerly():
+        return [region_of(value, region) for region in regions]
+    with tf.device(value.device):  # rows are a view of the whole, which would be there as long as they are
+        return [tf.raw_ops.DeepCopy(x=region_of(value, region)) for region in regions]
 
 
 def region_of(value: Any, region: Sequence[tuple[int, int]]) -> Any:
