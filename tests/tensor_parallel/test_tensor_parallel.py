@@ -725,6 +725,33 @@ def test_layers_in_branches():
     assert_same(one, other, 1e-5, 1e-7)
 
 
+@keras.saving.register_keras_serializable()
+class Places(layers.Layer):
+    """Looks up positions that are a tensor of the layer, as ViT does."""
+
+    def build(self, shape):
+        self.positions, self.dense = layers.Embedding(T, D), layers.Dense(D)
+        self.places = ops.arange(T)
+        self.positions.build(shape)
+        self.dense.build(shape)
+
+    def call(self, x):
+        return self.dense(x + self.positions(self.places))
+
+
+@pytest.mark.fast
+def test_layers_that_are_given_a_constant():
+    def build():
+        x = layers.Input((T, D))
+        return keras.Model(x, Places()(x))
+
+    x, y = reals()
+    strategy = ranks(2)
+    one, other = (trained(s, build, x=x, y=y) for s in (None, strategy))
+    assert_same(one, other, 1e-5, 1e-7)
+    assert strategy.explain(other).parameter_bytes(0) < 0.7 * one.count_params() * 4
+
+
 class Normed(layers.Dense):
     """Another kernel behind an unchanged call."""
 

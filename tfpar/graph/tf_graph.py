@@ -153,6 +153,8 @@ class Trace(RecordingScope):
         self.within.update(op.name for op in self.graph.get_operations()[before:])
         scope = self.graph.get_name_scope()
         name = f"{scope}/{name}" if scope else name
+        number = lambda x: x.numpy() if hasattr(x, "numpy") and isinstance(x, tf.Tensor) else x  # noqa: E731
+        args, kwargs = tree.map_structure(number, (args, kwargs))
         self.wholes.append(Whole(operation, args, kwargs, tree.flatten(results), name))
         return results
 

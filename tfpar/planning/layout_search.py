@@ -97,10 +97,11 @@ def choose(
         best: dict[Any, Way] = {}
         if i in apart:
             continue
+        priced = [(option, work(graph, i, option, ranks, hardware)) for option in options[i]]
+        using = [{v: use(option, v) for v in op.variables if users[v] > 1} for option in options[i]]
         for way in ways:
-            for option in options[i]:
-                cost = way.cost + work(graph, i, option, ranks, hardware)
-                uses = {v: use(option, v) for v in op.variables if users[v] > 1}
+            for (option, seconds), uses in zip(priced, using, strict=True):
+                cost = way.cost + seconds
                 if any(way.shared.get(v, use) != use for v, use in uses.items()):
                     continue
                 known = {t: done for t, done in way.known.items() if last[t] > i}
