@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from training import ROWS, STRATEGIES, WIDTH, check, compiled, data, history, mostly, some_fast
+from training import ROWS, STRATEGIES, WIDTH, build, check, compiled, data, history, mostly, some_fast
 
+import tfpar
 from tfpar.errors import ModelError
 from tfpar.testing import assert_same, difference
+from tfpar.trainer import model_call
 
 
 def test_arrays_with_validation(strategy):
@@ -564,3 +566,24 @@ def test_a_call_on_fewer_rows(strategy):
     model = compiled(strategy, build=build)
     history(*data(), batch_size=8)(model)
     assert all(np.isfinite(w).all() for w in model.get_weights())
+
+
+@pytest.mark.fast
+def test_a_step_that_names_its_inputs_is_run_by_the_engine(monkeypatch):
+    class Names(keras.Model):
+        def train_step(self, data):
+            x, y = data
+            with tf.GradientTape() as tape:
+                loss = self.compute_loss(x, y, self(inputs=x, training=True))
+            self.optimizer.apply(tape.gradient(loss, self.trainable_weights), self.trainable_weights)
+            return {"loss": loss}
+
+    def named():
+        model = build()
+        return Names(model.inputs, model.outputs)
+
+    runs, original = [], model_call.forward_on_tape
+    monkeypatch.setattr(model_call, "forward_on_tape", lambda *args: runs.append(args) or original(*args))
+    strategy = tfpar.TensorParallelStrategy(["CPU:0", "CPU:1"])
+    check(strategy, history(*data(), batch_size=10), build=named, metrics=lambda: [])
+    assert runs

@@ -7,7 +7,7 @@ import keras_hub
 import numpy as np
 import pytest
 import tensorflow as tf
-from training import build, compiled, data, history, mostly
+from training import Own, build, compiled, data, history, mostly
 
 import tfpar
 from tfpar import Mesh
@@ -84,9 +84,17 @@ def test_planning_a_language_model_needs_few_values(mesh, large):
     assert all(path.startswith("transformer_layer_0/") for path in began)
 
 
-def test_only_training_creates_slots(mesh):
+def own_model():
+    """One that looks after its training itself, and so is planned while a step is traced."""
+    model = build()
+    return Own(model.inputs, model.outputs)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_only_training_creates_slots(mesh, own):
     """Adam's are twice the weights, which a model that predicts need not have room for."""
-    one, other = compiled(optimizer="adam"), compiled(mesh, optimizer="adam")
+    made = dict(optimizer="adam", build=own_model if own else build)
+    one, other = compiled(**made), compiled(mesh, **made)
     for model in (one, other):
         model.predict(data()[0], verbose=0)
         model.evaluate(*data(), verbose=0)

@@ -139,9 +139,8 @@ class Trace(RecordingScope):
 
     def whole(self, function: Callable, operation: Callable, args: tuple, kwargs: dict, name: str) -> Any:
         """What `function` returns, traced as one call of `operation`."""
-        if (
-            self.inside or tf.compat.v1.get_default_graph() is not self.graph
-        ):  # of a branch or a loop, a graph of its own
+        in_branch = tf.compat.v1.get_default_graph() is not self.graph  # or a loop: these are graphs of their own
+        if self.inside or in_branch:
             return function()
         before, self.inside = len(self.graph.get_operations()), True
         try:
@@ -153,7 +152,7 @@ class Trace(RecordingScope):
         self.within.update(op.name for op in self.graph.get_operations()[before:])
         scope = self.graph.get_name_scope()
         name = f"{scope}/{name}" if scope else name
-        number = lambda x: x.numpy() if hasattr(x, "numpy") and isinstance(x, tf.Tensor) else x  # noqa: E731
+        number = lambda x: x.numpy() if isinstance(x, tf.__internal__.EagerTensor) else x  # noqa: E731
         args, kwargs = tree.map_structure(number, (args, kwargs))
         self.wholes.append(Whole(operation, args, kwargs, tree.flatten(results), name))
         return results

@@ -97,10 +97,10 @@ def choose(
         best: dict[Any, Way] = {}
         if i in apart:
             continue
-        priced = [(option, work(graph, i, option, ranks, hardware)) for option in options[i]]
-        using = [{v: use(option, v) for v in op.variables if users[v] > 1} for option in options[i]]
+        several = [v for v in op.variables if users[v] > 1]
+        known_of = [(o, work(graph, i, o, ranks, hardware), {v: use(o, v) for v in several}) for o in options[i]]
         for way in ways:
-            for (option, seconds), uses in zip(priced, using, strict=True):
+            for option, seconds, uses in known_of:
                 cost = way.cost + seconds
                 if any(way.shared.get(v, use) != use for v, use in uses.items()):
                     continue

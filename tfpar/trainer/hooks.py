@@ -150,10 +150,9 @@ class KerasHooks:
                         f"{replicas}",
                         stacklevel=user_level(),
                     )
-                known = frozenset(self.global_batch)
-                self.use(prepared(self.strategy, self.model, data, rows, before, known, learns))
+                self.use(prepared(self.strategy, self.model, data, rows, before, frozenset(self.global_batch)))
             self.compiled_as = self.compilation()
-        elif learns:
+        if learns:
             build_optimizer(self.strategy, self.engine)
         build_losses(self.strategy, self.engine, data)
         return self.engine

@@ -34,7 +34,8 @@ def call(
     likely: int,
     losses: list[tf.Tensor],
     is_open: bool,
-    *args: Any,
+    inputs: Any = None,
+    *others: Any,
     training: bool | None = None,
     mask: Any = None,
     **more: Any,
@@ -50,10 +51,10 @@ def call(
             known size only, so that outputs then must not have one, as they would in compiled programs.
     """
     model, training = hooks.model, _keras_calls.told() if training is None else training
-    if _keras.in_program() or len(args) != 1 or more:
+    if _keras.in_program() or others or more:
+        args = others if inputs is None else (inputs, *others)
         given = more if mask is None else {**more, "mask": mask}
         return _keras_calls.own_call(model, *args, training=training, **given)
-    (inputs,) = args
     rows = micro_batch.count(inputs)
     engine = hooks.prepared((inputs,), rows if isinstance(rows, int) else likely, learns=training is not False)
     flat = _keras.graph_inputs(model, inputs)

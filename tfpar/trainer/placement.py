@@ -23,26 +23,17 @@ FEW_BYTES = 2**28  # of weights, which may as well wait in host memory
 
 
 def prepared(
-    strategy: Description,
-    model: keras.Model,
-    data: Any,
-    rows: int,
-    before: Plan | None,
-    global_batch: Set[str],
-    learns: bool,
+    strategy: Description, model: keras.Model, data: Any, rows: int, before: Plan | None, global_batch: Set[str]
 ) -> Engine:
-    """Create all that Keras would create in its first step, plan, and move every variable to its device.
+    """Create what Keras would create in its first step but for slots, plan, and move every variable to its device.
 
     Args:
         strategy: as for `planned`; gives `zero` and `offload` too.
         data, rows, before, global_batch: as for `planned`.
-        learns: whether the step trains; others leave an optimizer without variables as it is.
     """
     _keras.build(model, data)
     engine = planned(strategy, model, data, rows, before, global_batch)
     place_variables(strategy, engine)
-    if learns:
-        build_optimizer(strategy, engine)
     return engine
 
 
@@ -103,11 +94,12 @@ def place_variables(strategy: Description, engine: Engine):
 
 @uninterrupted()
 def build_optimizer(strategy: Description, engine: Engine):
-    """Create the variables of the model's optimizer where they belong, if there are none."""
+    """Create the variables of the model's optimizer where they belong, if there are none, outside of any function."""
     model = engine.model
     if model.compiled and model.optimizer is not None and not model.optimizer.built:
-        model.optimizer.build(model.trainable_variables)
-        place_optimizer(strategy, engine)
+        with strategy.planning():
+            model.optimizer.build(model.trainable_variables)
+            place_optimizer(strategy, engine)
 
 
 def place_optimizer(strategy: Description, engine: Engine):
